@@ -1,0 +1,98 @@
+"""The backends, and the choice among them.
+
+A backend is a module of this package that defines
+
+- ``unavailable_reason(device) -> str | None``: None if it can run on that device, else why not;
+- ``fused_losses``, ``refine``, ``token_norms``, ``outlier_loss``, ``gram_loss``, ``kd_loss`` with
+  the signatures of :mod:`singer_kernels.reference`. They are handed checked arguments, give
+  gradients, and refuse to be differentiated twice.
+
+To add one, write the module and name it in ``_PREFERENCE``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from functools import cache, lru_cache
+from types import ModuleType
+
+import torch
+
+_logger = logging.getLogger("singer_kernels")
+
+_PREFERENCE = ("reference",)
+"""The backends that exist, the one to prefer first."""
+
+ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the backends that exist, the preferred one first."""
+    return _PREFERENCE
+
+
+def load(name: str) -> ModuleType:
+    """Import a backend's module.
+
+    Raises:
+        ImportError: something that the backend needs is missing.
+    """
+    return importlib.import_module(f"singer_kernels.backends.{name}")
+
+
+def unavailable_reason(name: str, device: torch.device) -> str | None:
+    """Say why a backend can't run on a device.
+
+    Returns:
+        The reason in one line, or None if it can run.
+    """
+    try:
+        return load(name).unavailable_reason(device)
+    except ImportError as error:
+        return f"it can't be imported: {error}"
+
+
+@cache
+def _automatic(device_type: str, device_index: int | None) -> str:
+    device = torch.device(device_type, device_index)
+    skipped = []
+    for name in _PREFERENCE:
+        reason = unavailable_reason(name, device)
+        if reason is None:
+            note = f" ({'; '.join(skipped)})" if skipped else ""
+            _logger.info("backend %r chosen for %s%s", name, device, note)
+            return name
+        skipped.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")
+
+
+def resolve(backend: str | None, device: torch.device) -> ModuleType:
+    """Return the backend that a call asks for.
+
+    Args:
+        backend: a backend's name, or None for the one named by the environment variable
+            ``SINGER_BACKEND`` or, if that is unset or empty, the best that can run on the device.
+            The automatic choice is logged once per device at INFO.
+        device: where the tensors are.
+
+    Returns:
+        The backend's module.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend that was asked for can't run; the message has its reason.
+    """
+    source = "backend"
+    if backend is None:
+        source = ENVIRONMENT_VARIABLE
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if backend is None:
+        return load(_automatic(device.type, device.index))
+    if backend not in _PREFERENCE:
+        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
+    reason = unavailable_reason(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
+    return load(backend)

@@ -1,0 +1,57 @@
+"""``python -m singer_kernels.info``: versions, devices, and each backend with why it is off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from singer_kernels import __version__, backends
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    cuda = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *cuda]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+
+def report() -> str:
+    """Return what this machine offers, as lines of text.
+
+    Returns:
+        Versions, then for each device the backends that can run on it, and the reason for each
+        that can't.
+    """
+    lines = [
+        f"singer_kernels  {__version__}",
+        f"python          {platform.python_version()}",
+        f"torch           {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
+        f"triton          {_version('triton')}",
+    ]
+    forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
+    lines.append(f"{backends.ENVIRONMENT_VARIABLE}  {forced or 'not set'}")
+    for device in _devices():
+        lines.append(f"{device}: {_device_name(device)}")
+        for name in backends.names():
+            reason = backends.unavailable_reason(name, device)
+            lines.append(f"  {name:<12}  {'available' if reason is None else f'off: {reason}'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

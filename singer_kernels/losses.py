@@ -1,0 +1,217 @@
+"""``fused_losses``, the drop-in entry point, and its module form ``FusedLosses``."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor, nn
+
+from singer_kernels import backends
+from singer_kernels.types import FusedLossesOutput
+from singer_kernels.validation import (
+    check_adapter,
+    check_flag,
+    check_frozen,
+    check_num_prefix_tokens,
+    check_quantile,
+    check_same_shape,
+    check_tensor,
+)
+
+
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: Tensor | None = None,
+    gram: bool = True,
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: bool = False,
+    backend: str | None = None,
+) -> FusedLossesOutput:
+    """Return SiNGER's three losses for one distilled layer.
+
+    With ``F̂ = F + (F Wd) Wu`` on the patches and ``F̂ = F`` on the prefix tokens:
+
+    - ``kd``: mean of ``(S − F̂)²`` over all ``B·T·D`` entries, prefix tokens included;
+    - ``outlier``: mean of ``(n − q_b)²`` over all patches of the batch whose norm ``n = ‖F̂ᵢ‖``
+      lies above ``q_b``, the interpolated quantile of image b's patch norms (a constant for the
+      gradient); 0 if there are none;
+    - ``info``: mean over ``B·P·P`` of ``(G(F̂) − G(R))²``, G the patches' cosine similarities.
+
+    A NaN or Inf in a patch makes all three losses non-finite. A zero-norm patch has gradient 0
+    from ``outlier`` and ``info``. Inputs are never changed. Differentiating twice raises.
+
+    Args:
+        student: S, ``[B, T, D]``: the student's tokens, projected to the teacher's width.
+            ``T = num_prefix_tokens + P``, the prefix tokens (CLS, registers) first.
+        teacher: F, ``[B, T, D]``: the teacher's tokens (a block's raw output), frozen.
+        down: Wd, ``[D, r]``.
+        up: Wu, ``[r, D]``.
+        gram_target: R, ``[B, T, D]``; it may require grad. None: the plain teacher, as the paper
+            has it. (The authors' code passes the refined tokens of the layer before.)
+        gram: False for an intermediate layer, whose information term is computed on the next
+            block's output: ``info`` is then None.
+        quantile: γ in [0, 1].
+        num_prefix_tokens: how many leading tokens are no patches; at least one patch must remain.
+        return_refined: True: ``out.refined`` is F̂, differentiable, to feed the next block.
+        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+
+    The tensors may be float64, float32, bfloat16 and float16 in any mix, of any strides, on one
+    device. Products take the operands' promoted dtype, or follow autocast; every reduction is
+    float32 (float64 if an input is float64). Gradients come back in their input's dtype.
+
+    Returns:
+        The losses ``kd``, ``outlier``, ``info`` (scalars, differentiable in ``student``, ``down``,
+        ``up`` and ``gram_target``), ``refined`` ``[B, T, D]``, ``norms`` ``[B, P]`` and
+        ``threshold`` ``[B]``: see :class:`FusedLossesOutput`.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, device or number does not fit; ``teacher`` requires grad; or
+            ``gram_target`` is given with ``gram=False``.
+        RuntimeError: the backend asked for can't run here.
+
+    Source: SiNGER (arXiv 2509.20986), section 3; ``SiNGER.forward_train`` of the authors' code.
+    """
+    check_frozen("teacher", check_tensor("teacher", teacher, "[B, T, D]"))
+    check_same_shape("student", check_tensor("student", student, "[B, T, D]"), "teacher", teacher)
+    check_adapter(teacher, down, up)
+    check_flag("gram", gram)
+    check_flag("return_refined", return_refined)
+    if gram_target is not None:
+        if not gram:
+            raise ValueError("gram_target: got a tensor with gram=False, expected None")
+        check_tensor("gram_target", gram_target, "[B, T, D]")
+        check_same_shape("gram_target", gram_target, "teacher", teacher)
+    return backends.resolve(backend, teacher.device).fused_losses(
+        student,
+        teacher,
+        down,
+        up,
+        gram_target=gram_target,
+        gram=gram,
+        quantile=check_quantile(quantile),
+        num_prefix_tokens=check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1]),
+        return_refined=return_refined,
+    )
+
+
+class FusedLosses(nn.Module):
+    """The adapter of one distilled layer, and its losses.
+
+    Args:
+        dim: D, the teacher's width.
+        rank: r, at most ``dim``.
+        gram: False for an intermediate layer.
+        quantile: γ in [0, 1].
+        num_prefix_tokens: how many leading tokens are no patches.
+        return_refined: True: ``out.refined`` holds the refined tokens.
+        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Attributes:
+        down: Wd, ``[dim, rank]``, trainable.
+        up: Wu, ``[rank, dim]``, trainable.
+
+    The parameters start from a random orthonormal basis N, ``Wd = N`` and ``Wu = Nᵀ`` (the paper's
+    ablation); :meth:`set_basis` puts in a nullspace basis.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+        ValueError: ``rank`` lies outside 1 to ``dim``, or an option does not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rank: int = 64,
+        *,
+        gram: bool = True,
+        quantile: float = 0.97,
+        num_prefix_tokens: int = 1,
+        return_refined: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, most in (("dim", dim, None), ("rank", rank, dim)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name}: got {value!r}, expected an int")
+            if value < 1 or (most is not None and value > most):
+                limit = "at least 1" if most is None else f"1 to {most}, the width dim"
+                raise ValueError(f"{name}: got {value}, expected {limit}")
+        self.dim, self.rank = dim, rank
+        self.gram = check_flag("gram", gram)
+        self.quantile = check_quantile(quantile)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.return_refined = check_flag("return_refined", return_refined)
+        self.backend = backend
+        self.down = nn.Parameter(torch.empty(dim, rank, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(rank, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a new random orthonormal basis."""
+        basis = torch.empty(self.dim, self.rank, dtype=torch.float32)
+        self.set_basis(nn.init.orthogonal_(basis))
+
+    @torch.no_grad()
+    def set_basis(self, basis: Tensor) -> None:
+        """Set ``Wd = N`` and ``Wu = Nᵀ``.
+
+        Args:
+            basis: N, ``[dim, rank]``, any floating dtype and device.
+
+        Raises:
+            TypeError: it is no floating tensor.
+            ValueError: its shape is wrong.
+        """
+        check_tensor("basis", basis, "[dim, rank]")
+        if basis.shape != self.down.shape:
+            raise ValueError(
+                f"basis: got shape {tuple(basis.shape)}, expected {tuple(self.down.shape)}"
+            )
+        self.down.copy_(basis)
+        self.up.copy_(basis.mT)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, gram_target: Tensor | None = None
+    ) -> FusedLossesOutput:
+        """Return the losses; see :func:`fused_losses`.
+
+        Args:
+            student: S, ``[B, T, dim]``.
+            teacher: F, ``[B, T, dim]``, frozen.
+            gram_target: R, ``[B, T, dim]``; None: the plain teacher.
+
+        Raises:
+            TypeError: an argument is of the wrong type or dtype.
+            ValueError: a shape, device or number does not fit, or ``teacher`` requires grad.
+            RuntimeError: the backend asked for can't run here.
+        """
+        return fused_losses(
+            student,
+            teacher,
+            self.down,
+            self.up,
+            gram_target=gram_target,
+            gram=self.gram,
+            quantile=self.quantile,
+            num_prefix_tokens=self.num_prefix_tokens,
+            return_refined=self.return_refined,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options for ``repr``."""
+        return (
+            f"dim={self.dim}, rank={self.rank}, gram={self.gram}, quantile={self.quantile}, "
+            f"num_prefix_tokens={self.num_prefix_tokens}, backend={self.backend!r}"
+        )

@@ -1,0 +1,166 @@
+"""Checks of what the public functions are handed.
+
+Every error names the argument, says what came and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_tensor(name: str, value: object, dims: str) -> Tensor:
+    """Check that a value is a dense, non-empty floating tensor with the named dimensions.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what came.
+        dims: the expected dimensions, for example ``"[B, T, D]"``.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: the value is no tensor, not dense, or of no supported floating dtype.
+        ValueError: the number of dimensions is wrong, or one of them is 0.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {_describe(value)}, expected a tensor {dims}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor {dims}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected float64, float32, bfloat16 or float16"
+        )
+    if value.ndim != dims.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {dims}")
+    if 0 in value.shape:
+        raise ValueError(
+            f"{name}: got the empty shape {tuple(value.shape)}, expected {dims} with no size 0"
+        )
+    return value
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors live on one device.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, expected {other.device}, that of {other_name}"
+        )
+
+
+def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors have one shape and live on one device.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected {tuple(other.shape)}, "
+            f"that of {other_name}"
+        )
+    check_same_device(name, value, other_name, other)
+
+
+def check_frozen(name: str, value: Tensor) -> None:
+    """Check that a tensor takes no gradient.
+
+    Raises:
+        ValueError: it requires grad.
+    """
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, expected frozen features "
+            f"(run the teacher under torch.no_grad(), or pass {name}.detach())"
+        )
+
+
+def check_num_prefix_tokens(num_prefix_tokens: object, num_tokens: int) -> int:
+    """Check the number of prefix tokens against the number of tokens.
+
+    Returns:
+        ``num_prefix_tokens``.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is negative, or leaves no patch.
+    """
+    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, numbers.Integral):
+        raise TypeError(f"num_prefix_tokens: got {_describe(num_prefix_tokens)}, expected an int")
+    if not 0 <= num_prefix_tokens < num_tokens:
+        raise ValueError(
+            f"num_prefix_tokens: got {num_prefix_tokens}, expected 0 to {num_tokens - 1} "
+            f"(there are {num_tokens} tokens, and at least one must be a patch)"
+        )
+    return int(num_prefix_tokens)
+
+
+def check_quantile(quantile: object) -> float:
+    """Check that the quantile is a number in [0, 1].
+
+    Returns:
+        ``quantile`` as a float.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it lies outside [0, 1] or is NaN.
+    """
+    if isinstance(quantile, bool) or not isinstance(quantile, numbers.Real):
+        raise TypeError(f"quantile: got {_describe(quantile)}, expected a number in [0, 1]")
+    if math.isnan(quantile) or not 0 <= quantile <= 1:
+        raise ValueError(f"quantile: got {quantile}, expected a number in [0, 1]")
+    return float(quantile)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Check that an option is True or False.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: it is no bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {_describe(value)}, expected True or False")
+    return value
+
+
+def check_adapter(teacher: Tensor, down: object, up: object) -> None:
+    """Check the adapter's two matrices against each other and against the teacher's width.
+
+    Raises:
+        TypeError: one is no floating tensor.
+        ValueError: a shape does not fit, or a device differs.
+    """
+    down = check_tensor("down", down, "[D, r]")
+    up = check_tensor("up", up, "[r, D]")
+    width = teacher.shape[-1]
+    if down.shape[0] != width:
+        raise ValueError(
+            f"down: got shape {tuple(down.shape)}, expected [D, r] with D = {width}, "
+            f"the width of teacher"
+        )
+    if up.shape != (down.shape[1], width):
+        raise ValueError(
+            f"up: got shape {tuple(up.shape)}, expected {(down.shape[1], width)}: "
+            f"[r, D] with the rank r of down and the width D of teacher"
+        )
+    check_same_device("down", down, "teacher", teacher)
+    check_same_device("up", up, "teacher", teacher)
