@@ -1,0 +1,1 @@
+"""A thin training layer on timm: distil a Vision Transformer with SiNGER."""

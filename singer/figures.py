@@ -1,0 +1,145 @@
+"""Figures of a run, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from singer.run_folder import write_atomically
+
+_SETUP = ("step", "epoch", "lr")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
+
+
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot every loss of a run against the step, and its running mean.
+
+    Args:
+        records: as in ``metrics.jsonl``.
+        path: the PNG file.
+    """
+    names = [name for name in records[0] if name not in _SETUP]
+    steps = [record["step"] for record in records]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = torch.tensor([float(record[name]) for record in records])
+        axes.plot(steps, values, color="0.75", linewidth=0.8)
+        window = max(1, len(values) // 20)
+        means = values.unfold(0, window, 1).mean(dim=1)
+        axes.plot(steps[window - 1 :], means, color="C0")
+        axes.set(title=name, xlabel="step")
+        if (values > 0).all():
+            axes.set_yscale("log")
+    _save(figure, path)
+
+
+def plot_spectra(
+    spectra: Mapping[str, tuple[Tensor, Tensor]], path: Path, log_floor: float = 1e-8
+) -> None:
+    """Plot the singular values of each linearised block, and those behind the adapter.
+
+    Args:
+        spectra: title to all singular values ``[D]``, descending, and the chosen ones, ascending.
+        path: the PNG file.
+        log_floor: smaller values are drawn there.
+    """
+    figure = Figure(figsize=(4.2 * len(spectra), 3), layout="constrained")
+    panels = figure.subplots(1, len(spectra), squeeze=False)[0]
+    for axes, (title, (values, chosen)) in zip(panels, spectra.items(), strict=True):
+        axes.semilogy(values.clamp_min(log_floor), color="0.5", label="all")
+        positions = [int((values - value).abs().argmin()) for value in chosen]
+        axes.semilogy(positions, chosen.clamp_min(log_floor), ".", color="C3", label="adapter")
+        axes.set(title=title, xlabel="index", ylabel="singular value")
+        axes.legend()
+    _save(figure, path)
+
+
+def pca_rgb(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the patches' first three principal components as colours.
+
+    The components are those of all images together, so that colours mean the same in each.
+
+    Args:
+        tokens: patches, ``[B, P, D]``.
+        grid: (rows, columns), P = rows · columns.
+
+    Returns:
+        ``[B, rows, columns, 3]`` in [0, 1].
+    """
+    flat = tokens.float().flatten(0, 1)
+    flat = flat - flat.mean(dim=0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    directions = directions[:3]
+    # A singular vector's sign is arbitrary; make its largest entry positive.
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    projected = flat @ (directions * largest.sign()).T
+    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
+    colours = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colours.reshape(tokens.shape[0], *grid, 3)
+
+
+def _image_grid(
+    images: Tensor, columns: Mapping[str, Tensor], path: Path, colour_map: str | None
+) -> None:
+    """Draw the images in the first column, then one column of panels per source."""
+    count = images.shape[0]
+    figure = Figure(figsize=(2.1 * (len(columns) + 1), 2.1 * count), layout="constrained")
+    panels = figure.subplots(count, len(columns) + 1, squeeze=False)
+    for row in range(count):
+        panels[row][0].imshow(images[row].permute(1, 2, 0).numpy())
+        for column, (name, values) in enumerate(columns.items(), start=1):
+            drawn = panels[row][column].imshow(values[row].numpy(), cmap=colour_map)
+            if colour_map is not None:
+                figure.colorbar(drawn, ax=panels[row][column], shrink=0.75)
+            if row == 0:
+                panels[0][column].set_title(name)
+    panels[0][0].set_title("image")
+    for axes in panels.flat:
+        axes.set_axis_off()
+    _save(figure, path)
+
+
+def plot_norm_maps(
+    images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
+) -> None:
+    """Draw each patch's norm, as a share of its image's median.
+
+    Args:
+        images: ``[B, 3, H, W]``, uint8.
+        tokens: name to patches ``[B, P, D]``.
+        grid: (rows, columns).
+        path: the PNG file.
+    """
+    maps = {}
+    for name, patches in tokens.items():
+        norms = torch.linalg.vector_norm(patches.float(), dim=-1)
+        maps[name] = (norms / norms.median(dim=1, keepdim=True).values).unflatten(1, grid)
+    _image_grid(images, maps, path, "magma")
+
+
+def plot_pca_maps(
+    images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
+) -> None:
+    """Draw the patches' first three principal components as RGB; arguments as for norm maps."""
+    maps = {name: pca_rgb(patches, grid) for name, patches in tokens.items()}
+    _image_grid(images, maps, path, None)
+
+
+def plot_gram_matrices(images: Tensor, tokens: Mapping[str, Tensor], path: Path) -> None:
+    """Draw the cosine similarity of every pair of patches.
+
+    Args:
+        images: ``[B, 3, H, W]``, uint8.
+        tokens: name to patches ``[B, P, D]``.
+        path: the PNG file.
+    """
+    rows = {name: torch.nn.functional.normalize(t.float(), dim=-1) for name, t in tokens.items()}
+    _image_grid(images, {name: r @ r.mT for name, r in rows.items()}, path, "viridis")

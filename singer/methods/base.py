@@ -1,0 +1,172 @@
+"""What every distillation method shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singer.backbones import Backbone, BlockTokens
+from singer.errors import SingerError
+from singer.layers import match_layers, resolve_layers
+
+
+class Distiller(nn.Module):
+    """A distillation method: it holds what trains, and computes the losses.
+
+    Its parameters are the student, one linear projection per distilled layer, and whatever a
+    subclass adds. The teacher stands outside: it is frozen, in no state dict, in no optimizer and
+    in no gradient exchange, and only follows the module from device to device.
+
+    A subclass defines :meth:`losses`, and adds to :attr:`teacher_layers` what it needs beside the
+    distilled layers.
+
+    Args:
+        teacher: the frozen model.
+        student: the model to train.
+        layers: the teacher's blocks to distil (negative ones count from the end); None: three
+            quarters of its depth, and the last.
+        images: a calibration batch ``[B, 3, H, W]``, for methods that measure the teacher.
+        seed: of everything random in the method's own initialisation.
+
+    Attributes:
+        student: the student's model, as timm made it.
+        projections: layer to ``Linear(student width, teacher width)``.
+        layers: the distilled teacher blocks, ascending.
+        student_layers: the student block that each of them trains.
+        teacher_layers: the teacher blocks whose tokens :meth:`losses` reads.
+        num_prefix_tokens: how many prefix tokens both models share.
+
+    Raises:
+        SingerError: the patch grids differ, or a layer is out of range.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        student: Backbone,
+        layers: Sequence[int] | None = None,
+        *,
+        images: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if teacher.grid != student.grid:
+            raise SingerError(
+                f"student: got {student.grid[0]}x{student.grid[1]} patches, expected the teacher's "
+                f"{teacher.grid[0]}x{teacher.grid[1]}; set student.options.patch_size or image_size"
+            )
+        self.teacher = teacher.freeze()
+        self.backbone = student
+        self.layers = resolve_layers(layers, teacher.depth, "method.layers")
+        self.student_layers = match_layers(self.layers, teacher.depth, student.depth)
+        self.teacher_layers = list(self.layers)
+        self.num_prefix_tokens = _shared_prefix(teacher, student)
+        self.student = student.model
+        _freeze_unused(student, self.student_layers[-1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projections = nn.ModuleDict(
+                {str(layer): nn.Linear(student.dim, teacher.dim) for layer in self.layers}
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        # .to(device) and the like reach the teacher too, although it is no submodule.
+        self.teacher.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that the student wants no weight decay on (read by timm)."""
+        names = getattr(self.student, "no_weight_decay", set)()
+        return {f"student.{name}" for name in names}
+
+    @torch.no_grad()
+    def teacher_tokens(self, images: Tensor) -> BlockTokens:
+        """Run the teacher once, without gradient, up to the last block that is needed.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
+        """
+        return self.teacher.tokens(images, self.teacher_layers)
+
+    def student_tokens(self, images: Tensor) -> BlockTokens:
+        """Run the student up to its last block.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
+        """
+        return self.backbone.tokens(images, self.student_layers)
+
+    def aligned_teacher(self, layer: int, teacher: BlockTokens) -> Tensor:
+        """Return a teacher block's tokens with the shared prefix tokens only, ``[B, T, D]``."""
+        return self._align(teacher[layer], self.teacher)
+
+    def projected_student(self, layer: int, student: BlockTokens) -> Tensor:
+        """Return the student's tokens for a teacher layer, in its width, ``[B, T, D]``."""
+        tokens = student[self.student_layers[self.layers.index(layer)]]
+        return self.projections[str(layer)](self._align(tokens, self.backbone))
+
+    def _align(self, tokens: Tensor, backbone: Backbone) -> Tensor:
+        own, shared = backbone.num_prefix_tokens, self.num_prefix_tokens
+        if own == shared:
+            return tokens
+        patches = tokens[:, own:]
+        return torch.cat([tokens[:, :shared], patches], dim=1) if shared else patches
+
+    def forward(self, images: Tensor, teacher: BlockTokens | None = None) -> dict[str, Tensor]:
+        """Return the named losses of a batch.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1], not normalised: each
+                model applies its own mean and standard deviation.
+            teacher: the teacher's tokens for these images, if they are at hand.
+
+        Returns:
+            ``loss``, the scalar to minimise, and the method's terms, scalars too.
+        """
+        if teacher is None:
+            teacher = self.teacher_tokens(images)
+        return self.losses(self.student_tokens(images), teacher)
+
+    def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
+        """Return the named losses of a batch, given both models' tokens.
+
+        Args:
+            student: tokens of the blocks :attr:`student_layers`.
+            teacher: tokens of the blocks :attr:`teacher_layers`.
+
+        Returns:
+            ``loss``, the scalar to minimise, and the method's terms.
+        """
+        raise NotImplementedError
+
+    def exports(self) -> Mapping[str, dict[str, Any]]:
+        """Return what is saved beside the student: file name (no ending) to named tensors."""
+        return {"projections": self.projections.state_dict()}
+
+
+def _shared_prefix(teacher: Backbone, student: Backbone) -> int:
+    """Return how many leading tokens mean the same in both models."""
+    if (teacher.num_prefix_tokens, teacher.has_class_token) == (
+        student.num_prefix_tokens,
+        student.has_class_token,
+    ):
+        return teacher.num_prefix_tokens
+    return int(teacher.has_class_token and student.has_class_token)
+
+
+def _freeze_unused(student: Backbone, last_layer: int) -> None:
+    """Take out of training what the distilled tokens don't depend on: the final norm, a pooling."""
+    model = student.model
+    was_training = model.training
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    image = torch.zeros(1, 3, *student.image_size, device=device)
+    tokens = student.tokens(image, [last_layer])[last_layer]
+    gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    model.train(was_training)

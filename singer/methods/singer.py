@@ -1,0 +1,164 @@
+"""SiNGER: distil from teacher features that a nullspace-guided adapter has refined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from singer.backbones import Backbone, BlockTokens
+from singer.errors import SingerError
+from singer.methods.base import Distiller
+from singer.nullspace import Linearization, NullspaceBasis, Selection, nullspace_basis
+from singer_kernels import FusedLosses, gram_loss, kd_loss, refine
+
+Variant = Literal["paper", "official"]
+
+
+class SiNGER(Distiller):
+    """Train the student on refined teacher features, and the adapters that refine them.
+
+    Per layer: ``kd``, the student against the refined features; ``outlier``, the refined features'
+    high norms; ``info``, what the refinement must keep. ``loss`` is their weighted sum.
+
+    | | ``paper`` | ``official`` (the authors' code) |
+    |---|---|---|
+    | ``info``, intermediate layer: the next block on refined and on plain features | Gram | MSE |
+    | ``info``, last layer: Gram of the refined features against | plain features | refined ones of the layer before |
+    | over the layers | sum | mean |
+    | nullspace vectors | the r smallest | the first r below the threshold |
+
+    Args:
+        teacher: the frozen model.
+        student: the model to train.
+        layers: see :class:`Distiller`.
+        variant: see above.
+        rank: r, the adapters' rank.
+        quantile: γ, the quantile of an image's patch norms above which a patch is an outlier.
+        kd_weight: weight of ``kd``.
+        outlier_weight: λ_outlier.
+        info_weight: λ_info.
+        linearization: how a block is linearised, see :func:`singer.nullspace.linearize`.
+        selection: which singular vectors are taken; None: the variant's own.
+        threshold: for ``official`` selection.
+        backend: which backend of ``singer_kernels`` computes the losses; None: the best.
+        images: calibration batch ``[B, 3, H, W]``, for ``jacobian``.
+        seed: of everything random in the initialisation.
+
+    Attributes:
+        adapters: layer to :class:`singer_kernels.FusedLosses`, which holds ``down`` and ``up``.
+        bases: layer to the nullspace basis the adapter started from, with its spectrum.
+
+    Raises:
+        SingerError: see :class:`Distiller` and :func:`singer.nullspace.nullspace_basis`.
+
+    Source: SiNGER (arXiv 2509.20986), section 3; ``SiNGER.py`` of the authors' code.
+    """  # noqa: E501 - a table row can't be broken
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        student: Backbone,
+        layers: Sequence[int] | None = None,
+        *,
+        variant: Variant = "paper",
+        rank: int = 64,
+        quantile: float = 0.97,
+        kd_weight: float = 1.0,
+        outlier_weight: float = 0.01,
+        info_weight: float = 1.0,
+        linearization: Linearization = "mlp",
+        selection: Selection | None = None,
+        threshold: float = 0.05,
+        backend: str | None = None,
+        images: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(teacher, student, layers, images=images, seed=seed)
+        if variant not in get_args(Variant):
+            raise SingerError(
+                f"method.variant: got {variant!r}, expected {' or '.join(get_args(Variant))}"
+            )
+        self.variant = variant
+        self.weights = {"kd": kd_weight, "outlier": outlier_weight, "info": info_weight}
+        self.backend = backend
+        self.last_layer = self.layers[-1]
+        following = [layer + 1 for layer in self.layers[:-1]]
+        self.teacher_layers = sorted({*self.layers, *following})
+        self.bases: dict[int, NullspaceBasis] = {}
+        self.adapters = nn.ModuleDict()
+        for layer in self.layers:
+            is_last = layer == self.last_layer
+            basis = nullspace_basis(
+                teacher,
+                layer if is_last else layer + 1,
+                rank,
+                linearization,
+                selection or variant,
+                threshold,
+                images,
+                seed,
+            )
+            adapter = FusedLosses(
+                teacher.dim,
+                rank,
+                gram=is_last,
+                quantile=quantile,
+                num_prefix_tokens=self.num_prefix_tokens,
+                return_refined=not is_last,
+                backend=backend,
+            )
+            adapter.set_basis(basis.vectors)
+            self.bases[layer] = basis
+            self.adapters[str(layer)] = adapter
+
+    def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
+        """See :meth:`Distiller.losses`; the terms are ``kd``, ``outlier`` and ``info``."""
+        terms: dict[str, list[Tensor]] = {"kd": [], "outlier": [], "info": []}
+        refined_before: Tensor | None = None  # of the last intermediate layer
+        for layer in self.layers:
+            out = self.adapters[str(layer)](
+                self.projected_student(layer, student),
+                self.aligned_teacher(layer, teacher),
+                refined_before if layer == self.last_layer and self.variant == "official" else None,
+            )
+            info = out.info
+            if layer != self.last_layer:
+                refined_before = out.refined
+                info = self._next_block_loss(layer, out.refined, teacher)
+            for name, value in (("kd", out.kd), ("outlier", out.outlier), ("info", info)):
+                terms[name].append(value)
+        scale = 1.0 if self.variant == "paper" else 1.0 / len(self.layers)
+        totals = {name: torch.stack(values).sum() * scale for name, values in terms.items()}
+        loss = sum(self.weights[name] * value for name, value in totals.items())
+        return {"loss": loss, **totals}
+
+    def _next_block_loss(self, layer: int, refined: Tensor, teacher: BlockTokens) -> Tensor:
+        """Compare what the next block makes of the refined tokens with what it made of the plain.
+
+        The plain side is the teacher's own next feature: that block is not run twice.
+        """
+        if self.num_prefix_tokens != self.teacher.num_prefix_tokens:
+            prefix = teacher[layer][:, : self.teacher.num_prefix_tokens]
+            refined = torch.cat([prefix, refined[:, self.num_prefix_tokens :]], dim=1)
+        plain_next = teacher[layer + 1]
+        refined_next = self.teacher.run_block(layer + 1, refined, teacher.calls[layer + 1])
+        if self.variant == "official":
+            return kd_loss(refined_next, plain_next, backend=self.backend)
+        return gram_loss(
+            refined_next, plain_next, self.teacher.num_prefix_tokens, backend=self.backend
+        )
+
+    def refined_teacher(self, layer: int, teacher: BlockTokens) -> Tensor:
+        """Return a distilled layer's refined tokens, ``[B, T, D]``, prefix tokens as shared."""
+        adapter = self.adapters[str(layer)]
+        tokens = self.aligned_teacher(layer, teacher)
+        return refine(
+            tokens, adapter.down, adapter.up, self.num_prefix_tokens, backend=self.backend
+        )
+
+    def exports(self) -> Mapping[str, dict[str, Any]]:
+        """See :meth:`Distiller.exports`: the adapters, too."""
+        return {**super().exports(), "adapters": self.adapters.state_dict()}

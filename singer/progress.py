@@ -1,0 +1,89 @@
+"""What a run shows while it trains, and when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def __init__(self, images_per_step: int) -> None:
+        super().__init__()
+        self.images_per_step = images_per_step
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed or task.finished_speed
+        return Text("" if speed is None else f"{speed * self.images_per_step:.1f} img/s")
+
+
+class TrainingProgress:
+    """A live bar: step, losses, images per second, time left.
+
+    Args:
+        console: where to show it; None: nowhere.
+        steps: the whole run's.
+        images_per_step: over all processes.
+    """
+
+    def __init__(self, console: Console | None, steps: int, images_per_step: int) -> None:
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[losses]}"),
+            _ImagesPerSecond(images_per_step),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console or Console(quiet=True),
+            disable=console is None,
+        )
+        self._task = self._progress.add_task("train", total=steps, losses="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def step(self) -> None:
+        """Count one step."""
+        self._progress.advance(self._task)
+
+    def losses(self, losses: Mapping[str, float]) -> None:
+        """Show the newest losses."""
+        text = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        self._progress.update(self._task, losses=text)
+
+
+def summary_table(title: str, rows: Mapping[str, str]) -> Table:
+    """Return a table of two columns, for the end of a run.
+
+    Args:
+        title: above the table.
+        rows: name to value.
+    """
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

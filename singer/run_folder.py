@@ -1,0 +1,121 @@
+"""The folder of a run: what is in it, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from singer.errors import SingerError
+
+CONFIG, METRICS, SPECTRUM, STUDENT = (
+    "config.yaml",
+    "metrics.jsonl",
+    "spectrum.json",
+    "student.safetensors",
+)
+
+
+def check_new(path: str | Path) -> Path:
+    """Check that a run's folder does not exist yet, and return it as a path.
+
+    Raises:
+        SingerError: it exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise SingerError(
+            f"output: {str(path)!r} exists already and is left untouched; name another folder"
+        )
+    return path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file aside, then put it in place in one step.
+
+    Args:
+        path: the file; its folder must exist.
+        write: writes the content to the path that it is given.
+
+    Raises:
+        OSError: the file can't be written; what stood at ``path`` before is untouched.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """A run's folder, made anew.
+
+    | file | content |
+    |---|---|
+    | ``config.yaml`` | the resolved configuration |
+    | ``metrics.jsonl`` | a JSON object per step |
+    | ``tensorboard/`` | the same, for TensorBoard |
+    | ``student.safetensors`` | the student, under timm's keys |
+    | ``projections.safetensors``, ``adapters.safetensors`` | what else was trained |
+    | ``spectrum.json`` | the singular values behind each adapter |
+    | ``figures/`` | PNG figures |
+
+    Args:
+        path: the folder.
+
+    Raises:
+        SingerError: it exists already, or can't be made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = check_new(path)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise SingerError(
+                f"output: {str(path)!r} can't be made: {error.strerror or error}"
+            ) from error
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file atomically and return its path."""
+        path = self.path / name
+        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file atomically and return its path."""
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> Path:
+        """Write a safetensors file atomically and return its path."""
+        path = self.path / name
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_atomically(path, lambda aside: save_file(on_cpu, aside, metadata=dict(metadata)))
+        return path
+
+    def append_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Append records to ``metrics.jsonl``, one JSON object a line."""
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the records of ``metrics.jsonl``."""
+        with open(self.path / METRICS, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def figure_path(self, name: str) -> Path:
+        """Return where the figure ``name`` goes, and make its folder."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{name}.png"
