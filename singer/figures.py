@@ -62,46 +62,60 @@ def plot_spectra(
     _save(figure, path)
 
 
-def pca_rgb(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the patches' first three principal components as colours.
+def pca_rgb(tokens: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Return the patches' projections on three principal components as colours.
 
-    The components are those of all images together, so that colours mean the same in each.
+    The components and the scale are those of the first source, all images together, so that one
+    colour means the same everywhere.
 
     Args:
-        tokens: patches, ``[B, P, D]``.
+        tokens: name to patches, ``[B, P, D]`` each.
         grid: (rows, columns), P = rows · columns.
 
     Returns:
-        ``[B, rows, columns, 3]`` in [0, 1].
+        Name to ``[B, rows, columns, 3]`` in [0, 1].
     """
-    flat = tokens.float().flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    first = next(iter(tokens.values())).float().flatten(0, 1)
+    mean = first.mean(dim=0)
+    _, _, directions = torch.linalg.svd(first - mean, full_matrices=False)
     directions = directions[:3]
     # A singular vector's sign is arbitrary; make its largest entry positive.
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-    projected = flat @ (directions * largest.sign()).T
-    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
-    colours = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return colours.reshape(tokens.shape[0], *grid, 3)
+    directions = directions * largest.sign()
+    spread = (first - mean) @ directions.T
+    low, high = spread.quantile(0.02, dim=0), spread.quantile(0.98, dim=0)
+    colours = {}
+    for name, patches in tokens.items():
+        projected = (patches.float() - mean) @ directions.T
+        scaled = (projected - low) / (high - low).clamp_min(1e-12)
+        colours[name] = scaled.clamp(0, 1).unflatten(1, grid)
+    return colours
 
 
 def _image_grid(
-    images: Tensor, columns: Mapping[str, Tensor], path: Path, colour_map: str | None
+    images: Tensor,
+    columns: Mapping[str, Tensor],
+    path: Path,
+    colour_map: str | None = None,
+    label: str = "",
 ) -> None:
-    """Draw the images in the first column, then one column of panels per source."""
+    """Draw the images in the first column, then one column of panels per source.
+
+    With a colour map, the panels of a row share one scale, drawn beside them.
+    """
     count = images.shape[0]
     figure = Figure(figsize=(2.1 * (len(columns) + 1), 2.1 * count), layout="constrained")
     panels = figure.subplots(count, len(columns) + 1, squeeze=False)
     for row in range(count):
         panels[row][0].imshow(images[row].permute(1, 2, 0).numpy())
-        for column, (name, values) in enumerate(columns.items(), start=1):
-            drawn = panels[row][column].imshow(values[row].numpy(), cmap=colour_map)
-            if colour_map is not None:
-                figure.colorbar(drawn, ax=panels[row][column], shrink=0.75)
-            if row == 0:
-                panels[0][column].set_title(name)
-    panels[0][0].set_title("image")
+        shown = torch.stack([values[row] for values in columns.values()])
+        limits = {"vmin": shown.min().item(), "vmax": shown.max().item()} if colour_map else {}
+        for axes, values in zip(panels[row][1:], shown, strict=True):
+            drawn = axes.imshow(values.numpy(), cmap=colour_map, **limits)
+        if colour_map is not None:
+            figure.colorbar(drawn, ax=panels[row].tolist(), shrink=0.8, label=label)
+    for axes, name in zip(panels[0], ("image", *columns), strict=True):
+        axes.set_title(name)
     for axes in panels.flat:
         axes.set_axis_off()
     _save(figure, path)
@@ -110,7 +124,7 @@ def _image_grid(
 def plot_norm_maps(
     images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
 ) -> None:
-    """Draw each patch's norm, as a share of its image's median.
+    """Draw each patch's norm, as a multiple of its image's median.
 
     Args:
         images: ``[B, 3, H, W]``, uint8.
@@ -122,15 +136,21 @@ def plot_norm_maps(
     for name, patches in tokens.items():
         norms = torch.linalg.vector_norm(patches.float(), dim=-1)
         maps[name] = (norms / norms.median(dim=1, keepdim=True).values).unflatten(1, grid)
-    _image_grid(images, maps, path, "magma")
+    _image_grid(images, maps, path, "magma", "norm / median")
 
 
 def plot_pca_maps(
     images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
 ) -> None:
-    """Draw the patches' first three principal components as RGB; arguments as for norm maps."""
-    maps = {name: pca_rgb(patches, grid) for name, patches in tokens.items()}
-    _image_grid(images, maps, path, None)
+    """Draw the patches in the first three principal components of the first source, as RGB.
+
+    Args:
+        images: ``[B, 3, H, W]``, uint8.
+        tokens: name to patches ``[B, P, D]``, all of one width.
+        grid: (rows, columns).
+        path: the PNG file.
+    """
+    _image_grid(images, pca_rgb(tokens, grid), path)
 
 
 def plot_gram_matrices(images: Tensor, tokens: Mapping[str, Tensor], path: Path) -> None:
@@ -142,4 +162,5 @@ def plot_gram_matrices(images: Tensor, tokens: Mapping[str, Tensor], path: Path)
         path: the PNG file.
     """
     rows = {name: torch.nn.functional.normalize(t.float(), dim=-1) for name, t in tokens.items()}
-    _image_grid(images, {name: r @ r.mT for name, r in rows.items()}, path, "viridis")
+    grams = {name: unit @ unit.mT for name, unit in rows.items()}
+    _image_grid(images, grams, path, "viridis", "cosine")

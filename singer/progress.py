@@ -15,13 +15,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
 class _ImagesPerSecond(ProgressColumn):
     def __init__(self, images_per_step: int) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self.images_per_step = images_per_step
 
     def render(self, task: Task) -> Text:
@@ -42,11 +42,12 @@ class TrainingProgress:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[losses]}"),
+            BarColumn(bar_width=12),
+            TextColumn(
+                "{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             _ImagesPerSecond(images_per_step),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
             console=console or Console(quiet=True),
             disable=console is None,
         )
@@ -70,7 +71,7 @@ class TrainingProgress:
 
     def losses(self, losses: Mapping[str, float]) -> None:
         """Show the newest losses."""
-        text = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
         self._progress.update(self._task, losses=text)
 
 
@@ -83,7 +84,7 @@ def summary_table(title: str, rows: Mapping[str, str]) -> Table:
     """
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from singer.errors import SingerError
@@ -100,7 +100,9 @@ class RunFolder:
         """Write a safetensors file atomically and return its path."""
         path = self.path / name
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        write_atomically(path, lambda aside: save_file(on_cpu, aside, metadata=dict(metadata)))
+        # Not save_file: it ignores the umask and makes files that their owner alone can read.
+        content = save(on_cpu, metadata=dict(metadata))
+        write_atomically(path, lambda aside: aside.write_bytes(content))
         return path
 
     def append_metrics(self, records: list[dict[str, Any]]) -> None:

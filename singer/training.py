@@ -31,6 +31,7 @@ from singer.layers import match_layers, resolve_layers
 from singer.methods import METHODS, Distiller, SiNGER
 from singer.progress import TrainingProgress
 from singer.run_folder import CONFIG, SPECTRUM, STUDENT, RunFolder, check_new
+from singer_kernels import resolve_backend
 
 _logger = logging.getLogger("singer")
 
@@ -105,8 +106,14 @@ def build_method(config: Config, loader: DataLoader[Tensor], device: torch.devic
         device: where the teacher is measured, and the method ends up.
 
     Raises:
-        SingerError: weights can't be had, or see the method.
+        SingerError: the backend can't run, weights can't be had, or see the method.
     """
+    try:
+        resolve_backend(config.method.backend, device)
+    except (ValueError, RuntimeError) as error:
+        key = "" if config.method.backend is None else "method."
+        raise SingerError(f"{key}{error}") from error
+    set_seed(config.train.seed)
     teacher = create_backbone(
         config.teacher.name,
         config.image_size,
@@ -114,7 +121,7 @@ def build_method(config: Config, loader: DataLoader[Tensor], device: torch.devic
         config.teacher.weights,
         config.teacher.options,
     )
-    set_seed(config.train.seed)
+    set_seed(config.train.seed)  # again: loaded weights take less randomness than random ones
     student = create_backbone(
         config.student.name,
         config.image_size,
@@ -189,8 +196,7 @@ class _Trainer:
         self.folder: RunFolder | None = None
         self.writer: SummaryWriter | None = None
         self.saved_step: int | None = None
-        self.logged_step = 0
-        self.rates: list[float] = []
+        self.step_setups: list[dict[str, Any]] = []  # of the steps whose losses are pending
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
         epoch = 0
@@ -241,7 +247,8 @@ class _Trainer:
             for step in range(1, self.steps + 1):
                 epoch, images = next(batches)
                 self.scheduler.step_update(step - 1)
-                self.rates.append(self.optimizer.param_groups[0]["lr"])
+                rate = self.optimizer.param_groups[0]["lr"]
+                self.step_setups.append({"step": step, "epoch": epoch, "lr": rate})
                 losses = self.model(images)
                 self.accelerator.backward(losses["loss"])
                 self.optimizer.step()
@@ -250,31 +257,28 @@ class _Trainer:
                 progress.step()
                 is_save = step == self.steps or (train.save_every and step % train.save_every == 0)
                 if is_save or step % train.log_every == 0:
-                    new = self._log(epoch)
+                    new = self._log()
                     records.extend(new)
                     progress.losses({name: new[-1][name] for name in self.loss_log.names})
                 if is_save:
                     self._save(step)
         return records
 
-    def _log(self, epoch: int) -> list[dict[str, Any]]:
-        first = self.logged_step + 1
-        rows = self.loss_log.read()
+    def _log(self) -> list[dict[str, Any]]:
+        """Read, check and write the losses of the steps since the last call."""
         records = []
-        for step, losses in enumerate(rows, start=first):
+        for setup, losses in zip(self.step_setups, self.loss_log.read(), strict=True):
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
                 self._write_records(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
                 raise SingerError(
-                    f"step {step}: {name} is {losses[name]}; {self._last_good()}; "
+                    f"step {setup['step']}: {name} is {losses[name]}; {self._last_good()}; "
                     f"lower train.lr, or train with train.precision=no"
                 )
-            rate = self.rates[step - first]
-            records.append({"step": step, "epoch": epoch, "lr": rate, **losses})
+            records.append({**setup, **losses})
         self._write_records(records)
-        self.rates.clear()
-        self.logged_step += len(rows)
+        self.step_setups.clear()
         return records
 
     def _write_records(self, records: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """The losses of SiNGER, for anyone's distillation code. Importing this needs torch alone."""
 
+from singer_kernels.backends import resolve_backend
 from singer_kernels.functional import gram_loss, kd_loss, outlier_loss, refine, token_norms
 from singer_kernels.losses import FusedLosses, fused_losses
 from singer_kernels.types import FusedLossesOutput
@@ -15,5 +16,6 @@ __all__ = [
     "kd_loss",
     "outlier_loss",
     "refine",
+    "resolve_backend",
     "token_norms",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -68,8 +68,8 @@ def _automatic(device_type: str, device_index: int | None) -> str:
     raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")
 
 
-def resolve(backend: str | None, device: torch.device) -> ModuleType:
-    """Return the backend that a call asks for.
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """Return the name of the backend that a call would use.
 
     Args:
         backend: a backend's name, or None for the one named by the environment variable
@@ -78,7 +78,7 @@ def resolve(backend: str | None, device: torch.device) -> ModuleType:
         device: where the tensors are.
 
     Returns:
-        The backend's module.
+        The name.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -89,10 +89,15 @@ def resolve(backend: str | None, device: torch.device) -> ModuleType:
         source = ENVIRONMENT_VARIABLE
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     if backend is None:
-        return load(_automatic(device.type, device.index))
+        return _automatic(device.type, device.index)
     if backend not in _PREFERENCE:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
-    return load(backend)
+    return backend
+
+
+def resolve(backend: str | None, device: torch.device) -> ModuleType:
+    """Return the module of the backend that a call asks for; see :func:`resolve_backend`."""
+    return load(resolve_backend(backend, device))

@@ -1,0 +1,75 @@
+"""A run small enough for tests: tiny random models on a few generated images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from singer.config import Config, parse_config
+
+TEACHER = {
+    "name": "vit_tiny_patch16_224",
+    "options": {"patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2},
+}
+STUDENT = {
+    "name": "vit_tiny_patch16_224",
+    "options": {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> None:
+    """Accelerate keeps one precision per process; each test may take its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Twelve images of random sizes, in two subfolders."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    for index in range(12):
+        height, width = rng.integers(40, 90, size=2)
+        pixels = rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+        path = folder / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture
+def values(tmp_path: Path, image_folder: Path) -> dict[str, Any]:
+    """The tiny run's configuration, as nested mappings."""
+    return {
+        "teacher": dict(TEACHER),
+        "student": dict(STUDENT),
+        "image_size": 32,
+        "method": {"name": "singer", "rank": 8},
+        "data": {"source": str(image_folder), "num_workers": 0},
+        "train": {"steps": 6, "batch_size": 4, "log_every": 2, "lr": 1e-3},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+@pytest.fixture
+def make_config(values: dict[str, Any]) -> Callable[..., Config]:
+    """Build the tiny run's configuration with some values changed: sections by keyword."""
+
+    def make(**changes: Any) -> Config:
+        return parse_config(_merge(values, changes))
+
+    return make

@@ -1,0 +1,126 @@
+"""The command line: its errors above all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from omegaconf import OmegaConf
+
+from singer.cli import main
+
+
+@pytest.fixture
+def config_file(tmp_path, values):
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return path
+
+
+def test_distill_runs_as_a_program(config_file, values):
+    command = [sys.executable, "-m", "singer.cli", "distill", "--config", str(config_file)]
+    options = {
+        "capture_output": True,
+        "text": True,
+        "check": False,
+        "timeout": 300,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+    done = subprocess.run([*command, "train.steps=3"], **options)
+    assert done.returncode == 0, done.stderr
+    for text in ("step 3/3", "images per second", "student.safetensors"):
+        assert text in done.stdout.replace("\n", "")
+    again = subprocess.run(command, **options)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["teacher.name=vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
+        (["student.name=resnet18"], "student: timm can't build 'resnet18'"),
+        (["student.name=swin_tiny_patch4_window7_224", "student.options=null"], "student"),
+        (["image_size=33"], "patch of 8 px does not divide the image size 33"),
+        (["student.options.patch_size=16"], "student.options.patch_size"),
+        (["student.options.wings=2"], "wings"),
+        (["method.layers=[4]"], "method.layers: got 4, expected -4 to 3"),
+        (["method.layers=[3,-1]"], "names a block twice"),
+        (["method.layers=[]"], "method.layers: got no layer"),
+        (["method.layers=[0,1,2]"], "at most 2, the number of the student's blocks"),
+        (["method.rank=33"], "method.rank: got 33, expected at most 32"),
+        (["method.backend=warp"], "method.backend: got 'warp', expected one of"),
+        (["trian.lr=1"], "unknown key 'trian'; did you mean 'train'"),
+        (["data.source=absent"], "data.source: got 'absent', expected an existing folder"),
+        (["train.batch_size=99"], "train.batch_size: got 99"),
+        (["teacher.weights=absent.pth"], "teacher.weights: got 'absent.pth'"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(config_file, values, capsys, overrides, expected):
+    assert main(["distill", "--config", str(config_file), *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("singer: error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert out == ""
+    assert not Path(values["output"]).exists()
+
+
+def test_weights_that_do_not_fit_are_refused(config_file, values, capsys, tmp_path):
+    import torch
+
+    torch.save({"nonsense": torch.zeros(2)}, tmp_path / "bad.pth")
+    override = f"teacher.weights={tmp_path / 'bad.pth'}"
+    assert main(["distill", "--config", str(config_file), override]) == 2
+    err = capsys.readouterr().err
+    assert "teacher.weights" in err
+    assert err.count("\n") == 1
+    assert not Path(values["output"]).exists()
+
+
+def test_unreadable_image_in_a_worker_is_one_line_too(config_file, image_folder, capsys):
+    (image_folder / "class0" / "0.png").write_bytes(b"broken")
+    assert main(["distill", "--config", str(config_file), "data.num_workers=1"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("singer: error: data.source: ")
+    assert "0.png can't be read as an image" in err
+
+
+def test_no_hub_is_one_line(config_file, capsys, monkeypatch):
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("the hub can't be reached")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    assert main(["distill", "--config", str(config_file), "teacher.weights=pretrained"]) == 2
+    err = capsys.readouterr().err
+    assert "the hub can't be reached" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["distill"], ["demo", "--steps", "x"]])
+def test_wrong_usage_has_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: singer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "0"], "train.steps: got 0"),
+        (["--seed", "-1"], "train.seed: got -1"),
+        (["--teacher", "vit_smal_patch16_224"], "did you mean 'vit_small_patch16_224'"),
+    ],
+)
+def test_mistakes_in_the_demos_options(arguments, expected, capsys, tmp_path):
+    output = tmp_path / "demo"
+    assert main(["demo", "--output", str(output), *arguments]) == 2
+    assert expected in capsys.readouterr().err
+    assert not output.exists()

@@ -1,0 +1,112 @@
+"""Reading and checking a run's configuration."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from singer.config import SiNGERConfig, load_config, parse_config, to_yaml
+from singer.errors import SingerError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def _write(tmp_path, values):
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return path
+
+
+def test_overrides_take_the_place_of_the_files_values(tmp_path, values):
+    path = _write(tmp_path, values)
+    config = load_config(
+        path, ["train.lr=3e-4", "method.layers=[1,3]", "train.betas=[0.8,0.9]", "data.hflip=0"]
+    )
+    assert config.train.lr == 3e-4
+    assert config.method.layers == [1, 3]
+    assert config.train.betas == (0.8, 0.9)
+    assert config.data.hflip == 0
+    assert config.train.batch_size == values["train"]["batch_size"]
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path, make_config):
+    config = make_config(method={"layers": [0, -1], "variant": "official"})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+
+
+def test_method_is_singer_unless_named(values):
+    del values["method"]["name"]
+    assert isinstance(parse_config(values).method, SiNGERConfig)
+
+
+def test_configuration_is_immutable(make_config):
+    with pytest.raises(ValidationError):
+        make_config().train.lr = 1.0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    load_config(path)
+
+
+def test_configurations_are_shipped():
+    assert len(CONFIGS) >= 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=1", ["unknown key 'train.learning_rate'"]),
+        ("train.batchsize=1", ["unknown key 'train.batchsize'", "did you mean 'batch_size'"]),
+        ("method.rnk=4", ["unknown key 'method.rnk'", "did you mean 'rank'"]),
+        ("outptu=x", ["unknown key 'outptu'", "did you mean 'output'"]),
+        ("method.rank=0", ["method.rank", "got 0", "greater than or equal to 1"]),
+        ("method.quantile=1.5", ["method.quantile", "got 1.5", "less than or equal to 1"]),
+        ("method.variant=papper", ["method.variant", "got 'papper'", "'paper' or 'official'"]),
+        ("method.name=sniger", ["method", "'sniger'", "'singer'", "'fitnet'"]),
+        ("train.steps=many", ["train.steps", "got 'many'"]),
+        ("train.precision=fp8", ["train.precision", "got 'fp8'"]),
+        ("data.crop_scale=[0.5,0.1]", ["crop_scale", "[0.5, 0.1]"]),
+        ("train.seed=-1", ["train.seed", "got -1"]),
+        ("teacher=null", ["teacher", "got None"]),
+        ("nonsense", ["got 'nonsense'", "expected key=value"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, values, override, expected):
+    with pytest.raises(SingerError) as caught:
+        load_config(_write(tmp_path, values), [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert text in message
+
+
+def test_missing_keys_and_several_mistakes_are_all_named(values):
+    del values["output"]
+    del values["data"]["source"]
+    values["train"]["stepz"] = 1
+    with pytest.raises(SingerError) as caught:
+        parse_config(values)
+    for text in ("output: missing", "data.source: missing", "'train.stepz'; did you mean 'steps'"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("a: [1", "config.yaml"), ("- 1\n- 2\n", "config.yaml"), ("x: ${y}\n", "config.yaml")],
+    ids=["broken YAML", "a list", "unknown interpolation"],
+)
+def test_unreadable_files_are_named(tmp_path, content, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(SingerError, match=expected) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(SingerError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")

@@ -1,0 +1,290 @@
+"""Whole runs, small: what they write, and that they do what they say."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from singer import training
+from singer.config import FitNetConfig, load_config
+from singer.data import ImageCrops, create_loader
+from singer.errors import SingerError
+from singer.methods import SiNGER
+from singer.run_folder import RunFolder
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+
+
+def _distill(config):
+    return training.distill(config, QUIET)
+
+
+def _metrics(config):
+    with open(f"{config.output}/metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _weights(config, name="student"):
+    return load_file(f"{config.output}/{name}.safetensors")
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_run_folder_holds_what_it_should(make_config):
+    config = make_config()
+    result = _distill(config)
+    written = {str(p.relative_to(result.folder)) for p in result.folder.rglob("*") if p.is_file()}
+    events = {name for name in written if name.startswith("tensorboard/")}
+    assert len(events) == 1
+    assert written - events == {
+        "config.yaml",
+        "metrics.jsonl",
+        "student.safetensors",
+        "projections.safetensors",
+        "adapters.safetensors",
+        "spectrum.json",
+        "figures/losses.png",
+    }
+    assert load_config(result.folder / "config.yaml") == config
+    metrics = _metrics(config)
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in metrics] == [0, 0, 0, 1, 1, 1]
+    assert set(metrics[0]) == {"step", "epoch", "lr", "loss", "kd", "outlier", "info"}
+    for record in metrics:
+        terms = record["kd"] + 0.01 * record["outlier"] + record["info"]
+        assert math.isclose(record["loss"], terms, rel_tol=1e-5)
+    assert result.losses["kd"] == metrics[-1]["kd"]  # the last tenth of 6 steps is one step
+    spectrum = json.loads((result.folder / "spectrum.json").read_text())
+    assert set(spectrum) == {"2", "3"}
+    assert len(spectrum["2"]["singular_values"]) == 32
+    assert len(spectrum["2"]["selected"]) == 8
+    assert spectrum["2"]["block"] == 3
+
+
+def test_saved_student_gives_its_features_in_plain_timm(make_config):
+    config = make_config()
+    method = _distill(config).method
+    model = timm.create_model(
+        config.student.name, num_classes=0, img_size=32, **config.student.options
+    )
+    model.load_state_dict(load_file(f"{config.output}/student.safetensors"), strict=True)
+    model.eval()
+    method.eval()
+    images = torch.rand(2, 3, 32, 32)
+    data = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        tokens = method.student_tokens(images)[1]
+        prefix, patches = tokens[:, :1], tokens[:, 1:]
+        ((expected, expected_prefix),) = model.forward_intermediates(
+            (images - mean) / std,
+            indices=[1],
+            norm=False,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+    torch.testing.assert_close(patches, expected, rtol=0, atol=0)
+    torch.testing.assert_close(prefix, expected_prefix, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["singer", "fitnet"])
+def test_one_seed_gives_one_result(make_config, tmp_path, method):
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(3)  # whatever ran before must not matter
+        output = str(tmp_path / name)
+        config = _with_method(make_config, method, train={"seed": seed}, output=output)
+        _distill(config)
+        runs.append(config)
+    first, second, other = runs
+    for name in ("student", "projections"):
+        assert _equal(_weights(first, name), _weights(second, name))
+        assert not _equal(_weights(first, name), _weights(other, name))
+    assert _metrics(first) == _metrics(second)
+
+
+def _with_method(make_config, name, **changes):
+    config = make_config(**changes)
+    if name == "fitnet":
+        config = config.model_copy(update={"method": FitNetConfig(name="fitnet")})
+    return config
+
+
+def test_methods_see_the_same_images_and_start_from_the_same_student(make_config, monkeypatch):
+    seen = []
+    for method in ("singer", "fitnet"):
+        config = _with_method(make_config, method)
+        loader = create_loader(config)
+        built = training.build_method(config, loader, CPU)
+        seen.append((built.student.state_dict(), built.projections.state_dict(), list(loader)))
+    (student_a, projections_a, batches_a), (student_b, projections_b, batches_b) = seen
+    assert _equal(student_a, student_b)
+    assert _equal(projections_a, projections_b)
+    assert all(torch.equal(a, b) for a, b in zip(batches_a, batches_b, strict=True))
+
+
+def test_teacher_stays_and_everything_trainable_moves(make_config):
+    config = make_config()
+    before = training.build_method(config, create_loader(config), CPU)
+    after = _distill(config).method
+    assert _equal(before.teacher.model.state_dict(), after.teacher.model.state_dict())
+    assert all(p.grad is None and not p.requires_grad for p in after.teacher.model.parameters())
+    start = dict(before.named_parameters())
+    for name, parameter in after.named_parameters():
+        assert torch.equal(start[name], parameter) == (not parameter.requires_grad), name
+    frozen = {name for name, p in after.named_parameters() if not p.requires_grad}
+    assert frozen == {"student.norm.weight", "student.norm.bias"}
+
+
+def test_every_epoch_draws_every_image_in_a_new_order(make_config, monkeypatch):
+    tickets = []
+    original = ImageCrops.__getitem__
+
+    def record(self, ticket):
+        tickets.append(ticket)
+        return original(self, ticket)
+
+    config = make_config(train={"steps": 6})
+    method = training.build_method(config, create_loader(config), CPU)
+    monkeypatch.setattr(ImageCrops, "__getitem__", record)
+    loader = create_loader(config)
+    training._Trainer(config, training.Accelerator(), method, loader, QUIET).run()
+    assert sorted(tickets[:12]) == list(range(12))
+    assert sorted(tickets[12:24]) == list(range(12, 24))
+    assert [ticket - 12 for ticket in tickets[12:24]] != tickets[:12]
+
+
+def test_how_often_it_logs_or_saves_changes_no_weight(make_config, tmp_path):
+    often = make_config(train={"log_every": 1, "save_every": 1}, output=str(tmp_path / "often"))
+    seldom = make_config(train={"log_every": 100}, output=str(tmp_path / "seldom"))
+    _distill(often)
+    _distill(seldom)
+    assert _equal(_weights(often), _weights(seldom))
+    assert _metrics(often) == _metrics(seldom)
+
+
+def test_losses_fall(make_config):
+    config = make_config(train={"steps": 60, "lr": 3e-3})
+    _distill(config)
+    metrics = _metrics(config)
+    assert metrics[-1]["kd"] < 0.5 * metrics[0]["kd"]
+
+
+@pytest.mark.parametrize("changes", [{"variant": "official"}, {"layers": [-1]}, {"layers": [0]}])
+def test_variants_run(make_config, changes):
+    assert math.isfinite(_distill(make_config(method=changes)).losses["loss"])
+
+
+def test_bf16_autocast_runs(make_config):
+    result = _distill(make_config(train={"precision": "bf16"}))
+    assert math.isfinite(result.losses["loss"])
+    assert all(p.dtype == torch.float32 for p in result.method.parameters())
+
+
+def test_jacobian_is_measured_on_the_runs_own_images(make_config):
+    method = _distill(make_config(method={"linearization": "jacobian"})).method
+    assert isinstance(method, SiNGER)
+    assert {basis.linearization for basis in method.bases.values()} == {"jacobian"}
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine(make_config):
+    config = make_config(train={"steps": 20, "warmup": 0.25, "min_lr": 0.1, "lr": 1.0})
+    rates = []
+    method = training.build_method(config, create_loader(config), CPU)
+    trainer = training._Trainer(
+        config, training.Accelerator(), method, create_loader(config), QUIET
+    )
+    for step in range(20):
+        trainer.scheduler.step_update(step)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    warmup = [(step + 1) / 6 for step in range(5)]
+    decay = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
+    assert rates == pytest.approx(warmup + decay, rel=1e-9)
+
+
+def _poison(monkeypatch, bad_step, term):
+    """Make one term of the losses NaN from a step on."""
+    original = SiNGER.losses
+    calls = []
+
+    def losses(self, student, teacher):
+        calls.append(1)
+        terms = original(self, student, teacher)
+        if len(calls) >= bad_step:
+            terms[term] = terms[term] * math.nan
+            terms["loss"] = terms["loss"] * math.nan
+        return terms
+
+    monkeypatch.setattr(SiNGER, "losses", losses)
+
+
+def test_non_finite_loss_names_step_loss_and_last_good_checkpoint(make_config, monkeypatch):
+    _poison(monkeypatch, bad_step=4, term="outlier")
+    config = make_config(train={"save_every": 3, "log_every": 100})
+    with pytest.raises(SingerError) as caught:
+        _distill(config)
+    message = str(caught.value)
+    for text in ("step 4: outlier is nan", "student.safetensors, of step 3", "train.lr"):
+        assert text in message
+    assert all(tensor.isfinite().all() for tensor in _weights(config).values())
+    assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
+
+
+def test_non_finite_loss_without_a_checkpoint_says_so(make_config, monkeypatch):
+    _poison(monkeypatch, bad_step=1, term="kd")
+    config = make_config()
+    with pytest.raises(SingerError, match=r"step 1: kd is nan; no checkpoint had been saved"):
+        _distill(config)
+    assert not (training.Path(config.output) / "student.safetensors").exists()
+
+
+def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
+    original = training._Trainer._log
+
+    def log_and_break(self):
+        records = original(self)
+        if records[-1]["step"] == 6:
+            with torch.no_grad():
+                self.method.student.cls_token.fill_(math.inf)
+        return records
+
+    monkeypatch.setattr(training._Trainer, "_log", log_and_break)
+    config = make_config(train={"save_every": 4, "log_every": 100})
+    with pytest.raises(SingerError, match=r"step 6: .*student\.cls_token is not finite.*step 4"):
+        _distill(config)
+    assert all(tensor.isfinite().all() for tensor in _weights(config).values())
+
+
+def test_existing_output_is_refused_before_anything_is_loaded(make_config, monkeypatch):
+    config = make_config()
+    RunFolder(config.output).write_text("kept", "x")
+    monkeypatch.setattr(training, "create_backbone", None)  # calling it would fail
+    with pytest.raises(SingerError, match=r"output: .* exists already"):
+        _distill(config)
+    assert [path.name for path in training.Path(config.output).iterdir()] == ["kept"]
+
+
+def test_unreadable_image_stops_the_run_and_is_named(make_config, image_folder):
+    (image_folder / "class0" / "0.png").write_bytes(b"broken")
+    with pytest.raises(SingerError, match=r"0\.png can't be read as an image"):
+        _distill(make_config())
+
+
+def test_checkpoint_says_how_to_rebuild_the_model(make_config):
+    from safetensors import safe_open
+
+    config = make_config()
+    _distill(config)
+    with safe_open(f"{config.output}/student.safetensors", "pt") as file:
+        metadata = file.metadata()
+    model = timm.create_model(metadata["model"], num_classes=0, **json.loads(metadata["options"]))
+    model.load_state_dict(_weights(config), strict=True)
+    assert metadata["step"] == "6"
