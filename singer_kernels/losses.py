@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor, nn
 
 from singer_kernels import backends
 from singer_kernels.types import FusedLossesOutput
 from singer_kernels.validation import (
+    FLOAT_DTYPES,
     check_adapter,
     check_flag,
     check_frozen,
+    check_int,
     check_num_prefix_tokens,
     check_quantile,
     check_same_shape,
@@ -141,20 +141,17 @@ class FusedLosses(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, most in (("dim", dim, None), ("rank", rank, dim)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name}: got {value!r}, expected an int")
-            if value < 1 or (most is not None and value > most):
-                limit = "at least 1" if most is None else f"1 to {most}, the width dim"
-                raise ValueError(f"{name}: got {value}, expected {limit}")
-        self.dim, self.rank = dim, rank
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: got {dtype}, expected a floating dtype")
+        self.dim = check_int("dim", dim, 1)
+        self.rank = check_int("rank", rank, 1, dim, ", the width dim")
         self.gram = check_flag("gram", gram)
         self.quantile = check_quantile(quantile)
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_prefix_tokens = check_int("num_prefix_tokens", num_prefix_tokens, 0)
         self.return_refined = check_flag("return_refined", return_refined)
-        self.backend = backend
-        self.down = nn.Parameter(torch.empty(dim, rank, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.empty(rank, dim, device=device, dtype=dtype))
+        self.backend = backends.check_name(backend)
+        self.down = nn.Parameter(torch.empty(self.dim, self.rank, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(self.rank, self.dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -159,7 +159,12 @@ def gram_matrix(
     return torch.matmul(rows, rows.mT).to(acc)
 
 
-def _gram_difference_loss(gram: Tensor, target_gram: Tensor) -> Tensor:
+def _gram_difference_loss(
+    tokens: Tensor, target: Tensor, num_prefix_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    # Both products take one dtype: with two, their rounding alone would make a loss.
+    gram = gram_matrix(tokens, num_prefix_tokens, dtype)
+    target_gram = gram_matrix(target, num_prefix_tokens, dtype)
     acc = accumulation_dtype(gram, target_gram)
     return (gram.to(acc) - target_gram.to(acc)).square().mean()
 
@@ -177,9 +182,8 @@ def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int = 1) -> Ten
 
     Source: paper, section 3.3.
     """
-    return _gram_difference_loss(
-        gram_matrix(tokens, num_prefix_tokens), gram_matrix(target, num_prefix_tokens)
-    )
+    dtype = torch.promote_types(tokens.dtype, target.dtype)
+    return _gram_difference_loss(tokens, target, num_prefix_tokens, dtype)
 
 
 def kd_loss(student: Tensor, tokens: Tensor) -> Tensor:
@@ -214,17 +218,15 @@ def fused_losses(
 
     The arguments and the result are those of :func:`singer_kernels.fused_losses`, unchecked.
     """
+    target = teacher if gram_target is None else gram_target
     refined, refined_dtype = _refine(teacher, down, up, num_prefix_tokens)
-    refined = refined.to(accumulation_dtype(student, refined))
+    refined = refined.to(accumulation_dtype(student, refined, target))
     norms = token_norms(refined, num_prefix_tokens)
     threshold = norm_threshold(norms, quantile)
     info = None
     if gram:
-        target = teacher if gram_target is None else gram_target
-        info = _gram_difference_loss(
-            gram_matrix(refined, num_prefix_tokens, refined_dtype),
-            gram_matrix(target, num_prefix_tokens),
-        ).to(refined.dtype)
+        dtype = torch.promote_types(refined_dtype, target.dtype)
+        info = _gram_difference_loss(refined, target, num_prefix_tokens, dtype)
     return FusedLossesOutput(
         kd=kd_loss(student, refined),
         outlier=_outlier_excess_loss(norms, threshold),

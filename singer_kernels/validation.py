@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
 def check_tensor(name: str, value: object, dims: str) -> Tensor:
@@ -91,6 +92,31 @@ def check_frozen(name: str, value: Tensor) -> None:
         )
 
 
+def check_int(name: str, value: object, low: int, high: int | None = None, why: str = "") -> int:
+    """Check that a value is an integer between two bounds, both included.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what came.
+        low: the smallest allowed.
+        high: the largest allowed; None: there is none.
+        why: what sets the bounds, for the message.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it lies outside the bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {_describe(value)}, expected an int")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value}, expected {bounds}{why}")
+    return int(value)
+
+
 def check_num_prefix_tokens(num_prefix_tokens: object, num_tokens: int) -> int:
     """Check the number of prefix tokens against the number of tokens.
 
@@ -101,14 +127,8 @@ def check_num_prefix_tokens(num_prefix_tokens: object, num_tokens: int) -> int:
         TypeError: it is no integer.
         ValueError: it is negative, or leaves no patch.
     """
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, numbers.Integral):
-        raise TypeError(f"num_prefix_tokens: got {_describe(num_prefix_tokens)}, expected an int")
-    if not 0 <= num_prefix_tokens < num_tokens:
-        raise ValueError(
-            f"num_prefix_tokens: got {num_prefix_tokens}, expected 0 to {num_tokens - 1} "
-            f"(there are {num_tokens} tokens, and at least one must be a patch)"
-        )
-    return int(num_prefix_tokens)
+    why = f" (there are {num_tokens} tokens, and at least one must be a patch)"
+    return check_int("num_prefix_tokens", num_prefix_tokens, 0, num_tokens - 1, why)
 
 
 def check_quantile(quantile: object) -> float:

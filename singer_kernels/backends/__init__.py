@@ -68,6 +68,24 @@ def _automatic(device_type: str, device_index: int | None) -> str:
     raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")
 
 
+def check_name(backend: str | None, source: str = "backend") -> str | None:
+    """Check that a backend of that name exists; None, the automatic choice, is returned as it is.
+
+    Args:
+        backend: the name.
+        source: where it comes from, for the message.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: there is no such backend.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{source}: got {backend!r}, expected a string or None")
+    if backend is not None and backend not in _PREFERENCE:
+        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
+    return backend
+
+
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """Return the name of the backend that a call would use.
 
@@ -81,6 +99,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         The name.
 
     Raises:
+        TypeError: ``backend`` is neither a string nor None.
         ValueError: there is no backend of that name.
         RuntimeError: the backend that was asked for can't run; the message has its reason.
     """
@@ -88,10 +107,8 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         source = ENVIRONMENT_VARIABLE
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    if backend is None:
+    if check_name(backend, source) is None:
         return _automatic(device.type, device.index)
-    if backend not in _PREFERENCE:
-        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")

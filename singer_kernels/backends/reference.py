@@ -6,27 +6,41 @@ so that a second differentiation raises here as it does in every other backend.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from singer_kernels import reference
 from singer_kernels.types import FusedLossesOutput
 
 
+class _Refuse(torch.autograd.Function):
+    """The identity, whose gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise RuntimeError("the losses of singer_kernels can't be differentiated twice")
+
+
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity, whose gradient can't be differentiated again."""
+    """The identity, whose gradient can't be differentiated again.
+
+    Not ``once_differentiable``: that hangs its error on new leaves, which ``torch.autograd.grad``
+    never reaches, so that a second derivative would silently lack a part.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
+        return _Refuse.apply(grad)
 
 
 def _once(tensor: Tensor) -> Tensor:
