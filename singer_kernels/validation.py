@@ -5,7 +5,6 @@ Every error names the argument, says what came and what was expected.
 
 from __future__ import annotations
 
-import math
 import numbers
 import reprlib
 
@@ -111,10 +110,11 @@ def check_int(name: str, value: object, low: int, high: int | None = None, why: 
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {_describe(value)}, expected an int")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {value}, expected {bounds}{why}")
-    return int(value)
+    return number
 
 
 def check_num_prefix_tokens(num_prefix_tokens: object, num_tokens: int) -> int:
@@ -143,9 +143,10 @@ def check_quantile(quantile: object) -> float:
     """
     if isinstance(quantile, bool) or not isinstance(quantile, numbers.Real):
         raise TypeError(f"quantile: got {_describe(quantile)}, expected a number in [0, 1]")
-    if math.isnan(quantile) or not 0 <= quantile <= 1:
+    number = float(quantile)
+    if not 0 <= number <= 1:  # NaN too
         raise ValueError(f"quantile: got {quantile}, expected a number in [0, 1]")
-    return float(quantile)
+    return number
 
 
 def check_flag(name: str, value: object) -> bool:

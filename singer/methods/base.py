@@ -59,7 +59,7 @@ class Distiller(nn.Module):
                 f"{teacher.grid[0]}x{teacher.grid[1]}; set student.options.patch_size or image_size"
             )
         self.teacher = teacher.freeze()
-        self.backbone = student
+        self.student_backbone = student
         self.layers = resolve_layers(layers, teacher.depth, "method.layers")
         self.student_layers = match_layers(self.layers, teacher.depth, student.depth)
         self.teacher_layers = list(self.layers)
@@ -79,8 +79,9 @@ class Distiller(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the student wants no weight decay on (read by timm)."""
-        names = getattr(self.student, "no_weight_decay", set)()
-        return {f"student.{name}" for name in names}
+        own = {name for name, _ in self.student.named_parameters()}
+        names: set[str] = getattr(self.student, "no_weight_decay", set)()
+        return {f"student.{name}" for name in names & own}
 
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> BlockTokens:
@@ -97,7 +98,7 @@ class Distiller(nn.Module):
         Args:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
         """
-        return self.backbone.tokens(images, self.student_layers)
+        return self.student_backbone.tokens(images, self.student_layers)
 
     def aligned_teacher(self, layer: int, teacher: BlockTokens) -> Tensor:
         """Return a teacher block's tokens with the shared prefix tokens only, ``[B, T, D]``."""
@@ -106,7 +107,7 @@ class Distiller(nn.Module):
     def projected_student(self, layer: int, student: BlockTokens) -> Tensor:
         """Return the student's tokens for a teacher layer, in its width, ``[B, T, D]``."""
         tokens = student[self.student_layers[self.layers.index(layer)]]
-        return self.projections[str(layer)](self._align(tokens, self.backbone))
+        return self.projections[str(layer)](self._align(tokens, self.student_backbone))
 
     def _align(self, tokens: Tensor, backbone: Backbone) -> Tensor:
         own, shared = backbone.num_prefix_tokens, self.num_prefix_tokens
@@ -149,10 +150,7 @@ class Distiller(nn.Module):
 
 def _shared_prefix(teacher: Backbone, student: Backbone) -> int:
     """Return how many leading tokens mean the same in both models."""
-    if (teacher.num_prefix_tokens, teacher.has_class_token) == (
-        student.num_prefix_tokens,
-        student.has_class_token,
-    ):
+    if teacher.prefix_layout == student.prefix_layout:
         return teacher.num_prefix_tokens
     return int(teacher.has_class_token and student.has_class_token)
 
@@ -163,8 +161,7 @@ def _freeze_unused(student: Backbone, last_layer: int) -> None:
     was_training = model.training
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
-    image = torch.zeros(1, 3, *student.image_size, device=device)
+    image = torch.zeros(1, 3, *student.image_size, device=parameters[0].device)
     tokens = student.tokens(image, [last_layer])[last_layer]
     gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):

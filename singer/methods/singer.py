@@ -101,15 +101,16 @@ class SiNGER(Distiller):
                 images,
                 seed,
             )
-            adapter = FusedLosses(
-                teacher.dim,
-                rank,
-                gram=is_last,
-                quantile=quantile,
-                num_prefix_tokens=self.num_prefix_tokens,
-                return_refined=not is_last,
-                backend=backend,
-            )
+            with torch.random.fork_rng(devices=[]):  # it draws a basis that is replaced at once
+                adapter = FusedLosses(
+                    teacher.dim,
+                    rank,
+                    gram=is_last,
+                    quantile=quantile,
+                    num_prefix_tokens=self.num_prefix_tokens,
+                    return_refined=not is_last,
+                    backend=backend,
+                )
             adapter.set_basis(basis.vectors)
             self.bases[layer] = basis
             self.adapters[str(layer)] = adapter

@@ -1,13 +1,7 @@
 """The backends, and the choice among them.
 
-A backend is a module of this package that defines
-
-- ``unavailable_reason(device) -> str | None``: None if it can run on that device, else why not;
-- ``fused_losses``, ``refine``, ``token_norms``, ``outlier_loss``, ``gram_loss``, ``kd_loss`` with
-  the signatures of :mod:`singer_kernels.reference`. They are handed checked arguments, give
-  gradients, and refuse to be differentiated twice.
-
-To add one, write the module and name it in ``_PREFERENCE``.
+A backend is a module of this package that has the functions of :class:`Backend`. To add one, write
+the module and name it in ``_PREFERENCE``.
 """
 
 from __future__ import annotations
@@ -16,9 +10,12 @@ import importlib
 import logging
 import os
 from functools import cache
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
+
+from singer_kernels.types import FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
@@ -28,18 +25,59 @@ _PREFERENCE = ("reference",)
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
 
 
+class Backend(Protocol):
+    """What a backend's module offers.
+
+    The losses are those of :mod:`singer_kernels.reference`. They are handed checked arguments,
+    give gradients, and refuse to be differentiated twice.
+    """
+
+    def unavailable_reason(self, device: torch.device) -> str | None:
+        """Return None if the backend can run on that device, else why not, in one line."""
+
+    def fused_losses(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        down: Tensor,
+        up: Tensor,
+        *,
+        gram_target: Tensor | None,
+        gram: bool,
+        quantile: float,
+        num_prefix_tokens: int,
+        return_refined: bool,
+    ) -> FusedLossesOutput:
+        """See :func:`singer_kernels.reference.fused_losses`."""
+
+    def refine(self, teacher: Tensor, down: Tensor, up: Tensor, num_prefix_tokens: int) -> Tensor:
+        """See :func:`singer_kernels.reference.refine`."""
+
+    def token_norms(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+        """See :func:`singer_kernels.reference.token_norms`."""
+
+    def outlier_loss(self, norms: Tensor, quantile: float) -> Tensor:
+        """See :func:`singer_kernels.reference.outlier_loss`."""
+
+    def gram_loss(self, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+        """See :func:`singer_kernels.reference.gram_loss`."""
+
+    def kd_loss(self, student: Tensor, tokens: Tensor) -> Tensor:
+        """See :func:`singer_kernels.reference.kd_loss`."""
+
+
 def names() -> tuple[str, ...]:
     """Return the names of the backends that exist, the preferred one first."""
     return _PREFERENCE
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """Import a backend's module.
 
     Raises:
         ImportError: something that the backend needs is missing.
     """
-    return importlib.import_module(f"singer_kernels.backends.{name}")
+    return cast("Backend", importlib.import_module(f"singer_kernels.backends.{name}"))
 
 
 def unavailable_reason(name: str, device: torch.device) -> str | None:
@@ -55,9 +93,8 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 
 
 @cache
-def _automatic(device_type: str, device_index: int | None) -> str:
-    device = torch.device(device_type, device_index)
-    skipped = []
+def _automatic(device: torch.device) -> str:
+    skipped: list[str] = []
     for name in _PREFERENCE:
         reason = unavailable_reason(name, device)
         if reason is None:
@@ -107,14 +144,15 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         source = ENVIRONMENT_VARIABLE
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    if check_name(backend, source) is None:
-        return _automatic(device.type, device.index)
+    backend = check_name(backend, source)
+    if backend is None:
+        return _automatic(device)
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
     return backend
 
 
-def resolve(backend: str | None, device: torch.device) -> ModuleType:
+def resolve(backend: str | None, device: torch.device) -> Backend:
     """Return the module of the backend that a call asks for; see :func:`resolve_backend`."""
     return load(resolve_backend(backend, device))

@@ -318,9 +318,15 @@ def test_bytes_and_floats_agree(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_floating_images_keep_their_dtype(dtype):
+def test_images_of_any_dtype_take_that_of_the_weights(dtype):
     backbone = tiny_backbone(DINOV2)
-    assert backbone.normalize(random_images(backbone, dtype=dtype)).dtype == dtype
+    backbone.model.to(dtype)
+    floats = random_images(backbone, dtype=torch.float32)
+    bytes_ = (floats * 255).to(torch.uint8)
+    with torch.no_grad():
+        for images in (bytes_, floats, floats.double()):
+            assert backbone.normalize(images).dtype == dtype
+            assert backbone.tokens(images, [1])[1].dtype == dtype
 
 
 # --- models that are none -------------------------------------------------------------------------

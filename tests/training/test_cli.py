@@ -41,7 +41,7 @@ def test_distill_runs_as_a_program(config_file, values):
     ("overrides", "expected"),
     [
         (["teacher.name=vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
-        (["student.name=resnet18"], "student: timm can't build 'resnet18'"),
+        (["student.name=resnet18"], "student.name: 'resnet18' is no plain Vision Transformer"),
         (["student.name=swin_tiny_patch4_window7_224", "student.options=null"], "student"),
         (["image_size=33"], "patch of 8 px does not divide the image size 33"),
         (["student.options.patch_size=16"], "student.options.patch_size"),

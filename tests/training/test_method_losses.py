@@ -89,7 +89,7 @@ def run_teacher_block(teacher, index, tokens, images):
 
 def tokens_of_both(method, images, shared):
     """Return the teacher's raw tokens, and per layer the shared (student, teacher) tokens."""
-    teacher, student = method.teacher, method.backbone
+    teacher, student = method.teacher, method.student_backbone
     with torch.no_grad():
         raw = timm_tokens(teacher.model, normalised(teacher, images))
     learned = timm_tokens(method.student, normalised(student, images))
@@ -184,6 +184,7 @@ def test_singer(variant, layers):
         (DINOV3, REG4, 5),
         (ROPE_MIXED, VIT, 1),
         (DISTILLED, VIT, 1),
+        (REG4, DISTILLED, 1),  # a register is no distillation token
         (SIGLIP, VIT, 0),
         (VIT, SIGLIP, 0),
         (REG4, SIGLIP, 0),

@@ -140,7 +140,7 @@ def test_the_students_mode_and_frozen_weights_are_kept(kind, options, training):
 )
 def test_every_block_runs_once_and_the_next_ones_once_more(kind, options, layers, plain, again):
     method = make(kind, options, layers)
-    calls, of_student = block_inputs(method.teacher), block_inputs(method.backbone)
+    calls, of_student = block_inputs(method.teacher), block_inputs(method.student_backbone)
     method(random_images(method.teacher))
     indices = [index for index, _ in calls]
     assert indices == plain + (again if kind is SiNGER else [])
@@ -254,6 +254,13 @@ def test_the_last_student_block_is_trained_at_equal_depths():
     student = tiny_backbone(VIT, depth=4, dim=16, patch_size=16)
     method = FitNet(teacher_of(), student)
     assert method.layers == method.student_layers == [2, 3]
+
+
+def test_the_teacher_runs_without_gradient():
+    method = make(FitNet, {})
+    images = random_images(method.teacher).requires_grad_()
+    assert not any(tokens.requires_grad for tokens in method.teacher_tokens(images).tokens.values())
+    assert method.student_tokens(images)[2].requires_grad
 
 
 def test_a_student_of_another_dtype_is_taken():
