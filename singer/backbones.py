@@ -102,6 +102,7 @@ class Backbone:
         data = resolve_model_data_config(model)
         self.mean: tuple[float, ...] = tuple(data["mean"])
         self.std: tuple[float, ...] = tuple(data["std"])
+        self._statistics: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._check_image_size()
 
     def _prefix_layout(self) -> tuple[str, ...]:
@@ -149,9 +150,12 @@ class Backbone:
         dtype = next(self.model.parameters()).dtype
         exact = torch.promote_types(dtype, torch.float32)  # bfloat16 does not hold all bytes
         scaled = images.to(exact) / 255 if images.dtype == torch.uint8 else images.to(exact)
-        mean = torch.tensor(self.mean, dtype=exact, device=images.device)
-        std = torch.tensor(self.std, dtype=exact, device=images.device)
-        return ((scaled - mean[:, None, None]) / std[:, None, None]).to(dtype)
+        key = (images.device, exact)
+        if key not in self._statistics:  # making them at every step would wait for the device
+            both = torch.tensor([self.mean, self.std], dtype=exact, device=images.device)
+            self._statistics[key] = both[:, :, None, None]
+        mean, std = self._statistics[key]
+        return ((scaled - mean) / std).to(dtype)
 
     def tokens(self, images: Tensor, layers: Sequence[int], **forward_options: Any) -> BlockTokens:
         """Run the model up to the last block named, and return the tokens of the blocks named.

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
     from rich.console import Console
 
     from singer.config import load_config
@@ -52,6 +53,8 @@ def _distill(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     console = Console()
     result = distill(config, console)
+    if not PartialState().is_main_process:
+        return
     rows = {name: f"{value:.5g}" for name, value in result.losses.items()}
     rows["steps"] = f"{result.steps}, in {result.seconds:.1f} s"
     rows["images per second"] = f"{result.images_per_second:.1f}"

@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from singer.errors import SingerError, did_you_mean
+from singer.methods.singer import Variant
 from singer.nullspace import Linearization, Selection
 
 PHOTOS = "photos"
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -46,7 +49,7 @@ class SiNGERConfig(_MethodConfig):
     """Options of :class:`singer.methods.SiNGER`, which describes them."""
 
     name: Literal["singer"] = "singer"
-    variant: Literal["paper", "official"] = "paper"
+    variant: Variant = "paper"
     rank: int = Field(64, ge=1)
     quantile: float = Field(0.97, ge=0, le=1)
     outlier_weight: float = Field(0.01, ge=0)
@@ -92,21 +95,24 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """The recipe; the defaults are the authors'.
+    """The recipe.
+
+    The optimiser, its schedule and the number of epochs are the authors' by default; their global
+    batch is 512. timm exempts biases, norms, class token and position table from weight decay.
 
     Attributes:
         steps: optimiser steps; None: ``epochs`` epochs.
         epochs: passes over the data, unless ``steps`` is given.
         batch_size: images per process and step.
         lr: peak learning rate of AdamW.
-        min_lr: the cosine schedule's last, as a share of ``lr``.
+        min_lr: what the cosine schedule falls towards, as a share of ``lr``.
         warmup: share of the steps in which the learning rate rises linearly from 0.
         weight_decay: AdamW's.
         betas: AdamW's.
-        precision: ``no`` (float32), ``bf16`` or ``fp16`` autocast.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
         seed: of the weights, the data order and the augmentation.
         log_every: steps between two log lines; losses are read from the device only then.
-        save_every: steps between two checkpoints; None: at the end alone.
+        save_every: steps between two checkpoints, each in place of the one before.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -116,11 +122,11 @@ class TrainConfig(_Section):
     min_lr: float = Field(1e-4, ge=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**31)
     log_every: int = Field(10, ge=1)
-    save_every: int | None = Field(None, ge=1)
+    save_every: int = Field(1000, ge=1)
 
 
 class Config(_Section):

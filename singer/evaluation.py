@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from singer.backbones import Backbone
-from singer.methods import Distiller, SiNGER
+from singer.methods import Distiller
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,38 @@ class Patches:
         return {"teacher": self.teacher, **refined, name: student}
 
 
-def _batches(images: Tensor, size: int = 16) -> Iterator[Tensor]:
-    yield from images.split(size)
+_BATCH = 16
 
 
-@torch.no_grad()
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, without gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _patch_parts(method: Distiller, images: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
+    layer = method.layers[-1]
+    device = next(method.parameters()).device
+    for batch in images.split(_BATCH):
+        teacher = method.teacher_tokens(batch.to(device))
+        student = method.student_tokens(batch.to(device))
+        shared = method.num_prefix_tokens
+        refined = method.refined_teacher(layer, teacher)
+        own = student[method.student_layers[-1]][:, method.student_backbone.num_prefix_tokens :]
+        yield (
+            method.aligned_teacher(layer, teacher)[:, shared:].float().cpu(),
+            None if refined is None else refined[:, shared:].float().cpu(),
+            own.float().cpu(),
+            method.projected_student(layer, student)[:, shared:].float().cpu(),
+        )
+
+
 def extract_patches(method: Distiller, images: Tensor) -> Patches:
     """Run teacher and student on images, in evaluation mode.
 
@@ -56,28 +84,8 @@ def extract_patches(method: Distiller, images: Tensor) -> Patches:
     Returns:
         The patches, float32, on the CPU.
     """
-    was_training = method.training
-    method.eval()
-    layer = method.layers[-1]
-    device = next(method.parameters()).device
-    parts: list[tuple[Tensor | None, ...]] = []
-    for batch in _batches(images):
-        teacher = method.teacher_tokens(batch.to(device))
-        student = method.student_tokens(batch.to(device))
-        shared = method.num_prefix_tokens
-        refined = None
-        if isinstance(method, SiNGER):
-            refined = method.refined_teacher(layer, teacher)[:, shared:].float().cpu()
-        own = student[method.student_layers[-1]][:, method.student_backbone.num_prefix_tokens :]
-        parts.append(
-            (
-                method.aligned_teacher(layer, teacher)[:, shared:].float().cpu(),
-                refined,
-                own.float().cpu(),
-                method.projected_student(layer, student)[:, shared:].float().cpu(),
-            )
-        )
-    method.train(was_training)
+    with _evaluating(method):
+        parts = list(_patch_parts(method, images))
     joined = [
         None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
     ]
@@ -110,7 +118,6 @@ def outlier_ratios(patches: Tensor) -> tuple[float, float]:
     return highest.mean().item(), high.mean().item()
 
 
-@torch.no_grad()
 def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
     """Return the mean of the patches after the model's final norm.
 
@@ -122,19 +129,17 @@ def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
         ``[N, D]``, float32, on the CPU.
     """
     model = backbone.model
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    pooled = [
-        model.forward_features(backbone.normalize(batch.to(device)))[
-            :, backbone.num_prefix_tokens :
+    with _evaluating(model):
+        pooled = [
+            model.forward_features(backbone.normalize(batch.to(device)))[
+                :, backbone.num_prefix_tokens :
+            ]
+            .mean(dim=1)
+            .float()
+            .cpu()
+            for batch in images.split(_BATCH)
         ]
-        .mean(dim=1)
-        .float()
-        .cpu()
-        for batch in _batches(images)
-    ]
-    model.train(was_training)
     return torch.cat(pooled)
 
 

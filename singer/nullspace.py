@@ -142,20 +142,29 @@ def measure_jacobian(backbone: Backbone, layer: int, images: Tensor, seed: int =
     Args:
         backbone: the model, in evaluation mode.
         layer: index of the block.
-        images: the calibration batch, ``[B, 3, H, W]``, as for :meth:`Backbone.tokens`. The D
-            changes of all its tokens are held at once: ``D·B·T·D`` numbers.
+        images: the calibration batch, ``[B, 3, H, W]``, as for :meth:`Backbone.tokens`. It goes
+            image by image; of one, D changes of all tokens are held at once: ``D·T·D`` numbers.
         seed: of the random signs.
 
     Returns:
         W̃, ``[D, D]``, float64, symmetric: the square root of the mean of that sum per patch.
     """
-    with torch.no_grad():
-        tokens, call = backbone.block_input(images, layer)
-    batch, length, dim = tokens.shape
-    prefix = backbone.num_prefix_tokens
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (batch, length, 1), generator=generator).to(tokens) * 2 - 1
-    signs[:, :prefix] = 0
+    energies = [_change_energy(backbone, layer, image, generator) for image in images.split(1)]
+    patches = len(energies) * backbone.num_patches
+    values, vectors = torch.linalg.eigh(torch.stack(energies).sum(dim=0) / patches)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def _change_energy(
+    backbone: Backbone, layer: int, image: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Return the inner products ``c_k · c_l`` for one image, ``[D, D]``, float64."""
+    with torch.no_grad():
+        tokens, call = backbone.block_input(image, layer)
+    _, length, dim = tokens.shape
+    signs = torch.randint(0, 2, (1, length, 1), generator=generator).to(tokens) * 2 - 1
+    signs[:, : backbone.num_prefix_tokens] = 0
 
     def added(x: Tensor) -> Tensor:
         return backbone.run_block(layer, x, call) - x
@@ -166,12 +175,11 @@ def measure_jacobian(backbone: Backbone, layer: int, images: Tensor, seed: int =
     # Fused attention kernels have no forward-mode derivative; the plain formula has.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         basis = torch.eye(dim, dtype=tokens.dtype, device=tokens.device)
-        changes = torch.stack([change(direction) for direction in basis])  # [D, B·T·D]
+        changes = torch.stack([change(direction) for direction in basis])  # [D, T·D]
     energy = torch.zeros(dim, dim, dtype=torch.float64, device=tokens.device)
     for part in changes.split(1 << 16, dim=1):  # in parts: a float64 copy of all would be large
         energy += part.double() @ part.double().T
-    values, vectors = torch.linalg.eigh(energy / (batch * (length - prefix)))
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return energy
 
 
 def linearize(
@@ -262,6 +270,16 @@ def select_vectors(
     return basis, values, values[chosen].flip(0), num_random
 
 
+def check_rank(rank: int, dim: int) -> None:
+    """Check an adapter's rank against the teacher's width.
+
+    Raises:
+        SingerError: it is below 1 or above ``dim``.
+    """
+    if not 1 <= rank <= dim:
+        raise SingerError(f"method.rank: got {rank}, expected 1 to {dim}, the teacher's width")
+
+
 def nullspace_basis(
     backbone: Backbone,
     layer: int,
@@ -298,10 +316,7 @@ def nullspace_basis(
     ):
         if value not in known:
             raise SingerError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-    if not 1 <= rank <= backbone.dim:
-        raise SingerError(
-            f"method.rank: got {rank}, expected 1 to {backbone.dim}, the teacher's width"
-        )
+    check_rank(rank, backbone.dim)
     generator = torch.Generator().manual_seed(seed)
     if linearization == "random":
         vectors, _ = torch.linalg.qr(_random_unit_vectors(backbone.dim, rank, generator))

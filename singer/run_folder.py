@@ -13,12 +13,7 @@ from torch import Tensor
 
 from singer.errors import SingerError
 
-CONFIG, METRICS, SPECTRUM, STUDENT = (
-    "config.yaml",
-    "metrics.jsonl",
-    "spectrum.json",
-    "student.safetensors",
-)
+CONFIG, METRICS, STUDENT = "config.yaml", "metrics.jsonl", "student.safetensors"
 
 
 def check_new(path: str | Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -27,10 +27,11 @@ from singer.backbones import create_backbone, inspect_backbone
 from singer.config import Config, SiNGERConfig, to_yaml
 from singer.data import create_loader
 from singer.errors import SingerError
-from singer.layers import match_layers, resolve_layers
-from singer.methods import METHODS, Distiller, SiNGER
+from singer.methods import METHODS, Distiller
+from singer.methods.base import match_models
+from singer.nullspace import check_rank
 from singer.progress import TrainingProgress
-from singer.run_folder import CONFIG, SPECTRUM, STUDENT, RunFolder, check_new
+from singer.run_folder import CONFIG, STUDENT, RunFolder, check_new
 from singer_kernels import resolve_backend
 
 _logger = logging.getLogger("singer")
@@ -79,19 +80,9 @@ def check(config: Config) -> DataLoader[Tensor]:
     student = inspect_backbone(
         config.student.name, config.image_size, "student", config.student.options
     )
-    if student.grid != teacher.grid:
-        raise SingerError(
-            f"student.name: {config.student.name!r} cuts {config.image_size} px into "
-            f"{student.grid[0]}x{student.grid[1]} patches, the teacher into "
-            f"{teacher.grid[0]}x{teacher.grid[1]}; set student.options.patch_size to the teacher's"
-        )
-    layers = resolve_layers(config.method.layers, teacher.depth, "method.layers")
-    match_layers(layers, teacher.depth, student.depth)
-    if isinstance(config.method, SiNGERConfig) and config.method.rank > teacher.dim:
-        raise SingerError(
-            f"method.rank: got {config.method.rank}, expected at most {teacher.dim}, "
-            f"the teacher's width"
-        )
+    match_models(teacher, student, config.method.layers)
+    if isinstance(config.method, SiNGERConfig):
+        check_rank(config.method.rank, teacher.dim)
     return create_loader(config)
 
 
@@ -181,6 +172,12 @@ class _Trainer:
             betas=config.train.betas,
         )
         self.model, self.optimizer, self.loader = accelerator.prepare(method, optimizer, loader)
+        if len(self.loader) == 0:
+            raise SingerError(
+                f"train.batch_size: got {config.train.batch_size} for each of "
+                f"{accelerator.num_processes} processes, but an epoch has {len(loader.dataset)} "
+                f"samples; lower it or raise data.epoch_size"
+            )
         self.steps = config.train.steps or config.train.epochs * len(self.loader)
         warmup = min(round(config.train.warmup * self.steps), self.steps - 1)
         self.scheduler = CosineLRScheduler(
@@ -210,12 +207,17 @@ class _Trainer:
         if self.accelerator.is_main_process:
             self.folder = RunFolder(self.config.output)
             self.folder.write_text(CONFIG, to_yaml(self.config))
-            self._write_spectrum(self.folder)
+            for name, report in self.method.reports().items():
+                self.folder.write_json(f"{name}.json", report)
             self.writer = SummaryWriter(str(self.folder.path / "tensorboard"))
         try:
             started = time.perf_counter()
             records = self._loop()
             seconds = time.perf_counter() - started
+        except BaseException:
+            if self.accelerator.num_processes == 1:
+                self._log()  # what was measured before an unreadable image, or Ctrl-C
+            raise
         finally:
             if self.writer is not None:
                 self.writer.close()
@@ -247,15 +249,15 @@ class _Trainer:
             for step in range(1, self.steps + 1):
                 epoch, images = next(batches)
                 self.scheduler.step_update(step - 1)
-                rate = self.optimizer.param_groups[0]["lr"]
-                self.step_setups.append({"step": step, "epoch": epoch, "lr": rate})
                 losses = self.model(images)
                 self.accelerator.backward(losses["loss"])
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.loss_log.add(losses)
+                rate = self.optimizer.param_groups[0]["lr"]
+                self.step_setups.append({"step": step, "epoch": epoch, "lr": rate})
                 progress.step()
-                is_save = step == self.steps or (train.save_every and step % train.save_every == 0)
+                is_save = step == self.steps or step % train.save_every == 0
                 if is_save or step % train.log_every == 0:
                     new = self._log()
                     records.extend(new)
@@ -266,19 +268,19 @@ class _Trainer:
 
     def _log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call."""
-        records = []
-        for setup, losses in zip(self.step_setups, self.loss_log.read(), strict=True):
+        records: list[dict[str, Any]] = []
+        setups, self.step_setups = self.step_setups, []
+        for setup, losses in zip(setups, self.loss_log.read(), strict=True):
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
                 self._write_records(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
                 raise SingerError(
                     f"step {setup['step']}: {name} is {losses[name]}; {self._last_good()}; "
-                    f"lower train.lr, or train with train.precision=no"
+                    f"lower train.lr, or train with train.precision=fp32"
                 )
             records.append({**setup, **losses})
         self._write_records(records)
-        self.step_setups.clear()
         return records
 
     def _write_records(self, records: list[dict[str, Any]]) -> None:
@@ -291,7 +293,7 @@ class _Trainer:
 
     def _last_good(self) -> str:
         if self.saved_step is None:
-            return "no checkpoint had been saved (set train.save_every)"
+            return "no checkpoint had been saved (lower train.save_every)"
         path = Path(self.config.output) / STUDENT
         return f"the last good checkpoint is {path}, of step {self.saved_step}"
 
@@ -303,14 +305,18 @@ class _Trainer:
                 if not tensor.isfinite().all():
                     raise SingerError(
                         f"step {step}: the weight {name}.{key} is not finite; {self._last_good()}; "
-                        f"lower train.lr, or train with train.precision=no"
+                        f"lower train.lr, or train with train.precision=fp32"
                     )
         if self.folder is not None:
             metadata = {
                 "format": "pt",
                 "model": self.config.student.name,
                 "options": json.dumps(
-                    {"img_size": self.config.image_size, **self.config.student.options}
+                    {
+                        "num_classes": 0,
+                        "img_size": self.config.image_size,
+                        **self.config.student.options,
+                    }
                 ),
                 "step": str(step),
             }
@@ -319,26 +325,24 @@ class _Trainer:
         self.saved_step = step
         self.accelerator.wait_for_everyone()
 
-    def _write_spectrum(self, folder: RunFolder) -> None:
-        if not isinstance(self.method, SiNGER):
-            return
-        folder.write_json(
-            SPECTRUM,
-            {
-                str(layer): {
-                    "block": basis.block,
-                    "linearization": basis.linearization,
-                    "num_random": basis.num_random,
-                    "selected": basis.selected.tolist(),
-                    "singular_values": basis.singular_values.tolist(),
-                }
-                for layer, basis in self.method.bases.items()
-            },
+
+def _accelerator(precision: str) -> Accelerator:
+    try:
+        return Accelerator(
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
+    except ValueError as error:  # Accelerate keeps one precision per process
+        raise SingerError(
+            f"train.precision: got {precision!r}, but a run with another precision came before in "
+            f"this process; start a new one"
+        ) from error
 
 
 def distill(config: Config, console: Console | None = None) -> RunResult:
     """Distil the configured teacher into the configured student, and write the run's folder.
+
+    It seeds the global random generators.
 
     Args:
         config: the run's configuration.
@@ -353,7 +357,7 @@ def distill(config: Config, console: Console | None = None) -> RunResult:
             read.
     """
     loader = check(config)
-    accelerator = Accelerator(mixed_precision=config.train.precision)
+    accelerator = _accelerator(config.train.precision)
     method = build_method(config, loader, accelerator.device)
     set_seed(config.train.seed, device_specific=True)
     trainer = _Trainer(config, accelerator, method, loader, console or Console(stderr=True))

@@ -11,6 +11,33 @@ from torch import Tensor, nn
 from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
 from singer.layers import match_layers, resolve_layers
+from singer.seeding import cpu_seed
+
+
+def match_models(
+    teacher: Backbone, student: Backbone, layers: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Check that a student can learn from a teacher, and match their blocks.
+
+    Args:
+        teacher: the frozen model; its structure is enough.
+        student: the model to train; its structure is enough.
+        layers: see :class:`Distiller`.
+
+    Returns:
+        The distilled teacher blocks, ascending, and the student block that each of them trains.
+
+    Raises:
+        SingerError: the patch grids differ, a layer is out of range, or there are too many.
+    """
+    if teacher.grid != student.grid:
+        raise SingerError(
+            f"student: it cuts an image into {student.grid[0]}x{student.grid[1]} patches, the "
+            f"teacher into {teacher.grid[0]}x{teacher.grid[1]}; set student.options.patch_size "
+            f"to the teacher's"
+        )
+    resolved = resolve_layers(layers, teacher.depth, "method.layers")
+    return resolved, match_layers(resolved, teacher.depth, student.depth)
 
 
 class Distiller(nn.Module):
@@ -53,21 +80,14 @@ class Distiller(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if teacher.grid != student.grid:
-            raise SingerError(
-                f"student: got {student.grid[0]}x{student.grid[1]} patches, expected the teacher's "
-                f"{teacher.grid[0]}x{teacher.grid[1]}; set student.options.patch_size or image_size"
-            )
+        self.layers, self.student_layers = match_models(teacher, student, layers)
         self.teacher = teacher.freeze()
         self.student_backbone = student
-        self.layers = resolve_layers(layers, teacher.depth, "method.layers")
-        self.student_layers = match_layers(self.layers, teacher.depth, student.depth)
         self.teacher_layers = list(self.layers)
         self.num_prefix_tokens = _shared_prefix(teacher, student)
         self.student = student.model
         _freeze_unused(student, self.student_layers[-1])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_seed(seed):
             self.projections = nn.ModuleDict(
                 {str(layer): nn.Linear(student.dim, teacher.dim) for layer in self.layers}
             )
@@ -142,6 +162,19 @@ class Distiller(nn.Module):
             ``loss``, the scalar to minimise, and the method's terms.
         """
         raise NotImplementedError
+
+    def refined_teacher(self, layer: int, teacher: BlockTokens) -> Tensor | None:
+        """Return a distilled layer's refined tokens, ``[B, T, D]``; None: nothing is refined.
+
+        Args:
+            layer: one of :attr:`layers`.
+            teacher: the teacher's tokens.
+        """
+        return None
+
+    def reports(self) -> Mapping[str, Any]:
+        """Return what is written down before training: JSON file name (no ending) to its value."""
+        return {}
 
     def exports(self) -> Mapping[str, dict[str, Any]]:
         """Return what is saved beside the student: file name (no ending) to named tensors."""

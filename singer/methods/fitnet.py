@@ -15,7 +15,8 @@ class FitNet(Distiller):
     """Match the projected student tokens to the teacher's, at the layers SiNGER would take.
 
     ``loss`` = ``kd_weight`` · ``kd``, ``kd`` the sum over the layers of the mean squared error over
-    all tokens.
+    all tokens. (SiNGER's ``official`` variant takes the mean over the layers: to compare with it,
+    divide ``kd_weight`` by their number.)
 
     Args:
         teacher: the frozen model.

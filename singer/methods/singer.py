@@ -12,6 +12,7 @@ from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
 from singer.methods.base import Distiller
 from singer.nullspace import Linearization, NullspaceBasis, Selection, nullspace_basis
+from singer.seeding import cpu_seed
 from singer_kernels import FusedLosses, gram_loss, kd_loss, refine
 
 Variant = Literal["paper", "official"]
@@ -99,9 +100,9 @@ class SiNGER(Distiller):
                 selection or variant,
                 threshold,
                 images,
-                seed,
+                seed * 4096 + layer,  # what is random must differ from layer to layer
             )
-            with torch.random.fork_rng(devices=[]):  # it draws a basis that is replaced at once
+            with cpu_seed(seed):  # it draws a basis that is replaced at once
                 adapter = FusedLosses(
                     teacher.dim,
                     rank,
@@ -153,12 +154,26 @@ class SiNGER(Distiller):
         )
 
     def refined_teacher(self, layer: int, teacher: BlockTokens) -> Tensor:
-        """Return a distilled layer's refined tokens, ``[B, T, D]``, prefix tokens as shared."""
+        """See :meth:`Distiller.refined_teacher`; the prefix tokens are those that are shared."""
         adapter = self.adapters[str(layer)]
         tokens = self.aligned_teacher(layer, teacher)
         return refine(
             tokens, adapter.down, adapter.up, self.num_prefix_tokens, backend=self.backend
         )
+
+    def reports(self) -> Mapping[str, Any]:
+        """See :meth:`Distiller.reports`: the spectrum behind each adapter."""
+        spectra = {
+            str(layer): {
+                "block": basis.block,
+                "linearization": basis.linearization,
+                "num_random": basis.num_random,
+                "selected": basis.selected.tolist(),
+                "singular_values": basis.singular_values.tolist(),
+            }
+            for layer, basis in self.bases.items()
+        }
+        return {"spectrum": spectra}
 
     def exports(self) -> Mapping[str, dict[str, Any]]:
         """See :meth:`Distiller.exports`: the adapters, too."""

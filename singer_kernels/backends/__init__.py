@@ -19,7 +19,7 @@ from singer_kernels.types import FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
-_PREFERENCE = ("reference",)
+_PREFERENCE = ("torch", "reference")
 """The backends that exist, the one to prefer first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
@@ -93,7 +93,8 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 
 
 @cache
-def _automatic(device: torch.device) -> str:
+def _automatic(device_type: str, device_index: int) -> str:
+    device = torch.device(device_type, device_index)
     skipped: list[str] = []
     for name in _PREFERENCE:
         reason = unavailable_reason(name, device)
@@ -146,7 +147,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     backend = check_name(backend, source)
     if backend is None:
-        return _automatic(device)
+        return _automatic(device.type, device.index or 0)
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")

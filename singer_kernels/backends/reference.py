@@ -6,33 +6,18 @@ so that a second differentiation raises here as it does in every other backend.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from singer_kernels import reference
+from singer_kernels.backends.once import refuse_twice
 from singer_kernels.types import FusedLossesOutput
 
 
-class _Refuse(torch.autograd.Function):
-    """The identity, whose gradient raises."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> NoReturn:
-        raise RuntimeError("the losses of singer_kernels can't be differentiated twice")
-
-
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity, whose gradient can't be differentiated again.
-
-    Not ``once_differentiable``: that hangs its error on new leaves, which ``torch.autograd.grad``
-    never reaches, so that a second derivative would silently lack a part.
-    """
+    """The identity, whose gradient can't be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -40,11 +25,11 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Refuse.apply(grad)
+        return refuse_twice(grad)
 
 
 def _once(tensor: Tensor) -> Tensor:
-    return _OnceDifferentiable.apply(tensor) if tensor.requires_grad else tensor
+    return cast("Tensor", _OnceDifferentiable.apply(tensor)) if tensor.requires_grad else tensor
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -98,7 +98,6 @@ class Case:
             **tensors,
             quantile=self.gamma,
             num_prefix_tokens=self.prefix,
-            backend="reference",
             **options,
         )
 

@@ -336,6 +336,7 @@ def test_the_parameters_have_the_dtype_and_device_asked_for(dtype):
     assert {p.device for p in layer.parameters()} == {META}
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("with_target", [False, True])
 def test_the_module_computes_what_the_function_computes(with_target):
     case = random_case(Shape(2, 2, 9, 8, 3), 0.8, with_target=with_target)
@@ -346,7 +347,6 @@ def test_the_module_computes_what_the_function_computes(with_target):
         quantile=0.8,
         num_prefix_tokens=2,
         return_refined=True,
-        backend="reference",
         dtype=torch.float64,
     )
     layer.load_state_dict({"down": given["down"].detach(), "up": given["up"].detach()})

@@ -1,13 +1,15 @@
 """Reading and checking a run's configuration."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from singer.config import SiNGERConfig, load_config, parse_config, to_yaml
+from singer.config import FitNetConfig, SiNGERConfig, load_config, parse_config, to_yaml
 from singer.errors import SingerError
+from singer.methods import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -71,6 +73,7 @@ def test_configurations_are_shipped():
         ("train.precision=fp8", ["train.precision", "got 'fp8'"]),
         ("data.crop_scale=[0.5,0.1]", ["crop_scale", "[0.5, 0.1]"]),
         ("train.seed=-1", ["train.seed", "got -1"]),
+        ("train.betas=[2,0.9]", ["train.betas", "got 2", "less than 1"]),
         ("teacher=null", ["teacher", "got None"]),
         ("nonsense", ["got 'nonsense'", "expected key=value"]),
     ],
@@ -110,3 +113,12 @@ def test_unreadable_files_are_named(tmp_path, content, expected):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(SingerError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("options", [SiNGERConfig, FitNetConfig])
+def test_defaults_are_those_of_the_method(options):
+    fields = options.model_fields
+    signature = inspect.signature(METHODS[fields["name"].annotation.__args__[0]]).parameters
+    for name, field in fields.items():
+        if name != "name":
+            assert field.default == signature[name].default, name

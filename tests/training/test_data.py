@@ -1,5 +1,7 @@
 """Images, their crops and their order."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,12 @@ def test_missing_photographs_name_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SingerError, match=r"scikit-image is not installed.*demo extra"):
         photo_paths(TRAIN_PHOTOS)
+
+
+def test_photographs_are_decoded_once_and_travel_to_a_worker():
+    data = DataConfig(source=PHOTOS, epoch_size=24)
+    crops = ImageCrops(find_images(PHOTOS)[:2], 32, data, seed=0)
+    first = crops[0]
+    again = pickle.loads(pickle.dumps(crops))  # as workers that are spawned, not forked, get it
+    assert len(crops._kept) == 1
+    assert torch.equal(again[0], first)

@@ -290,8 +290,9 @@ def test_adapters_start_at_the_nullspace_of_the_block_that_follows(kind, options
     assert list(method.adapters) == ["0", "1", "3"]
     for layer, block in ((0, 1), (1, 2), (3, 3)):  # the last layer's own block stands for it
         adapter, basis = method.adapters[str(layer)], method.bases[layer]
+        seed = 7 * 4096 + layer  # each layer draws what is random anew
         expected = nullspace_basis(
-            teacher_of(), block, RANK, linearization, options["variant"], images=images, seed=7
+            teacher_of(), block, RANK, linearization, options["variant"], images=images, seed=seed
         )
         assert (basis.block, basis.linearization) == (block, linearization)
         assert torch.equal(basis.vectors, expected.vectors)
@@ -363,7 +364,8 @@ def test_refined_teacher(kind, options, teacher, student):
             method.projected_student(1, method.student_tokens(images)),
             method.aligned_teacher(1, tokens),
         )
-        assert torch.equal(method.refined_teacher(1, tokens), out.refined)
+        # One product of 5 terms, added in one step or in two.
+        torch.testing.assert_close(method.refined_teacher(1, tokens), out.refined)
         for layer in (1, 3):
             adapter, plain = method.adapters[str(layer)], method.aligned_teacher(layer, tokens)
             expected = plain.clone()
@@ -401,7 +403,7 @@ def test_a_student_without_such_a_list_has_none():
 
 @each_kind
 def test_grids_that_differ_are_refused(kind, options):
-    with pytest.raises(SingerError, match=r"student: got 3x3 patches, expected the teacher's 2x2"):
+    with pytest.raises(SingerError, match=r"3x3 patches, the teacher into 2x2"):
         kind(teacher_of(), student_of(grid=3), **options)
 
 

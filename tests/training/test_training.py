@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from singer import training
 from singer.config import FitNetConfig, load_config
-from singer.data import ImageCrops, create_loader
+from singer.data import ImageCrops, TicketSampler, create_loader, find_images
 from singer.errors import SingerError
 from singer.methods import SiNGER
 from singer.run_folder import RunFolder
@@ -251,7 +251,7 @@ def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
 
     def log_and_break(self):
         records = original(self)
-        if records[-1]["step"] == 6:
+        if records and records[-1]["step"] == 6:
             with torch.no_grad():
                 self.method.student.cls_token.fill_(math.inf)
         return records
@@ -272,6 +272,43 @@ def test_existing_output_is_refused_before_anything_is_loaded(make_config, monke
     assert [path.name for path in training.Path(config.output).iterdir()] == ["kept"]
 
 
+def test_what_came_before_an_unreadable_image_is_kept(make_config, image_folder):
+    config = make_config(train={"save_every": 1, "log_every": 100, "batch_size": 2})
+    order = [ticket % 12 for ticket in TicketSampler(12, seed=0)]
+    late = next(index for index in order[8:] if index > 1)  # the first two serve for calibration
+    find_images(str(image_folder))[late].write_bytes(b"broken")
+    with pytest.raises(SingerError, match="can't be read as an image"):
+        _distill(config)
+    steps = [record["step"] for record in _metrics(config)]
+    # Accelerate's loader looks one batch ahead: the batch before the bad one is not trained on.
+    assert steps == list(range(1, order.index(late) // 2))
+    assert len(steps) >= 3
+    assert all(tensor.isfinite().all() for tensor in _weights(config).values())
+
+
+def test_what_is_random_differs_from_layer_to_layer(make_config):
+    config = make_config(method={"linearization": "random"})
+    method = training.build_method(config, create_loader(config), CPU)
+    first, second = method.adapters.values()
+    assert not torch.equal(first.down, second.down)
+
+
+def test_a_process_without_a_batch_is_refused(make_config, monkeypatch):
+    # Twelve images, batch 8: two processes would need 16. Accelerate's loader is then empty.
+    config = make_config(train={"batch_size": 8})
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.__len__", lambda self: 0)
+    with pytest.raises(SingerError, match=r"train\.batch_size: got 8 .*an epoch has 12"):
+        _distill(config)
+    assert not training.Path(config.output).exists()
+
+
+def test_a_second_precision_in_one_process_is_refused(make_config, tmp_path):
+    _distill(make_config())
+    with pytest.raises(SingerError, match=r"train\.precision: got 'bf16'.*start a new one"):
+        _distill(make_config(train={"precision": "bf16"}, output=str(tmp_path / "second")))
+    assert not (tmp_path / "second").exists()
+
+
 def test_unreadable_image_stops_the_run_and_is_named(make_config, image_folder):
     (image_folder / "class0" / "0.png").write_bytes(b"broken")
     with pytest.raises(SingerError, match=r"0\.png can't be read as an image"):
@@ -285,6 +322,6 @@ def test_checkpoint_says_how_to_rebuild_the_model(make_config):
     _distill(config)
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
         metadata = file.metadata()
-    model = timm.create_model(metadata["model"], num_classes=0, **json.loads(metadata["options"]))
+    model = timm.create_model(metadata["model"], **json.loads(metadata["options"]))
     model.load_state_dict(_weights(config), strict=True)
     assert metadata["step"] == "6"

@@ -15,6 +15,8 @@ from singer_kernels import fused_losses, gram_loss, kd_loss, outlier_loss, refin
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # student, teacher, adapter; the products take the promoted dtype of teacher and adapter
+pytestmark = pytest.mark.usefixtures("backend")
+
 MIXES = [
     pytest.param(F32, F32, F32, id="float32"),
     pytest.param(BF16, BF16, BF16, id="bfloat16"),
@@ -275,7 +277,8 @@ def test_autocast_of_the_pieces():
         refined = refine(teacher, down, up)
         norms = token_norms(refined)
         losses = [gram_loss(refined, teacher), kd_loss(refined, teacher), outlier_loss(norms)]
-    assert recorder.products == [{BF16}] * 4
+    assert len(recorder.products) >= 4  # H, H Wu, two Gram matrices
+    assert all(dtypes == {BF16} for dtypes in recorder.products)
     assert all(dtypes == {F32} for dtypes in recorder.reductions)
     assert {x.dtype for x in (refined, norms, *losses)} == {F32}
 
@@ -290,7 +293,7 @@ def test_norms_and_differences_beyond_the_range_of_float16():
     student = torch.full_like(teacher, -6e4)
     down, up = torch.zeros(64, 2, dtype=F16), torch.zeros(2, 64, dtype=F16)
     inputs = [x.requires_grad_() for x in (student, down, up)]
-    out = fused_losses(student, teacher, down, up, quantile=0.5, backend="reference")
+    out = fused_losses(student, teacher, down, up, quantile=0.5)
     # Norms 8, 8, 8, 1.6e5 (all of it exact); the threshold is 8.
     assert torch.equal(out.norms, torch.tensor([[8.0, 8.0, 8.0, 1.6e5]]))
     assert out.outlier.item() == pytest.approx((1.6e5 - 8) ** 2, rel=4 * U32)

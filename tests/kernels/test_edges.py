@@ -1,4 +1,4 @@
-"""The reference at its edges: zero norms, NaN and Inf, strides, repeats, missing gradients."""
+"""Every backend at the edges: zero norms, NaN and Inf, strides, repeats, missing gradients."""
 
 import itertools
 from dataclasses import replace
@@ -9,6 +9,8 @@ import torch
 from cases import WEIGHTS, Shape, assert_near, outlier_case, random_case, total
 
 from singer_kernels import fused_losses, gram_loss, kd_loss, outlier_loss, refine, token_norms
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 F64 = torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -91,7 +93,7 @@ def test_all_zero_features_give_zero_losses_and_finite_gradients():
     zeros = torch.zeros(2, 5, 4)
     inputs = [torch.zeros(2, 5, 4), torch.ones(4, 2), torch.ones(2, 4), torch.zeros(2, 5, 4)]
     student, down, up, target = (x.requires_grad_() for x in inputs)
-    out = fused_losses(student, zeros, down, up, gram_target=target, backend="reference")
+    out = fused_losses(student, zeros, down, up, gram_target=target)
     total(out).backward()
     assert [out.kd.item(), out.outlier.item(), out.info.item()] == [0, 0, 0]
     assert all((x.grad == 0).all() for x in (student, down, up, target))
@@ -110,11 +112,11 @@ def test_a_bad_entry_of_one_patch_shows_in_every_loss(bad, gamma, patches, dtype
         teacher[1, 1 + patch, 2] = bad
         student, down, up = randn(3, 1 + patches, 4), randn(4, 2), randn(2, 4)
         inputs = [x.to(dtype) for x in (student, teacher, down, up)]
-        out = fused_losses(*inputs, quantile=gamma, backend="reference")
+        out = fused_losses(*inputs, quantile=gamma)
         assert shows(out.kd, out.outlier, out.info) == [True, True, True]
         # The target holds the bad entry too; a clean one must not hide the refined side.
         clean = randn(3, 1 + patches, 4, seed=1)
-        out = fused_losses(*inputs, gram_target=clean, quantile=gamma, backend="reference")
+        out = fused_losses(*inputs, gram_target=clean, quantile=gamma)
         assert shows(out.kd, out.outlier, out.info) == [True, True, True]
 
 
@@ -125,9 +127,7 @@ def test_a_whole_bad_image_shows_in_every_loss(bad, gamma):
     teacher[1] = bad
     zero = torch.zeros(4, 2, dtype=F64)  # Inf · 0 is NaN as well
     for down in (zero, randn(4, 2)):
-        out = fused_losses(
-            randn(2, 6, 4), teacher, down, down.T, quantile=gamma, backend="reference"
-        )
+        out = fused_losses(randn(2, 6, 4), teacher, down, down.T, quantile=gamma)
         assert shows(out.kd, out.outlier, out.info) == [True, True, True]
         assert out.threshold[0].isfinite()
         assert out.norms[0].isfinite().all()
@@ -154,7 +154,7 @@ def test_a_bad_prefix_token_shows_in_kd_and_nowhere_else(bad, where):
 def test_a_bad_entry_shows_in_the_losses_that_read_it(bad, where):
     tensors = random_case(Shape(2, 1, 7, 4, 2), 0.5, with_target=True).tensors()
     tensors[where].data.view(-1)[-1] = bad
-    out = fused_losses(**tensors, backend="reference")
+    out = fused_losses(**tensors)
     expected = {"student": [True, False, False], "gram_target": [False, False, True]}
     assert shows(out.kd, out.outlier, out.info) == expected.get(where, [True, True, True])
 

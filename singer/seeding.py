@@ -1,0 +1,22 @@
+"""Random numbers from a seed of their own, with the global generators left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def cpu_seed(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator inside the block, and put its state back after it.
+
+    Not ``torch.manual_seed`` within ``torch.random.fork_rng``: that would reseed every GPU too.
+    """
+    state = torch.get_rng_state()
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,411 @@
+"""The backend ``"torch"``: the closed-form forward and backward, in ATen calls.
+
+It runs wherever torch runs. Letters as in :mod:`singer_kernels.reference`; beside them, on patches,
+``H = F Wd``, ``Z = F̂ Wuᵀ``, ``M = Wu Wuᵀ``, n the norms of F̂, f those of F.
+
+- Forward: ``F̂ = F + H Wu``. Both Gram matrices need one product of width D: with
+  ``L = Z − ½ H M``, ``F Fᵀ = F̂ F̂ᵀ − H Lᵀ − L Hᵀ`` has width 2r. F̂ F̂ᵀ is the one computed, not
+  F Fᵀ: an adapter that cancels an outlier makes F̂ the smaller, and small numbers taken from large
+  ones would lose their digits.
+- The information loss: ``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``, and
+  ``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` gives ``dF̂ = X F̂``. It reaches the
+  adapter only through ``X [H | Z]``, which the forward computes; E is not kept.
+- Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, and Y the dense part of dF̂,
+  from KD and from the next block: ``dH = (X + c) Z + Y Wuᵀ``, ``dWd = Fᵀ dH``,
+  ``dWu = Vᵀ F̂ + Hᵀ Y``, ``dS = 2/(B T D) (S − F̂)``. F̂ is computed again, not kept.
+
+Where products are float32 or float64, as above. Where they are narrower, the rows of both Gram
+matrices are rounded to that dtype and multiplied directly, as the reference does: the identity
+would subtract rounded numbers.
+
+Source: derived from SiNGER (arXiv 2509.20986), section 3.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from singer_kernels.backends import reference as reference_backend
+from singer_kernels.backends.once import refuse_twice
+from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
+from singer_kernels.types import FusedLossesOutput
+
+# Nothing is gained by a closed form here: these are one or two ATen calls.
+refine = reference_backend.refine
+token_norms = reference_backend.token_norms
+outlier_loss = reference_backend.outlier_loss
+kd_loss = reference_backend.kd_loss
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Return None: this backend runs on every device."""
+    return None
+
+
+def _product_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of a product's operands: the promoted one, or that of autocast."""
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    device_type = tensors[0].device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float64)
+
+
+def _reciprocal_norms(norms: Tensor) -> Tensor:
+    """Return ``1 / max(n, 1e-12)``, and 0 where n = 0 (the row is 0, and so is its gradient)."""
+    return torch.where(norms == 0, 0.0, norms.clamp_min(NORM_EPS).reciprocal())
+
+
+class _Rows(NamedTuple):
+    """Patches, their norms and the norms' reciprocals."""
+
+    patches: Tensor  # [B, P, D], accumulation dtype
+    norms: Tensor  # [B, P]
+    inverse: Tensor  # [B, P]
+
+    @classmethod
+    def of(cls, patches: Tensor, norms: Tensor | None = None) -> _Rows:
+        if norms is None:
+            norms = torch.linalg.vector_norm(patches, dim=-1)
+        return cls(patches, norms, _reciprocal_norms(norms))
+
+    def products(self) -> Tensor:
+        """Return every pair's inner product, ``[B, P, P]``."""
+        return torch.bmm(self.patches, self.patches.mT)
+
+    def cosines(self, products: Tensor) -> Tensor:
+        """Return G, given every pair's inner product; both ``[B, P, P]``."""
+        return products * self.inverse[:, :, None] * self.inverse[:, None, :]
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """Return G, ``[B, P, P]``, from products in the given dtype."""
+        if _is_exact(dtype):
+            return self.cosines(self.products())
+        rows = (self.patches * self.inverse[..., None]).to(dtype)
+        return torch.bmm(rows, rows.mT).to(self.patches.dtype)
+
+    def apply_gradient(
+        self, difference: Tensor, gram: Tensor, columns: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return ``X columns``, X the gradient operator of ``mean difference²`` in these rows.
+
+        Args:
+            difference: E, ``[B, P, P]``, symmetric: ``gram`` minus a constant.
+            gram: G of these rows, ``[B, P, P]``.
+            columns: ``[B, P, m]``.
+            dtype: of the product's operands.
+        """
+        slope = (difference * gram).sum(dim=-1)  # s, [B, P]
+        radial = torch.where(self.norms < NORM_EPS, 0.0, slope * self.inverse.square())
+        scaled = (columns * self.inverse[..., None]).to(dtype)
+        turned = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
+        turned = turned * self.inverse[..., None] - columns * radial[..., None]
+        return turned * (4.0 / difference.numel())
+
+
+def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outlier loss, and ``c [B, P]``: its gradient in F̂ is ``c F̂``."""
+    limit = threshold[:, None]
+    is_outlier = ~((norms <= limit) & norms.isfinite())
+    excess = torch.where(is_outlier, norms - limit, 0.0)
+    count = is_outlier.sum().clamp_min(1)
+    coefficient = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
+    return excess.square().sum() / count, coefficient
+
+
+class _FusedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        down: Tensor,
+        up: Tensor,
+        gram_target: Tensor | None,
+        gram: bool,
+        quantile: float,
+        num_prefix_tokens: int,
+        return_refined: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        target = teacher if gram_target is None else gram_target
+        acc = accumulation_dtype(student, teacher, down, up, target)
+        product = acc if acc == torch.float64 else _product_dtype(teacher, down, up)
+        gram_product = acc if acc == torch.float64 else _product_dtype(teacher, down, up, target)
+        prefix, shape = num_prefix_tokens, teacher.shape
+        with torch.autocast(teacher.device.type, enabled=False):
+            # Prefix tokens go along with H = 0: no copy of the patches alone is made.
+            plain = teacher.flatten(0, 1)  # [B·T, D]
+            hidden = plain.to(product) @ down.to(product)  # H, [B·T, r]
+            hidden.unflatten(0, shape[:2])[:, :prefix] = 0
+            refined = _refined(plain, hidden, up, acc).unflatten(0, shape[:2])  # F̂, [B, T, D]
+            rows = _Rows.of(refined[:, prefix:], None)
+            threshold = norm_threshold(rows.norms, quantile)
+            outlier, coefficient = _outlier_terms(rows.norms, threshold)
+            kd = (refined - student).square_().mean()
+            hidden_patches = hidden.unflatten(0, shape[:2])[:, prefix:].to(acc)  # [B, P, r]
+            latent = refined.to(product) @ up.to(product).mT  # Z, [B, T, r]
+            latent_patches = latent[:, prefix:].to(acc)
+            info, gram_columns, d_target = None, None, None
+            if gram:
+                needs_target = gram_target is not None and gram_target.requires_grad
+                info, gram_columns, d_target = _information(
+                    rows,
+                    hidden_patches,
+                    latent_patches,
+                    up.to(acc),
+                    None if gram_target is None else _Rows.of(target[:, prefix:].to(acc)),
+                    teacher[:, prefix:],
+                    gram_product,
+                    needs_target,
+                )
+        ctx.set_materialize_grads(False)
+        ctx.options = (acc, product, prefix)
+        ctx.save_for_backward(
+            student,
+            teacher,
+            down,
+            up,
+            gram_target,
+            hidden,
+            coefficient,
+            latent_patches,
+            gram_columns,
+            d_target,
+        )
+        returned = refined.to(teacher.dtype) if return_refined else None
+        needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
+        needs_adapter = needs_down or needs_up
+        differentiable = (
+            (kd, needs_student or needs_adapter),
+            (outlier, needs_adapter),
+            (info, needs_adapter or needs_target),
+            (returned, needs_adapter),
+            (rows.norms, False),
+            (threshold, False),
+        )
+        constants = [out for out, needed in differentiable if out is not None and not needed]
+        ctx.mark_non_differentiable(*constants)
+        return kd, outlier, info, returned, rows.norms, threshold
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None]
+        with torch.no_grad(), torch.autocast(ctx.saved_tensors[1].device.type, enabled=False):
+            grads = _backward(ctx, *upstream[:4])
+        inputs = [tensor for tensor in ctx.saved_tensors[:5] if tensor is not None]
+        if torch.is_grad_enabled():
+            grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
+        student, down, up, gram_target = grads
+        return student, None, down, up, gram_target, None, None, None, None
+
+
+def _refined(plain: Tensor, hidden: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
+    """Return F̂ = F + H Wu in the accumulation dtype, ``[B·T, D]``."""
+    if hidden.dtype == acc:
+        return torch.addmm(plain.to(acc), hidden, up.to(acc))
+    return plain.to(acc) + (hidden @ up.to(hidden.dtype)).to(acc)
+
+
+def _information(
+    rows: _Rows,
+    hidden: Tensor,
+    latent: Tensor,
+    up: Tensor,
+    target: _Rows | None,
+    teacher: Tensor,
+    dtype: torch.dtype,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the information loss, ``X [H | Z]`` and, if asked for, the target's gradient."""
+    columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
+    if target is None and _is_exact(dtype):
+        products = rows.products()
+        gram = rows.cosines(products)
+        half = latent - 0.5 * hidden @ (up @ up.mT)  # L
+        left, right = torch.cat([hidden, half], -1), torch.cat([half, hidden], -1)
+        plain_products = torch.baddbmm(products, left, right.mT, alpha=-1)  # F Fᵀ
+        plain = _Rows.of(teacher.to(rows.patches.dtype))
+        target_gram = plain.cosines(plain_products)
+    else:
+        if target is None:
+            target = _Rows.of(teacher.to(rows.patches.dtype))
+        gram, target_gram = rows.gram(dtype), target.gram(dtype)
+    difference = gram - target_gram  # E, [B, P, P]
+    gram_columns = rows.apply_gradient(difference, gram, columns, dtype)
+    d_target = None
+    if needs_target and target is not None:
+        d_target = target.apply_gradient(-difference, target_gram, target.patches, dtype)
+    return difference.square().mean(), gram_columns, d_target
+
+
+def _total(*terms: Tensor | None) -> Tensor | None:
+    """Return the sum of the terms that are there, or None."""
+    present = [term for term in terms if term is not None]
+    return reduce(torch.add, present) if present else None
+
+
+def _scaled_sum(*terms: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """Return the sum of the products whose factors are both there, or None."""
+    return _total(*(a * b for a, b in terms if a is not None and b is not None))
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``leftᵀ right``, summed over all patches.
+
+    One product over ``B·P`` patches, at the price of a copy where the patches are a slice: with one
+    product an image, narrow dtypes would round every image's part.
+
+    Args:
+        left: ``[B, P, a]``.
+        right: ``[B, P, b]``.
+
+    Returns:
+        ``[a, b]``.
+    """
+    return left.flatten(0, 1).mT @ right.flatten(0, 1)
+
+
+def _backward(
+    ctx: Any,
+    d_kd: Tensor | None,
+    d_outlier: Tensor | None,
+    d_info: Tensor | None,
+    d_refined: Tensor | None,
+) -> list[Tensor | None]:
+    (
+        student,
+        teacher,
+        down,
+        up,
+        gram_target,
+        hidden,
+        coefficient,
+        latent,
+        gram_columns,
+        d_target,
+    ) = ctx.saved_tensors
+    acc, product, prefix = ctx.options
+    needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
+    shape, rank = teacher.shape, down.shape[1]
+    plain = teacher.flatten(0, 1)
+    grad_student = grad_down = grad_up = grad_target = None
+    if needs_target and d_info is not None:
+        grad_target = torch.zeros(shape, dtype=gram_target.dtype, device=teacher.device)
+        grad_target[:, prefix:] = d_target * d_info
+    if not (needs_student or needs_down or needs_up):
+        return [None, None, None, grad_target]
+
+    refined = _refined(plain, hidden, up, acc)  # [B·T, D]
+    dense = None  # Y, [B·T, D]
+    if d_kd is not None:
+        dense = (refined - student.flatten(0, 1)).mul_(d_kd * (2.0 / teacher.numel()))
+        if needs_student:
+            grad_student = dense.neg().to(student.dtype).unflatten(0, shape[:2])
+    if not (needs_down or needs_up):
+        return [grad_student, None, None, grad_target]
+    if d_refined is not None:
+        incoming = d_refined.flatten(0, 1).to(acc)
+        dense = incoming if dense is None else dense.add_(incoming)
+
+    # From here on patches alone: 0 times a NaN in a prefix token would be NaN.
+    patches = teacher[:, prefix:].to(product)
+    refined_patches = refined.unflatten(0, shape[:2])[:, prefix:].to(product)
+    hidden_patches = hidden.unflatten(0, shape[:2])[:, prefix:]
+    if dense is not None:
+        dense = dense.unflatten(0, shape[:2])[:, prefix:].to(product)
+    d_norm = None if d_outlier is None else (coefficient * d_outlier)[..., None]
+    gram_hidden = gram_latent = None
+    if gram_columns is not None:
+        gram_hidden, gram_latent = gram_columns.split(rank, dim=-1)
+    if needs_down:
+        d_hidden = _total(
+            _scaled_sum((gram_latent, d_info), (latent, d_norm)),
+            None if dense is None else dense @ up.to(product).mT,
+        )
+        if d_hidden is not None:
+            grad_down = _outer(patches, d_hidden.to(product)).to(down.dtype)
+    if needs_up:
+        turned = _scaled_sum((gram_hidden, d_info), (hidden_patches, d_norm))  # V
+        total = _total(
+            None if turned is None else _outer(turned.to(product), refined_patches).to(acc),
+            None if dense is None else _outer(hidden_patches, dense).to(acc),
+        )
+        grad_up = None if total is None else total.to(up.dtype)
+    return [grad_student, grad_down, grad_up, grad_target]
+
+
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: Tensor | None,
+    gram: bool,
+    quantile: float,
+    num_prefix_tokens: int,
+    return_refined: bool,
+) -> FusedLossesOutput:
+    """See :func:`singer_kernels.reference.fused_losses`."""
+    out = _FusedLosses.apply(
+        student,
+        teacher,
+        down,
+        up,
+        gram_target,
+        gram,
+        quantile,
+        num_prefix_tokens,
+        return_refined,
+    )
+    return FusedLossesOutput(*out)
+
+
+class _GramLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+        acc = accumulation_dtype(tokens, target)
+        dtype = acc if acc == torch.float64 else _product_dtype(tokens, target)
+        with torch.autocast(tokens.device.type, enabled=False):
+            rows = _Rows.of(tokens[:, num_prefix_tokens:].to(acc))
+            target_rows = _Rows.of(target[:, num_prefix_tokens:].to(acc))
+            gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
+            difference = gram - target_gram
+            d_tokens = d_target = None
+            if tokens.requires_grad:
+                d_tokens = rows.apply_gradient(difference, gram, rows.patches, dtype)
+            if target.requires_grad:
+                d_target = target_rows.apply_gradient(
+                    -difference, target_gram, target_rows.patches, dtype
+                )
+        ctx.prefix = num_prefix_tokens
+        ctx.save_for_backward(tokens, target, d_tokens, d_target)
+        return difference.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        tokens, target, d_tokens, d_target = ctx.saved_tensors
+        grads: list[Tensor | None] = []
+        for tensor, unit in ((tokens, d_tokens), (target, d_target)):
+            grad = None
+            if unit is not None:
+                with torch.no_grad():
+                    grad = torch.zeros_like(tensor)
+                    grad[:, ctx.prefix :] = unit * upstream
+                if torch.is_grad_enabled():
+                    grad = refuse_twice(grad, tokens, target)
+            grads.append(grad)
+        return grads[0], grads[1], None
+
+
+def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+    """See :func:`singer_kernels.reference.gram_loss`."""
+    return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens))

@@ -1,0 +1,73 @@
+"""No backend may be further from the float64 truth than the reference in the same dtype is.
+
+An error is the largest one of an output or gradient, as a share of its largest entry. The slack
+allowed is ``4 √K u``: u is the unit roundoff of the products' dtype, K the longest sum (over the
+width, an image's patches, or all tokens), √K the growth of its rounding when signs are random, and
+4 the number of products that follow each other (F Wd, H Wu, Gram matrix, gradient).
+"""
+
+import math
+
+import pytest
+import torch
+from bounds import unit
+from cases import WEIGHTS, Shape, outlier_case, random_case, tied_case, total
+from conftest import BACKENDS
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OUTPUTS = ("kd", "outlier", "info", "refined", "norms", "threshold")
+GRADIENTS = ("student", "down", "up", "gram_target")
+
+SHAPES = [
+    pytest.param(Shape(2, 1, 49, 32, 4), id="a 7 x 7 map"),
+    pytest.param(Shape(2, 5, 65, 96, 7), id="registers, odd rank, one patch past a tile of 64"),
+    pytest.param(Shape(1, 0, 33, 64, 8), id="no prefix, one image"),
+    pytest.param(Shape(4, 1, 100, 192, 16), id="the width of ViT-Tiny"),
+]
+# Student, teacher and adapter; whether under bfloat16 autocast; the products' dtype.
+MIXES = [
+    pytest.param((F32, F32, F32), False, F32, id="float32"),
+    pytest.param((BF16, BF16, BF16), False, BF16, id="bfloat16"),
+    pytest.param((F16, F16, F16), False, F16, id="float16"),
+    pytest.param((BF16, BF16, F32), False, F32, id="bfloat16 features, float32 adapter"),
+    pytest.param((F32, F32, F32), True, BF16, id="autocast"),
+    pytest.param((BF16, BF16, F32), True, BF16, id="autocast, bfloat16 features"),
+]
+
+
+def errors(case, dtypes, autocast):
+    tensors = case.tensors(*dtypes)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        out = case.run(tensors, return_refined=True)
+    total(out).backward()
+    values, gradients = case.values(), case.gradients(WEIGHTS)
+    pairs = {name: (getattr(out, name).detach(), getattr(values, name)) for name in OUTPUTS}
+    for name in GRADIENTS:
+        if tensors[name] is not None and tensors[name].grad is not None:
+            pairs[f"d_{name}"] = (tensors[name].grad, getattr(gradients, name))
+    relative = {}
+    for name, (actual, exact) in pairs.items():
+        exact = torch.as_tensor(exact, dtype=torch.float64).reshape(actual.shape)
+        error = (actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
+        relative[name] = error.item()
+    return relative
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize(("dtypes", "autocast", "product"), MIXES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("make", [random_case, outlier_case, tied_case, "target"])
+def test_no_less_accurate_than_the_reference(
+    name, make, shape, dtypes, autocast, product, monkeypatch
+):
+    case = random_case(shape, 0.9, with_target=True) if make == "target" else make(shape, 0.9)
+    case = case.rounded(*dtypes)
+    found = {}
+    for backend in ("reference", name):
+        monkeypatch.setenv("SINGER_BACKEND", backend)
+        found[backend] = errors(case, dtypes, autocast)
+    longest = max(shape.width, shape.patches, shape.images * (shape.prefix + shape.patches))
+    slack = 4 * math.sqrt(longest) * unit(product)
+    assert found[name].keys() == found["reference"].keys()
+    for output, error in found[name].items():
+        assert error <= found["reference"][output] + slack, output
