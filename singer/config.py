@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from yaml import YAMLError
 
 from singer.errors import SingerError, did_you_mean
@@ -17,11 +26,28 @@ from singer.nullspace import Linearization, Selection
 
 PHOTOS = "photos"
 
+_TAKEN_OPTIONS = {
+    "checkpoint_path",
+    "features_only",
+    "img_size",
+    "in_chans",
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+
+
+def _expand_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
+
+
+FilePath = Annotated[str, BeforeValidator(_expand_home)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -35,8 +61,22 @@ class ModelConfig(_Section):
     """
 
     name: str
-    weights: str = "random"
+    weights: FilePath = "random"
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_TAKEN_OPTIONS & options.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} can't be set here (weights and image_size can)")
+        return options
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: a model whose weights must be named."""
+
+    weights: FilePath
 
 
 class _MethodConfig(_Section):
@@ -78,20 +118,19 @@ class DataConfig(_Section):
         num_workers: processes that load images; 0: the main one.
     """
 
-    source: str
+    source: FilePath
     epoch_size: int | None = Field(None, ge=1)
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
     num_workers: int = Field(4, ge=0)
 
-    @model_validator(mode="after")
-    def _check_crop_scale(self) -> DataConfig:
-        low, high = self.crop_scale
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, crop_scale: tuple[float, float]) -> tuple[float, float]:
+        low, high = crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"crop_scale: got {list(self.crop_scale)}, expected 0 < low ≤ high ≤ 1"
-            )
-        return self
+            raise ValueError("expected [low, high] with 0 < low ≤ high ≤ 1")
+        return crop_scale
 
 
 class TrainConfig(_Section):
@@ -142,19 +181,19 @@ class Config(_Section):
         output: the run's folder; it must not exist yet.
     """
 
-    teacher: ModelConfig
+    teacher: TeacherConfig
     student: ModelConfig
     image_size: int = Field(224, ge=1)
     method: Annotated[SiNGERConfig | FitNetConfig, Field(discriminator="name")]
     data: DataConfig
     train: TrainConfig = TrainConfig()
-    output: str
+    output: FilePath
 
 
 def _known_keys(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]:
     """Return the keys of the section that a path of keys leads to."""
     sections: dict[str, type[BaseModel]] = {
-        "teacher": ModelConfig,
+        "teacher": TeacherConfig,
         "student": ModelConfig,
         "data": DataConfig,
         "train": TrainConfig,
@@ -169,21 +208,21 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for detail in error.errors():
         path = list(detail["loc"])
-        if path[:1] == ["method"] and len(path) > 1 and path[1] in ("singer", "fitnet"):
-            parents = path[:-1]
-            path.pop(1)  # the union's tag is no key
-        else:
-            parents = path[:-1]
+        parents, method = path[:-1], ""
+        if path[:1] == ["method"] and len(path) > 1:
+            method = f" of method {path.pop(1)!r}"  # the union's tag is no key
         key = ".".join(map(str, path))
         if detail["type"] == "extra_forbidden":
             known = _known_keys(Config, parents)
-            lines.append(f"unknown key {key!r}{did_you_mean(str(path[-1]), known)}")
+            lines.append(f"unknown key {key!r}{method}{did_you_mean(str(path[-1]), known)}")
         elif detail["type"] == "missing":
             lines.append(f"{key}: missing")
-        elif detail["type"] == "union_tag_not_found":
-            lines.append(f"{key}.name: missing, expected {detail['ctx']['discriminator']}")
+        elif detail["type"] == "union_tag_invalid":
+            context = detail["ctx"]
+            lines.append(f"{key}.name: got {context['tag']!r}, expected {context['expected_tags']}")
         else:
-            lines.append(f"{key}: got {detail['input']!r}: {detail['msg']}")
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: got {reprlib.repr(detail['input'])}: {message}")
     return "; ".join(lines)
 
 
@@ -199,6 +238,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     Raises:
         SingerError: a key is unknown or missing, or a value does not fit; every one is named.
     """
+    if not isinstance(values, Mapping):
+        raise SingerError(f"configuration: got {reprlib.repr(values)}, expected keys and values")
     method = values.get("method")
     if isinstance(method, Mapping) and "name" not in method:
         values = {**values, "method": {"name": "singer", **method}}
@@ -222,20 +263,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         SingerError: the file can't be read, an override is malformed, or see :func:`parse_config`.
     """
     path = Path(path)
+    try:
+        merged = OmegaConf.load(path)
+    except OSError as error:
+        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(merged, DictConfig):
+        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise SingerError(f"configuration: got {override!r}, expected key=value")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise SingerError(f"configuration: {override!r}: {reason}") from error
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OSError as error:
-        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise SingerError(f"configuration: {path}: {reason}") from error
-    if not isinstance(values, dict):
-        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
-    return parse_config(values)
+        return parse_config(OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
 
 
 def to_yaml(config: Config) -> str:

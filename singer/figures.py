@@ -31,7 +31,8 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         values = torch.tensor([float(record[name]) for record in records])
-        axes.plot(steps, values, color="0.75", linewidth=0.8)
+        marker = "." if len(steps) < 3 else None  # a line needs two points
+        axes.plot(steps, values, color="0.75", linewidth=0.8, marker=marker)
         window = max(1, len(values) // 20)
         means = values.unfold(0, window, 1).mean(dim=1)
         axes.plot(steps[window - 1 :], means, color="C0")

@@ -86,5 +86,5 @@ def summary_table(title: str, rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))  # not markup: a path may hold brackets
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,21 @@ def check_new(path: str | Path) -> Path:
     """Check that a run's folder does not exist yet, and return it as a path.
 
     Raises:
-        SingerError: it exists.
+        SingerError: it exists, or can't be made.
     """
     path = Path(path)
     if path.exists():
         raise SingerError(
             f"output: {str(path)!r} exists already and is left untouched; name another folder"
         )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SingerError(f"output: {str(path)!r} can't be made: {parent} is no writable folder")
     return path
+
+
+def _unwritable(path: Path, error: OSError) -> SingerError:
+    return SingerError(f"output: {path} can't be written: {error.strerror or error}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write: writes the content to the path that it is given.
 
     Raises:
-        OSError: the file can't be written; what stood at ``path`` before is untouched.
+        SingerError: the file can't be written; what stood at ``path`` before is untouched.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -46,6 +54,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -75,9 +85,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True)
         except OSError as error:
-            raise SingerError(
-                f"output: {str(path)!r} can't be made: {error.strerror or error}"
-            ) from error
+            raise _unwritable(self.path, error) from error
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically and return its path."""
@@ -103,13 +111,20 @@ class RunFolder:
     def append_metrics(self, records: list[dict[str, Any]]) -> None:
         """Append records to ``metrics.jsonl``, one JSON object a line."""
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(lines)
+        try:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise _unwritable(self.path / METRICS, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records of ``metrics.jsonl``."""
         with open(self.path / METRICS, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        shutil.rmtree(self.path)
 
     def figure_path(self, name: str) -> Path:
         """Return where the figure ``name`` goes, and make its folder."""

@@ -26,7 +26,7 @@ from singer import figures
 from singer.backbones import create_backbone, inspect_backbone
 from singer.config import Config, SiNGERConfig, to_yaml
 from singer.data import create_loader
-from singer.errors import SingerError
+from singer.errors import NonFiniteError, SingerError
 from singer.methods import METHODS, Distiller
 from singer.methods.base import match_models
 from singer.nullspace import check_rank
@@ -193,6 +193,7 @@ class _Trainer:
         self.folder: RunFolder | None = None
         self.writer: SummaryWriter | None = None
         self.saved_step: int | None = None
+        self.finished_step = 0
         self.step_setups: list[dict[str, Any]] = []  # of the steps whose losses are pending
 
     def _batches(self) -> Iterator[tuple[int, Tensor]]:
@@ -214,9 +215,10 @@ class _Trainer:
             started = time.perf_counter()
             records = self._loop()
             seconds = time.perf_counter() - started
-        except BaseException:
-            if self.accelerator.num_processes == 1:
-                self._log()  # what was measured before an unreadable image, or Ctrl-C
+        except NonFiniteError:
+            raise  # the weights are of no use, and the losses before it are written
+        except (SingerError, KeyboardInterrupt) as error:
+            self._wind_up(error)
             raise
         finally:
             if self.writer is not None:
@@ -256,6 +258,7 @@ class _Trainer:
                 self.loss_log.add(losses)
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.step_setups.append({"step": step, "epoch": epoch, "lr": rate})
+                self.finished_step = step
                 progress.step()
                 is_save = step == self.steps or step % train.save_every == 0
                 if is_save or step % train.log_every == 0:
@@ -266,6 +269,17 @@ class _Trainer:
                     self._save(step)
         return records
 
+    def _wind_up(self, error: BaseException) -> None:
+        """Keep what a run that stops early has done; leave no folder if it has done nothing."""
+        if self.folder is None or self.accelerator.num_processes > 1:
+            return  # other processes may be in another step
+        if self.finished_step == 0:
+            self.folder.remove()
+            return
+        self._log()
+        if not isinstance(error, KeyboardInterrupt):  # that may come in the middle of an update
+            self._save(self.finished_step)
+
     def _log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call."""
         records: list[dict[str, Any]] = []
@@ -275,9 +289,9 @@ class _Trainer:
             if bad:
                 self._write_records(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
-                raise SingerError(
+                raise NonFiniteError(
                     f"step {setup['step']}: {name} is {losses[name]}; {self._last_good()}; "
-                    f"lower train.lr, or train with train.precision=fp32"
+                    f"lower train.lr{self._precision_hint()}"
                 )
             records.append({**setup, **losses})
         self._write_records(records)
@@ -291,6 +305,9 @@ class _Trainer:
             for name in ("lr", *self.loss_log.names):
                 self.writer.add_scalar(f"train/{name}", record[name], record["step"])
 
+    def _precision_hint(self) -> str:
+        return "" if self.config.train.precision == "fp32" else ", or take train.precision=fp32"
+
     def _last_good(self) -> str:
         if self.saved_step is None:
             return "no checkpoint had been saved (lower train.save_every)"
@@ -303,9 +320,9 @@ class _Trainer:
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
                 if not tensor.isfinite().all():
-                    raise SingerError(
+                    raise NonFiniteError(
                         f"step {step}: the weight {name}.{key} is not finite; {self._last_good()}; "
-                        f"lower train.lr, or train with train.precision=fp32"
+                        f"lower train.lr{self._precision_hint()}"
                     )
         if self.folder is not None:
             metadata = {
@@ -328,7 +345,7 @@ class _Trainer:
 
 def _accelerator(precision: str) -> Accelerator:
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
@@ -337,6 +354,9 @@ def _accelerator(precision: str) -> Accelerator:
             f"train.precision: got {precision!r}, but a run with another precision came before in "
             f"this process; start a new one"
         ) from error
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise SingerError("train.precision: got 'fp16', which needs a GPU; take 'bf16' or 'fp32'")
+    return accelerator
 
 
 def distill(config: Config, console: Console | None = None) -> RunResult:

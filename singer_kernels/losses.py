@@ -142,7 +142,7 @@ class FusedLosses(nn.Module):
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: got {dtype}, expected a floating dtype")
+            raise TypeError(f"dtype: got {dtype!r}, expected a floating dtype")
         self.dim = check_int("dim", dim, 1)
         self.rank = check_int("rank", rank, 1, dim, ", the width dim")
         self.gram = check_flag("gram", gram)

@@ -12,8 +12,9 @@ import os
 from functools import cache
 from typing import Protocol, cast
 
-import torch
+# Not "import torch": importing the backend of that name would put it in the place of PyTorch here.
 from torch import Tensor
+from torch import device as Device
 
 from singer_kernels.types import FusedLossesOutput
 
@@ -32,7 +33,7 @@ class Backend(Protocol):
     give gradients, and refuse to be differentiated twice.
     """
 
-    def unavailable_reason(self, device: torch.device) -> str | None:
+    def unavailable_reason(self, device: Device) -> str | None:
         """Return None if the backend can run on that device, else why not, in one line."""
 
     def fused_losses(
@@ -80,7 +81,7 @@ def load(name: str) -> Backend:
     return cast("Backend", importlib.import_module(f"singer_kernels.backends.{name}"))
 
 
-def unavailable_reason(name: str, device: torch.device) -> str | None:
+def unavailable_reason(name: str, device: Device) -> str | None:
     """Say why a backend can't run on a device.
 
     Returns:
@@ -93,8 +94,7 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 
 
 @cache
-def _automatic(device_type: str, device_index: int) -> str:
-    device = torch.device(device_type, device_index)
+def _automatic(device: Device) -> str:
     skipped: list[str] = []
     for name in _PREFERENCE:
         reason = unavailable_reason(name, device)
@@ -124,7 +124,7 @@ def check_name(backend: str | None, source: str = "backend") -> str | None:
     return backend
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> str:
+def resolve_backend(backend: str | None, device: Device) -> str:
     """Return the name of the backend that a call would use.
 
     Args:
@@ -147,13 +147,16 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or None
     backend = check_name(backend, source)
     if backend is None:
-        return _automatic(device.type, device.index or 0)
+        # "cpu" and "cpu:0", "cuda" and "cuda:0" are one device: chosen for, and logged, once.
+        return _automatic(
+            Device("cpu") if device.type == "cpu" else Device(device.type, device.index or 0)
+        )
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
     return backend
 
 
-def resolve(backend: str | None, device: torch.device) -> Backend:
+def resolve(backend: str | None, device: Device) -> Backend:
     """Return the module of the backend that a call asks for; see :func:`resolve_backend`."""
     return load(resolve_backend(backend, device))

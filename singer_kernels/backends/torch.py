@@ -1,7 +1,7 @@
 """The backend ``"torch"``: the closed-form forward and backward, in ATen calls.
 
 It runs wherever torch runs. Letters as in :mod:`singer_kernels.reference`; beside them, on patches,
-``H = F Wd``, ``Z = F̂ Wuᵀ``, ``M = Wu Wuᵀ``, n the norms of F̂, f those of F.
+``H = F Wd``, ``Z = F̂ Wuᵀ``, ``M = Wu Wuᵀ``, n the norms of F̂, f those of F, ``N = F̂ − S``.
 
 - Forward: ``F̂ = F + H Wu``. Both Gram matrices need one product of width D: with
   ``L = Z − ½ H M``, ``F Fᵀ = F̂ F̂ᵀ − H Lᵀ − L Hᵀ`` has width 2r. F̂ F̂ᵀ is the one computed, not
@@ -10,9 +10,12 @@ It runs wherever torch runs. Letters as in :mod:`singer_kernels.reference`; besi
 - The information loss: ``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``, and
   ``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` gives ``dF̂ = X F̂``. It reaches the
   adapter only through ``X [H | Z]``, which the forward computes; E is not kept.
-- Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, and Y the dense part of dF̂,
-  from KD and from the next block: ``dH = (X + c) Z + Y Wuᵀ``, ``dWd = Fᵀ dH``,
-  ``dWu = Vᵀ F̂ + Hᵀ Y``, ``dS = 2/(B T D) (S − F̂)``. F̂ is computed again, not kept.
+- Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, ``α = 2/(B T D)`` and Y what
+  comes back from the next block: ``dS = −α N``, ``dH = (X + c) Z + (α N + Y) Wuᵀ``,
+  ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (α N + Y)`` with ``F̂ = N + S``.
+
+N takes the place of F̂ in memory and is all of that size that is kept for the backward. Fresh memory
+costs more than arithmetic on a CPU, so what is no longer needed is overwritten.
 
 Where products are float32 or float64, as above. Where they are narrower, the rows of both Gram
 matrices are rounded to that dtype and multiplied directly, as the reference does: the identity
@@ -64,6 +67,11 @@ def _reciprocal_norms(norms: Tensor) -> Tensor:
     return torch.where(norms == 0, 0.0, norms.clamp_min(NORM_EPS).reciprocal())
 
 
+_PANELS, _LEAST_PANEL = 8, 128
+"""Into how many panels a symmetric product is cut, and the least number of rows of one: more panels
+save more of the product's second half, narrower ones run slower."""
+
+
 class _Rows(NamedTuple):
     """Patches, their norms and the norms' reciprocals."""
 
@@ -72,43 +80,54 @@ class _Rows(NamedTuple):
     inverse: Tensor  # [B, P]
 
     @classmethod
-    def of(cls, patches: Tensor, norms: Tensor | None = None) -> _Rows:
-        if norms is None:
-            norms = torch.linalg.vector_norm(patches, dim=-1)
+    def of(cls, patches: Tensor) -> _Rows:
+        norms = torch.linalg.vector_norm(patches, dim=-1)
         return cls(patches, norms, _reciprocal_norms(norms))
 
     def products(self) -> Tensor:
-        """Return every pair's inner product, ``[B, P, P]``."""
-        return torch.bmm(self.patches, self.patches.mT)
+        """Return every pair's inner product, ``[B, P, P]``: half is computed, half mirrored."""
+        batch, count, _ = self.patches.shape
+        products = self.patches.new_empty(batch, count, count)
+        step = max(_LEAST_PANEL, -(-count // _PANELS))
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            panel = torch.bmm(self.patches[:, start:end], self.patches[:, start:].mT)
+            products[:, start:end, start:] = panel
+            products[:, end:, start:end] = panel[:, :, end - start :].mT
+        return products
 
-    def cosines(self, products: Tensor) -> Tensor:
-        """Return G, given every pair's inner product; both ``[B, P, P]``."""
-        return products * self.inverse[:, :, None] * self.inverse[:, None, :]
+    def cosines_(self, products: Tensor) -> Tensor:
+        """Turn every pair's inner product into G, in place; ``[B, P, P]``."""
+        return products.mul_(self.inverse[:, :, None]).mul_(self.inverse[:, None, :])
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return G, ``[B, P, P]``, from products in the given dtype."""
         if _is_exact(dtype):
-            return self.cosines(self.products())
+            return self.cosines_(self.products())
         rows = (self.patches * self.inverse[..., None]).to(dtype)
         return torch.bmm(rows, rows.mT).to(self.patches.dtype)
 
     def apply_gradient(
-        self, difference: Tensor, gram: Tensor, columns: Tensor, dtype: torch.dtype
+        self, difference: Tensor, slope: Tensor, columns: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return ``X columns``, X the gradient operator of ``mean difference²`` in these rows.
+        """Return ``X columns``, X the gradient operator of ``mean E²`` in these rows.
 
         Args:
-            difference: E, ``[B, P, P]``, symmetric: ``gram`` minus a constant.
-            gram: G of these rows, ``[B, P, P]``.
+            difference: E, ``[B, P, P]``, symmetric: G of these rows minus a constant.
+            slope: s, ``[B, P]``.
             columns: ``[B, P, m]``.
             dtype: of the product's operands.
         """
-        slope = (difference * gram).sum(dim=-1)  # s, [B, P]
         radial = torch.where(self.norms < NORM_EPS, 0.0, slope * self.inverse.square())
         scaled = (columns * self.inverse[..., None]).to(dtype)
         turned = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
-        turned = turned * self.inverse[..., None] - columns * radial[..., None]
-        return turned * (4.0 / difference.numel())
+        turned = turned.mul_(self.inverse[..., None]).sub_(columns * radial[..., None])
+        return turned.mul_(4.0 / difference.numel())
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    """Return the mean of the squares, without a tensor of their size."""
+    return torch.linalg.vector_norm(rows, dim=-1).square().mean() / rows.shape[-1]
 
 
 def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,28 +163,30 @@ class _FusedLosses(torch.autograd.Function):
             # Prefix tokens go along with H = 0: no copy of the patches alone is made.
             plain = teacher.flatten(0, 1)  # [B·T, D]
             hidden = plain.to(product) @ down.to(product)  # H, [B·T, r]
-            hidden.unflatten(0, shape[:2])[:, :prefix] = 0
-            refined = _refined(plain, hidden, up, acc).unflatten(0, shape[:2])  # F̂, [B, T, D]
-            rows = _Rows.of(refined[:, prefix:], None)
+            hidden.view(*shape[:2], -1)[:, :prefix] = 0
+            flat = _refined(plain, hidden, up, acc)  # F̂, [B·T, D]
+            latent = (flat.to(product) @ up.to(product).mT).view(*shape[:2], -1)  # Z
+            refined = flat.view(shape)
+            rows = _Rows.of(refined[:, prefix:])
             threshold = norm_threshold(rows.norms, quantile)
             outlier, coefficient = _outlier_terms(rows.norms, threshold)
-            kd = (refined - student).square_().mean()
-            hidden_patches = hidden.unflatten(0, shape[:2])[:, prefix:].to(acc)  # [B, P, r]
-            latent = refined.to(product) @ up.to(product).mT  # Z, [B, T, r]
-            latent_patches = latent[:, prefix:].to(acc)
+            latent = latent[:, prefix:].to(acc)
             info, gram_columns, d_target = None, None, None
             if gram:
-                needs_target = gram_target is not None and gram_target.requires_grad
                 info, gram_columns, d_target = _information(
                     rows,
-                    hidden_patches,
-                    latent_patches,
+                    hidden.view(*shape[:2], -1)[:, prefix:].to(acc),
+                    latent,
                     up.to(acc),
                     None if gram_target is None else _Rows.of(target[:, prefix:].to(acc)),
                     teacher[:, prefix:],
                     gram_product,
-                    needs_target,
+                    gram_target is not None and gram_target.requires_grad,
                 )
+            returned = refined.to(teacher.dtype) if return_refined else None
+            # N = F̂ − S takes F̂'s place, unless that is returned.
+            residual = refined - student if returned is refined else refined.sub_(student)
+            kd = _mean_square(residual)
         ctx.set_materialize_grads(False)
         ctx.options = (acc, product, prefix)
         ctx.save_for_backward(
@@ -176,11 +197,11 @@ class _FusedLosses(torch.autograd.Function):
             gram_target,
             hidden,
             coefficient,
-            latent_patches,
+            latent,
+            residual,
             gram_columns,
             d_target,
         )
-        returned = refined.to(teacher.dtype) if return_refined else None
         needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
         needs_adapter = needs_down or needs_up
         differentiable = (
@@ -225,25 +246,24 @@ def _information(
     needs_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the information loss, ``X [H | Z]`` and, if asked for, the target's gradient."""
-    columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
+    plain = _Rows.of(teacher.to(rows.patches.dtype)) if target is None else target
     if target is None and _is_exact(dtype):
         products = rows.products()
-        gram = rows.cosines(products)
-        half = latent - 0.5 * hidden @ (up @ up.mT)  # L
+        half = torch.baddbmm(latent, hidden, (up @ up.mT).expand(len(hidden), -1, -1), alpha=-0.5)
         left, right = torch.cat([hidden, half], -1), torch.cat([half, hidden], -1)
-        plain_products = torch.baddbmm(products, left, right.mT, alpha=-1)  # F Fᵀ
-        plain = _Rows.of(teacher.to(rows.patches.dtype))
-        target_gram = plain.cosines(plain_products)
+        target_gram = plain.cosines_(torch.baddbmm(products, left, right.mT, alpha=-1))
+        gram = rows.cosines_(products)
     else:
-        if target is None:
-            target = _Rows.of(teacher.to(rows.patches.dtype))
-        gram, target_gram = rows.gram(dtype), target.gram(dtype)
+        gram, target_gram = rows.gram(dtype), plain.gram(dtype)
     difference = gram - target_gram  # E, [B, P, P]
-    gram_columns = rows.apply_gradient(difference, gram, columns, dtype)
+    slope = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
+    columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
+    gram_columns = rows.apply_gradient(difference, slope, columns, dtype)
     d_target = None
-    if needs_target and target is not None:
-        d_target = target.apply_gradient(-difference, target_gram, target.patches, dtype)
-    return difference.square().mean(), gram_columns, d_target
+    if needs_target:
+        slope = target_gram.mul_(difference).sum(dim=-1).neg_()
+        d_target = plain.apply_gradient(-difference, slope, plain.patches, dtype)
+    return _mean_square(difference), gram_columns, d_target
 
 
 def _total(*terms: Tensor | None) -> Tensor | None:
@@ -252,24 +272,19 @@ def _total(*terms: Tensor | None) -> Tensor | None:
     return reduce(torch.add, present) if present else None
 
 
-def _scaled_sum(*terms: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+def _sum_of_products(*terms: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
     """Return the sum of the products whose factors are both there, or None."""
     return _total(*(a * b for a, b in terms if a is not None and b is not None))
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``leftᵀ right``, summed over all patches.
+    """Return ``leftᵀ right``, summed over all patches: ``[B, P, a]``, ``[B, P, b]`` to ``[a, b]``.
 
-    One product over ``B·P`` patches, at the price of a copy where the patches are a slice: with one
-    product an image, narrow dtypes would round every image's part.
-
-    Args:
-        left: ``[B, P, a]``.
-        right: ``[B, P, b]``.
-
-    Returns:
-        ``[a, b]``.
+    In float32 and wider one product per image, which takes slices as they are; in narrower dtypes
+    one product in all, for each image's part would be rounded.
     """
+    if _is_exact(right.dtype):
+        return torch.bmm(left.mT, right).sum(dim=0)
     return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
 
@@ -280,64 +295,57 @@ def _backward(
     d_info: Tensor | None,
     d_refined: Tensor | None,
 ) -> list[Tensor | None]:
-    (
-        student,
-        teacher,
-        down,
-        up,
-        gram_target,
-        hidden,
-        coefficient,
-        latent,
-        gram_columns,
-        d_target,
-    ) = ctx.saved_tensors
+    student, teacher, down, up, gram_target = ctx.saved_tensors[:5]
+    hidden, coefficient, latent, residual, gram_columns, d_target = ctx.saved_tensors[5:]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
-    shape, rank = teacher.shape, down.shape[1]
-    plain = teacher.flatten(0, 1)
+    rank = down.shape[1]
+    alpha = None if d_kd is None else d_kd * (2.0 / teacher.numel())
     grad_student = grad_down = grad_up = grad_target = None
+    if needs_student and alpha is not None:
+        grad_student = (residual * -alpha).to(student.dtype)
     if needs_target and d_info is not None:
-        grad_target = torch.zeros(shape, dtype=gram_target.dtype, device=teacher.device)
+        grad_target = torch.zeros_like(gram_target)
         grad_target[:, prefix:] = d_target * d_info
-    if not (needs_student or needs_down or needs_up):
-        return [None, None, None, grad_target]
 
-    refined = _refined(plain, hidden, up, acc)  # [B·T, D]
-    dense = None  # Y, [B·T, D]
-    if d_kd is not None:
-        dense = (refined - student.flatten(0, 1)).mul_(d_kd * (2.0 / teacher.numel()))
-        if needs_student:
-            grad_student = dense.neg().to(student.dtype).unflatten(0, shape[:2])
-    if not (needs_down or needs_up):
-        return [grad_student, None, None, grad_target]
-    if d_refined is not None:
-        incoming = d_refined.flatten(0, 1).to(acc)
-        dense = incoming if dense is None else dense.add_(incoming)
-
-    # From here on patches alone: 0 times a NaN in a prefix token would be NaN.
-    patches = teacher[:, prefix:].to(product)
-    refined_patches = refined.unflatten(0, shape[:2])[:, prefix:].to(product)
-    hidden_patches = hidden.unflatten(0, shape[:2])[:, prefix:]
-    if dense is not None:
-        dense = dense.unflatten(0, shape[:2])[:, prefix:].to(product)
+    # The adapter, by patches alone: 0 times a NaN in a prefix token would be NaN.
+    hidden = hidden.view(*teacher.shape[:2], rank)[:, prefix:]
+    residual, student = residual[:, prefix:], student[:, prefix:]
+    dense, scale = None, None  # α N + Y = scale · dense
+    if alpha is not None and d_refined is None and _is_exact(product):
+        dense, scale = residual, alpha  # the small products are scaled, not the large factor
+    elif alpha is not None or d_refined is not None:
+        incoming = None if d_refined is None else d_refined[:, prefix:].to(acc)
+        dense = _total(None if alpha is None else residual * alpha, incoming)
+        scale = residual.new_ones(())
     d_norm = None if d_outlier is None else (coefficient * d_outlier)[..., None]
     gram_hidden = gram_latent = None
     if gram_columns is not None:
         gram_hidden, gram_latent = gram_columns.split(rank, dim=-1)
     if needs_down:
-        d_hidden = _total(
-            _scaled_sum((gram_latent, d_info), (latent, d_norm)),
-            None if dense is None else dense @ up.to(product).mT,
-        )
+        through_up = None
+        if dense is not None:
+            # Not matmul, which would copy the slice to fold its first two dimensions.
+            factor = up.to(product).mT.expand(len(dense), -1, -1)
+            through_up = torch.bmm(dense.to(product), factor).to(acc)
+        d_hidden = _sum_of_products((gram_latent, d_info), (latent, d_norm), (through_up, scale))
         if d_hidden is not None:
+            patches = teacher[:, prefix:].to(product)
             grad_down = _outer(patches, d_hidden.to(product)).to(down.dtype)
     if needs_up:
-        turned = _scaled_sum((gram_hidden, d_info), (hidden_patches, d_norm))  # V
-        total = _total(
-            None if turned is None else _outer(turned.to(product), refined_patches).to(acc),
-            None if dense is None else _outer(hidden_patches, dense).to(acc),
-        )
+        turned = _sum_of_products((gram_hidden, d_info), (hidden, d_norm))  # V
+        parts: list[Tensor] = []
+        if dense is residual:  # Vᵀ (N + S) + Hᵀ α N
+            parts.append(_outer(_total(turned, hidden * alpha), residual))
+            if turned is not None:
+                parts.append(_outer(turned, student.to(acc)))
+        else:
+            if turned is not None:
+                refined = (residual + student).to(product)
+                parts.append(_outer(turned.to(product), refined).to(acc))
+            if dense is not None:
+                parts.append(_outer(hidden, dense.to(product)).to(acc))
+        total = _total(*parts)
         grad_up = None if total is None else total.to(up.dtype)
     return [grad_student, grad_down, grad_up, grad_target]
 
@@ -381,14 +389,17 @@ class _GramLoss(torch.autograd.Function):
             difference = gram - target_gram
             d_tokens = d_target = None
             if tokens.requires_grad:
-                d_tokens = rows.apply_gradient(difference, gram, rows.patches, dtype)
+                slope = gram.mul_(difference).sum(dim=-1)
+                d_tokens = rows.apply_gradient(difference, slope, rows.patches, dtype)
             if target.requires_grad:
+                slope = target_gram.mul_(difference).sum(dim=-1).neg_()
                 d_target = target_rows.apply_gradient(
-                    -difference, target_gram, target_rows.patches, dtype
+                    -difference, slope, target_rows.patches, dtype
                 )
+            loss = _mean_square(difference)
         ctx.prefix = num_prefix_tokens
         ctx.save_for_backward(tokens, target, d_tokens, d_target)
-        return difference.square().mean()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -15,6 +15,7 @@ from singer.config import Config, parse_config
 
 TEACHER = {
     "name": "vit_tiny_patch16_224",
+    "weights": "random",
     "options": {"patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2},
 }
 STUDENT = {

@@ -33,7 +33,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
         aside.write_text("ne")
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(SingerError, match="file can't be written: no space left"):
         write_atomically(path, fail_half_way)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

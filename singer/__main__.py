@@ -1,0 +1,7 @@
+"""``python -m singer``."""
+
+import sys
+
+from singer.cli import main
+
+sys.exit(main())
