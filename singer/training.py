@@ -204,14 +204,19 @@ class _Trainer:
                 yield epoch, images
             epoch += 1
 
+    def _open(self, folder: RunFolder) -> None:
+        """Write what is known before the first step."""
+        folder.write_text(CONFIG, to_yaml(self.config))
+        for name, report in self.method.reports().items():
+            folder.write_json(f"{name}.json", report)
+        self.writer = SummaryWriter(str(folder.path / "tensorboard"))
+
     def run(self) -> RunResult:
         if self.accelerator.is_main_process:
             self.folder = RunFolder(self.config.output)
-            self.folder.write_text(CONFIG, to_yaml(self.config))
-            for name, report in self.method.reports().items():
-                self.folder.write_json(f"{name}.json", report)
-            self.writer = SummaryWriter(str(self.folder.path / "tensorboard"))
         try:
+            if self.folder is not None:
+                self._open(self.folder)
             started = time.perf_counter()
             records = self._loop()
             seconds = time.perf_counter() - started

@@ -55,6 +55,10 @@ def test_distill_runs_as_a_program(config_file, values):
         (["trian.lr=1"], "unknown key 'trian'; did you mean 'train'"),
         (["data.source=absent"], "data.source: got 'absent', expected an existing folder"),
         (["train.batch_size=99"], "train.batch_size: got 99"),
+        (["student.options.depth=0"], "it has no block"),
+        (["student.options.num_heads=3"], "student: timm can't build"),
+        (["teacher.name=vit_tiny_patch16_224.nonsense"], "has no weights tagged 'nonsense'"),
+        (["output=/dev/null/run"], "output: '/dev/null/run' can't be made"),
         (["teacher.weights=absent.pth"], "teacher.weights: got 'absent.pth'"),
     ],
 )
@@ -86,6 +90,41 @@ def test_unreadable_image_in_a_worker_is_one_line_too(config_file, image_folder,
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("singer: error: data.source: ")
     assert "0.png can't be read as an image" in err
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(config_file, tmp_path, capsys):
+    output = tmp_path / "run[vit][/b]"
+    assert main(["distill", "--config", str(config_file), f"output={output}"]) == 0
+    printed = capsys.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
+    assert "run[vit][/b]" in printed
+
+
+def test_ctrl_c_is_one_line_and_code_130(config_file, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("singer.training.distill", interrupt)
+    assert main(["distill", "--config", str(config_file)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(config_file, values, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert main(["distill", "--config", str(config_file)]) == 2
+    err = capsys.readouterr().err
+    assert "config.yaml can't be written: No space left on device" in err
+    assert err.count("\n") == 1
+    assert not Path(values["output"]).exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("singer ")
 
 
 def test_no_hub_is_one_line(config_file, capsys, monkeypatch):

@@ -75,6 +75,15 @@ def test_configurations_are_shipped():
         ("train.seed=-1", ["train.seed", "got -1"]),
         ("train.betas=[2,0.9]", ["train.betas", "got 2", "less than 1"]),
         ("teacher=null", ["teacher", "got None"]),
+        ("train.lr=inf", ["train.lr", "got 'inf'", "finite"]),
+        ("method.info_weight=.nan", ["method.info_weight", "got nan", "finite"]),
+        ("method.name=vitkd", ["method.name", "got 'vitkd'", "'singer', 'fitnet'"]),
+        ("method.name=fitnet", ["unknown key 'method.rank' of method 'fitnet'"]),
+        ("train.lr=[1", ["'train.lr=[1'"]),
+        ("train.precision=no", ["train.precision", "'fp32', 'bf16' or 'fp16'"]),
+        ("student.options.num_classes=10", ["student.options", "num_classes can't be set here"]),
+        ("teacher.options.pretrained=true", ["teacher.options", "pretrained can't be set here"]),
+        ("teacher.weights=null", ["teacher.weights", "got None"]),
         ("nonsense", ["got 'nonsense'", "expected key=value"]),
     ],
 )
@@ -108,6 +117,29 @@ def test_unreadable_files_are_named(tmp_path, content, expected):
     with pytest.raises(SingerError, match=expected) as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, [1, 2], "x"])
+def test_what_is_no_mapping_is_refused(values):
+    with pytest.raises(SingerError, match="expected keys and values"):
+        parse_config(values)
+
+
+def test_a_teacher_must_have_its_weights_named(values):
+    del values["teacher"]["weights"]
+    with pytest.raises(SingerError, match=r"teacher\.weights: missing"):
+        parse_config(values)
+
+
+def test_paths_may_be_paths_and_start_at_home(values, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values["output"] = Path("~/run")
+    values["data"]["source"] = "~/images"
+    values["teacher"]["weights"] = "~/teacher.safetensors"
+    config = parse_config(values)
+    assert config.output == f"{tmp_path}/run"
+    assert config.data.source == f"{tmp_path}/images"
+    assert config.teacher.weights == f"{tmp_path}/teacher.safetensors"
 
 
 def test_missing_file_is_named(tmp_path):

@@ -91,6 +91,33 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert read_image(path).mode == "RGB"
 
 
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = np.asarray(read_image(tmp_path / "deep.png"))
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_fixed_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(SingerError, match=r"image\.tiff holds .* no fixed range"):
+        read_image(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.tif", "a.bmp", "a.gif", "A.JPG"])
+def test_common_formats_are_found(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert find_images(str(tmp_path)) == [tmp_path / name]
+
+
+def test_a_folder_of_the_photographs_name_is_pointed_out(tmp_path, monkeypatch, caplog):
+    (tmp_path / PHOTOS).mkdir()
+    monkeypatch.chdir(tmp_path)
+    find_images(PHOTOS)
+    assert "for the folder say ./photos" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
 def test_unreadable_image_is_named(image_folder, content):
     (image_folder / "bad.png").write_bytes(content)

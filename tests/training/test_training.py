@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from singer import training
@@ -286,6 +287,40 @@ def test_what_came_before_an_unreadable_image_is_kept(make_config, image_folder)
     assert all(tensor.isfinite().all() for tensor in _weights(config).values())
 
 
+def test_a_run_that_did_nothing_leaves_no_folder(make_config, monkeypatch):
+    def fail(self, student, teacher):
+        raise SingerError("nothing came of it")
+
+    monkeypatch.setattr(SiNGER, "losses", fail)
+    config = make_config()
+    with pytest.raises(SingerError, match="nothing came of it"):
+        _distill(config)
+    assert not training.Path(config.output).exists()
+
+
+def test_ctrl_c_keeps_the_losses_and_the_last_checkpoint(make_config, monkeypatch):
+    original, calls = SiNGER.losses, []
+
+    def interrupt(self, student, teacher):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, student, teacher)
+
+    monkeypatch.setattr(SiNGER, "losses", interrupt)
+    config = make_config(train={"save_every": 2, "log_every": 100})
+    with pytest.raises(KeyboardInterrupt):
+        _distill(config)
+    assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
+    with safe_open(f"{config.output}/student.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "2"
+
+
+def test_float16_needs_a_gpu(make_config):
+    with pytest.raises(SingerError, match=r"train\.precision: got 'fp16', which needs a GPU"):
+        _distill(make_config(train={"precision": "fp16"}))
+
+
 def test_what_is_random_differs_from_layer_to_layer(make_config):
     config = make_config(method={"linearization": "random"})
     method = training.build_method(config, create_loader(config), CPU)
@@ -316,8 +351,6 @@ def test_unreadable_image_stops_the_run_and_is_named(make_config, image_folder):
 
 
 def test_checkpoint_says_how_to_rebuild_the_model(make_config):
-    from safetensors import safe_open
-
     config = make_config()
     _distill(config)
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
