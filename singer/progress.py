@@ -41,7 +41,9 @@ class TrainingProgress:
     def __init__(self, console: Console | None, steps: int, images_per_step: int) -> None:
         self._progress = Progress(
             TextColumn("step"),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(
+                table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
+            ),
             BarColumn(bar_width=12),
             TextColumn(
                 "{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis")

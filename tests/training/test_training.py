@@ -172,6 +172,21 @@ def test_how_often_it_logs_or_saves_changes_no_weight(make_config, tmp_path):
     assert _metrics(often) == _metrics(seldom)
 
 
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_backends_train_alike(make_config, tmp_path, variant):
+    runs = []
+    for name in ("reference", "torch"):
+        changes = {"backend": name, "variant": variant}
+        config = make_config(
+            method=changes, train={"steps": 20, "lr": 1e-4}, output=str(tmp_path / name)
+        )
+        _distill(config)
+        runs.append(_metrics(config))
+    for expected, found in zip(*runs, strict=True):
+        # Rounding of 1e-7 that twenty small steps can't have made a hundred times larger.
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_losses_fall(make_config):
     config = make_config(train={"steps": 60, "lr": 3e-3})
     _distill(config)
