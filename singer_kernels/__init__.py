@@ -1,11 +1,16 @@
 """The losses of SiNGER, for anyone's distillation code. Importing this needs torch alone."""
 
+from singer_kernels import backends
 from singer_kernels.backends import resolve_backend
 from singer_kernels.functional import gram_loss, kd_loss, outlier_loss, refine, token_norms
 from singer_kernels.losses import FusedLosses, fused_losses
 from singer_kernels.types import FusedLossesOutput
 
 __version__ = "0.1.0"
+
+# These two need torch alone. Loaded now, they need no import in a first call under torch.compile.
+for _name in ("torch", "reference"):
+    backends.load(_name)
 
 __all__ = [
     "FusedLosses",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import cache
 from typing import Protocol, cast
 
 # Not "import torch": importing the backend of that name would put it in the place of PyTorch here.
 from torch import Tensor
 from torch import device as Device
+from torch.compiler import is_compiling
 
 from singer_kernels.types import FusedLossesOutput
 
@@ -24,6 +24,10 @@ _PREFERENCE = ("torch", "reference")
 """The backends that exist, the one to prefer first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
+
+# Dictionaries, not functools.cache: torch.compile traces a look-up, but no import and no cache.
+_loaded: dict[str, Backend] = {}
+_chosen: dict[Device, str] = {}  # device to the backend chosen automatically
 
 
 class Backend(Protocol):
@@ -78,7 +82,9 @@ def load(name: str) -> Backend:
     Raises:
         ImportError: something that the backend needs is missing.
     """
-    return cast("Backend", importlib.import_module(f"singer_kernels.backends.{name}"))
+    if name not in _loaded:
+        _loaded[name] = cast("Backend", importlib.import_module(f"singer_kernels.backends.{name}"))
+    return _loaded[name]
 
 
 def unavailable_reason(name: str, device: Device) -> str | None:
@@ -93,14 +99,17 @@ def unavailable_reason(name: str, device: Device) -> str | None:
         return f"it can't be imported: {error}"
 
 
-@cache
 def _automatic(device: Device) -> str:
+    if device in _chosen:
+        return _chosen[device]
     skipped: list[str] = []
     for name in _PREFERENCE:
         reason = unavailable_reason(name, device)
         if reason is None:
             note = f" ({'; '.join(skipped)})" if skipped else ""
-            _logger.info("backend %r chosen for %s%s", name, device, note)
+            if not is_compiling():  # a call under torch.compile can't be logged
+                _logger.info("backend %r chosen for %s%s", name, device, note)
+            _chosen[device] = name
             return name
         skipped.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")

@@ -218,10 +218,10 @@ class _FusedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None]
-        with torch.no_grad(), torch.autocast(ctx.saved_tensors[1].device.type, enabled=False):
-            grads = _backward(ctx, *upstream[:4])
-        inputs = [tensor for tensor in ctx.saved_tensors[:5] if tensor is not None]
+        saved = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
+        with torch.no_grad(), torch.autocast(saved[1].device.type, enabled=False):
+            grads = _backward(ctx, saved, *upstream[:4])
+        inputs = [tensor for tensor in saved[:5] if tensor is not None]
         if torch.is_grad_enabled():
             grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
         student, down, up, gram_target = grads
@@ -290,13 +290,14 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def _backward(
     ctx: Any,
+    saved: tuple[Tensor, ...],
     d_kd: Tensor | None,
     d_outlier: Tensor | None,
     d_info: Tensor | None,
     d_refined: Tensor | None,
 ) -> list[Tensor | None]:
-    student, teacher, down, up, gram_target = ctx.saved_tensors[:5]
-    hidden, coefficient, latent, residual, gram_columns, d_target = ctx.saved_tensors[5:]
+    student, teacher, down, up, gram_target = saved[:5]
+    hidden, coefficient, latent, residual, gram_columns, d_target = saved[5:]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
     rank = down.shape[1]

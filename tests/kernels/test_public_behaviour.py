@@ -150,9 +150,10 @@ def test_a_graph_around_the_losses_may_be_differentiated_once_more_elsewhere():
 @pytest.fixture
 def fresh():
     """Forget the automatic choices made so far, and those that the test makes."""
-    backends._automatic.cache_clear()
+    backends._chosen.clear()
     yield
-    backends._automatic.cache_clear()
+    backends._chosen.clear()
+    backends._loaded.pop("fake", None)
 
 
 @pytest.fixture
