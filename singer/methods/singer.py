@@ -24,12 +24,15 @@ class SiNGER(Distiller):
     Per layer: ``kd``, the student against the refined features; ``outlier``, the refined features'
     high norms; ``info``, what the refinement must keep. ``loss`` is their weighted sum.
 
-    | | ``paper`` | ``official`` (the authors' code) |
-    |---|---|---|
-    | ``info``, intermediate layer: the next block on refined and on plain features | Gram | MSE |
-    | ``info``, last layer: Gram of the refined features against | plain features | refined ones of the layer before |
-    | over the layers | sum | mean |
-    | nullspace vectors | the r smallest | the first r below the threshold |
+    The variants, ``paper`` and ``official`` (the authors' code), differ in four points:
+
+    - ``info`` of an intermediate layer compares what the next block makes of the refined and of
+      the plain features: their Gram matrices (``paper``), or their MSE (``official``).
+    - ``info`` of the last layer compares the Gram matrix of the refined features with that of the
+      plain ones (``paper``), or of the refined ones of the layer before (``official``).
+    - The terms are summed over the layers (``paper``), or averaged (``official``).
+    - The adapter starts from the r smallest singular vectors (``paper``), or from the first r below
+      the threshold (``official``).
 
     Args:
         teacher: the frozen model.
@@ -56,7 +59,7 @@ class SiNGER(Distiller):
         SingerError: see :class:`Distiller` and :func:`singer.nullspace.nullspace_basis`.
 
     Source: SiNGER (arXiv 2509.20986), section 3; ``SiNGER.py`` of the authors' code.
-    """  # noqa: E501 - a table row can't be broken
+    """
 
     def __init__(
         self,
