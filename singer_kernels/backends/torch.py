@@ -1,36 +1,41 @@
 """The backend ``"torch"``: the closed-form forward and backward, in ATen calls.
 
 It runs wherever torch runs. Letters as in :mod:`singer_kernels.reference`; beside them, on patches,
-``H = F Wd``, ``Z = F̂ Wuᵀ``, ``M = Wu Wuᵀ``, n the norms of F̂, f those of F, ``N = F̂ − S``.
+``H = F Wd``, ``Z = F̂ Wuᵀ``, ``M = Wu Wuᵀ``, n the norms of F̂, f those of F.
 
 - Forward: ``F̂ = F + H Wu``. Both Gram matrices need one product of width D: with
   ``L = Z − ½ H M``, ``F Fᵀ = F̂ F̂ᵀ − H Lᵀ − L Hᵀ`` has width 2r. F̂ F̂ᵀ is the one computed, not
   F Fᵀ: an adapter that cancels an outlier makes F̂ the smaller, and small numbers taken from large
-  ones would lose their digits.
+  ones would lose their digits. (An adapter that makes every norm a times larger costs G(F) a factor
+  of about a² in precision.)
 - The information loss: ``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``, and
   ``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` gives ``dF̂ = X F̂``. It reaches the
   adapter only through ``X [H | Z]``, which the forward computes; E is not kept.
 - Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, ``α = 2/(B T D)`` and Y what
-  comes back from the next block: ``dS = −α N``, ``dH = (X + c) Z + (α N + Y) Wuᵀ``,
-  ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (α N + Y)`` with ``F̂ = N + S``.
+  comes back from the next block: ``dS = α (S − F̂)``, ``dH = (X + c) Z + (Y − dS) Wuᵀ``,
+  ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (Y − dS)``. S is read for KD alone, so that it can't
+  spoil the other gradients.
 
-N takes the place of F̂ in memory and is all of that size that is kept for the backward. Fresh memory
-costs more than arithmetic on a CPU, so what is no longer needed is overwritten.
+F̂ is all of its size that is kept for the backward, beside the inputs. Fresh memory costs more than
+arithmetic on a CPU, so what is no longer needed is overwritten.
 
 Where products are float32 or float64, as above. Where they are narrower, the rows of both Gram
 matrices are rounded to that dtype and multiplied directly, as the reference does: the identity
-would subtract rounded numbers.
+would subtract rounded numbers. TF32 products count as narrower there.
 
 Source: derived from SiNGER (arXiv 2509.20986), section 3.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
+from torch.compiler import is_compiling
 
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.once import refuse_twice
@@ -51,15 +56,47 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of a product's operands: the promoted one, or that of autocast."""
-    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     device_type = tensors[0].device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    return dtype
+    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
+
+
+def _has_exact_products(dtype: torch.dtype) -> bool:
+    """Whether products of that dtype keep its digits: float32 ones may be computed in TF32."""
+    if dtype == torch.float32:
+        # torch.compile can't trace the setting; the direct products are right in any case.
+        return not is_compiling() and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return dtype == torch.float64
+
+
+def _in_range(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Return columns ``[B, P, m]`` in a dtype, and by what each was divided ``[m]``.
+
+    Only float16 needs it: where a patch is all but cancelled, X H leaves its range.
+    """
+    if dtype != torch.float16:
+        return columns.to(dtype), 1.0
+    peak = columns.abs().amax(dim=(0, 1)).clamp_min(1.0)
+    return (columns / peak).to(dtype), peak
+
+
+def _saved(tensor: Tensor | None, needed: bool) -> Tensor | None:
+    """Return what to save for the backward; of a tensor of torch.inference_mode, a copy."""
+    if tensor is None or not needed:
+        return None
+    is_inference = not is_compiling() and tensor.is_inference()
+    return tensor.clone() if is_inference else tensor
 
 
 def _reciprocal_norms(norms: Tensor) -> Tensor:
@@ -119,9 +156,9 @@ class _Rows(NamedTuple):
             dtype: of the product's operands.
         """
         radial = torch.where(self.norms < NORM_EPS, 0.0, slope * self.inverse.square())
-        scaled = (columns * self.inverse[..., None]).to(dtype)
+        scaled, peak = _in_range(columns * self.inverse[..., None], dtype)
         turned = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
-        turned = turned.mul_(self.inverse[..., None]).sub_(columns * radial[..., None])
+        turned = turned.mul_(self.inverse[..., None] * peak).sub_(columns * radial[..., None])
         return turned.mul_(4.0 / difference.numel())
 
 
@@ -153,57 +190,58 @@ class _FusedLosses(torch.autograd.Function):
         quantile: float,
         num_prefix_tokens: int,
         return_refined: bool,
+        tracks_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         target = teacher if gram_target is None else gram_target
         acc = accumulation_dtype(student, teacher, down, up, target)
         product = acc if acc == torch.float64 else _product_dtype(teacher, down, up)
         gram_product = acc if acc == torch.float64 else _product_dtype(teacher, down, up, target)
         prefix, shape = num_prefix_tokens, teacher.shape
-        with torch.autocast(teacher.device.type, enabled=False):
+        needs_student, _, needs_down, needs_up, needs_target = (
+            tracks_gradients and needed for needed in ctx.needs_input_grad[:5]
+        )
+        needs_adapter = needs_down or needs_up
+        with _no_autocast(teacher.device.type):
             # Prefix tokens go along with H = 0: no copy of the patches alone is made.
-            plain = teacher.flatten(0, 1)  # [B·T, D]
-            hidden = plain.to(product) @ down.to(product)  # H, [B·T, r]
-            hidden.view(*shape[:2], -1)[:, :prefix] = 0
-            flat = _refined(plain, hidden, up, acc)  # F̂, [B·T, D]
-            latent = (flat.to(product) @ up.to(product).mT).view(*shape[:2], -1)  # Z
-            refined = flat.view(shape)
+            hidden = teacher.flatten(0, 1).to(product) @ down.to(product)
+            hidden = hidden.view(*shape[:2], -1)  # H, [B, T, r]
+            hidden[:, :prefix] = 0
+            refined = _refined(teacher, hidden, up, acc)  # F̂, [B, T, D]
             rows = _Rows.of(refined[:, prefix:])
             threshold = norm_threshold(rows.norms, quantile)
             outlier, coefficient = _outlier_terms(rows.norms, threshold)
-            latent = latent[:, prefix:].to(acc)
+            kd = _mean_square(refined - student)
+            latent = refined.flatten(0, 1).to(product) @ up.to(product).mT
+            latent = latent.view(*shape[:2], -1)[:, prefix:].to(acc)  # Z, [B, P, r]
             info, gram_columns, d_target = None, None, None
             if gram:
                 info, gram_columns, d_target = _information(
                     rows,
-                    hidden.view(*shape[:2], -1)[:, prefix:].to(acc),
+                    hidden[:, prefix:].to(acc),
                     latent,
                     up.to(acc),
                     None if gram_target is None else _Rows.of(target[:, prefix:].to(acc)),
                     teacher[:, prefix:],
                     gram_product,
-                    gram_target is not None and gram_target.requires_grad,
+                    needs_adapter,
+                    needs_target,
                 )
             returned = refined.to(teacher.dtype) if return_refined else None
-            # N = F̂ − S takes F̂'s place, unless that is returned.
-            residual = refined - student if returned is refined else refined.sub_(student)
-            kd = _mean_square(residual)
         ctx.set_materialize_grads(False)
         ctx.options = (acc, product, prefix)
         ctx.save_for_backward(
-            student,
-            teacher,
-            down,
-            up,
-            gram_target,
-            hidden,
-            coefficient,
-            latent,
-            residual,
+            _saved(student, needs_student or needs_adapter),
+            _saved(teacher, needs_down),
+            _saved(down, needs_adapter),
+            _saved(up, needs_adapter),
+            _saved(gram_target, needs_target),
+            _saved(refined, needs_student or needs_adapter),
+            _saved(hidden, needs_adapter),
+            _saved(latent, needs_down),
+            _saved(coefficient, needs_adapter),
             gram_columns,
             d_target,
         )
-        needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
-        needs_adapter = needs_down or needs_up
         differentiable = (
             (kd, needs_student or needs_adapter),
             (outlier, needs_adapter),
@@ -219,20 +257,22 @@ class _FusedLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
-        with torch.no_grad(), torch.autocast(saved[1].device.type, enabled=False):
+        device_type = next(tensor.device.type for tensor in saved if tensor is not None)
+        with torch.no_grad(), _no_autocast(device_type):
             grads = _backward(ctx, saved, *upstream[:4])
         inputs = [tensor for tensor in saved[:5] if tensor is not None]
         if torch.is_grad_enabled():
             grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
         student, down, up, gram_target = grads
-        return student, None, down, up, gram_target, None, None, None, None
+        return student, None, down, up, gram_target, None, None, None, None, None
 
 
-def _refined(plain: Tensor, hidden: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
-    """Return F̂ = F + H Wu in the accumulation dtype, ``[B·T, D]``."""
+def _refined(teacher: Tensor, hidden: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
+    """Return F̂ = F + H Wu, ``[B, T, D]``, in the accumulation dtype."""
+    factor = up.to(hidden.dtype).expand(len(hidden), -1, -1)
     if hidden.dtype == acc:
-        return torch.addmm(plain.to(acc), hidden, up.to(acc))
-    return plain.to(acc) + (hidden @ up.to(hidden.dtype)).to(acc)
+        return torch.baddbmm(teacher.to(acc), hidden, factor)
+    return teacher.to(acc) + torch.bmm(hidden, factor).to(acc)
 
 
 def _information(
@@ -243,11 +283,12 @@ def _information(
     target: _Rows | None,
     teacher: Tensor,
     dtype: torch.dtype,
+    needs_adapter: bool,
     needs_target: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the information loss, ``X [H | Z]`` and, if asked for, the target's gradient."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the information loss and, if needed, ``X [H | Z]`` and the target's gradient."""
     plain = _Rows.of(teacher.to(rows.patches.dtype)) if target is None else target
-    if target is None and _is_exact(dtype):
+    if target is None and _has_exact_products(dtype):
         products = rows.products()
         half = torch.baddbmm(latent, hidden, (up @ up.mT).expand(len(hidden), -1, -1), alpha=-0.5)
         left, right = torch.cat([hidden, half], -1), torch.cat([half, hidden], -1)
@@ -256,10 +297,11 @@ def _information(
     else:
         gram, target_gram = rows.gram(dtype), plain.gram(dtype)
     difference = gram - target_gram  # E, [B, P, P]
-    slope = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
-    columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
-    gram_columns = rows.apply_gradient(difference, slope, columns, dtype)
-    d_target = None
+    gram_columns, d_target = None, None
+    if needs_adapter:
+        slope = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
+        columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
+        gram_columns = rows.apply_gradient(difference, slope, columns, dtype)
     if needs_target:
         slope = target_gram.mul_(difference).sum(dim=-1).neg_()
         d_target = plain.apply_gradient(-difference, slope, plain.patches, dtype)
@@ -297,56 +339,56 @@ def _backward(
     d_refined: Tensor | None,
 ) -> list[Tensor | None]:
     student, teacher, down, up, gram_target = saved[:5]
-    hidden, coefficient, latent, residual, gram_columns, d_target = saved[5:]
+    refined, hidden, latent, coefficient, gram_columns, d_target = saved[5:]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
-    rank = down.shape[1]
-    alpha = None if d_kd is None else d_kd * (2.0 / teacher.numel())
     grad_student = grad_down = grad_up = grad_target = None
-    if needs_student and alpha is not None:
-        grad_student = (residual * -alpha).to(student.dtype)
     if needs_target and d_info is not None:
         grad_target = torch.zeros_like(gram_target)
         grad_target[:, prefix:] = d_target * d_info
+    pulled = None  # dS = α (S − F̂), [B, T, D]
+    if d_kd is not None:
+        pulled = (student - refined).mul_(d_kd * (2.0 / refined.numel()))
+        grad_student = pulled.to(student.dtype) if needs_student else None
+    if not (needs_down or needs_up):
+        return [grad_student, None, None, grad_target]
 
     # The adapter, by patches alone: 0 times a NaN in a prefix token would be NaN.
-    hidden = hidden.view(*teacher.shape[:2], rank)[:, prefix:]
-    residual, student = residual[:, prefix:], student[:, prefix:]
-    dense, scale = None, None  # α N + Y = scale · dense
-    if alpha is not None and d_refined is None and _is_exact(product):
-        dense, scale = residual, alpha  # the small products are scaled, not the large factor
-    elif alpha is not None or d_refined is not None:
-        incoming = None if d_refined is None else d_refined[:, prefix:].to(acc)
-        dense = _total(None if alpha is None else residual * alpha, incoming)
-        scale = residual.new_ones(())
+    hidden = hidden[:, prefix:]
+    dense, sign = None, 1  # Y − dS = sign · dense
+    if d_refined is None:
+        dense, sign = pulled, -1
+    elif pulled is None:
+        dense = d_refined.to(acc)
+    else:
+        dense = d_refined.to(acc) - pulled
+    if dense is not None:
+        dense = dense[:, prefix:].to(product)
     d_norm = None if d_outlier is None else (coefficient * d_outlier)[..., None]
     gram_hidden = gram_latent = None
     if gram_columns is not None:
-        gram_hidden, gram_latent = gram_columns.split(rank, dim=-1)
+        gram_hidden, gram_latent = gram_columns.split(down.shape[1], dim=-1)
     if needs_down:
         through_up = None
         if dense is not None:
             # Not matmul, which would copy the slice to fold its first two dimensions.
             factor = up.to(product).mT.expand(len(dense), -1, -1)
-            through_up = torch.bmm(dense.to(product), factor).to(acc)
-        d_hidden = _sum_of_products((gram_latent, d_info), (latent, d_norm), (through_up, scale))
+            through_up = torch.bmm(dense, factor).to(acc) * sign
+        d_hidden = _total(_sum_of_products((gram_latent, d_info), (latent, d_norm)), through_up)
         if d_hidden is not None:
+            columns, peak = _in_range(d_hidden, product)
             patches = teacher[:, prefix:].to(product)
-            grad_down = _outer(patches, d_hidden.to(product)).to(down.dtype)
+            grad_down = (_outer(patches, columns).to(acc) * peak).to(down.dtype)
     if needs_up:
         turned = _sum_of_products((gram_hidden, d_info), (hidden, d_norm))  # V
-        parts: list[Tensor] = []
-        if dense is residual:  # Vᵀ (N + S) + Hᵀ α N
-            parts.append(_outer(_total(turned, hidden * alpha), residual))
-            if turned is not None:
-                parts.append(_outer(turned, student.to(acc)))
-        else:
-            if turned is not None:
-                refined = (residual + student).to(product)
-                parts.append(_outer(turned.to(product), refined).to(acc))
-            if dense is not None:
-                parts.append(_outer(hidden, dense.to(product)).to(acc))
-        total = _total(*parts)
+        through_norms = None
+        if turned is not None:
+            columns, peak = _in_range(turned, product)
+            patches = refined[:, prefix:].to(product)
+            through_norms = (_outer(columns, patches).to(acc).mT * peak).mT
+        total = _total(
+            through_norms, None if dense is None else _outer(hidden, dense).to(acc) * sign
+        )
         grad_up = None if total is None else total.to(up.dtype)
     return [grad_student, grad_down, grad_up, grad_target]
 
@@ -374,37 +416,44 @@ def fused_losses(
         quantile,
         num_prefix_tokens,
         return_refined,
+        torch.is_grad_enabled(),
     )
     return FusedLossesOutput(*out)
 
 
 class _GramLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int, tracks_gradients: bool
+    ) -> Tensor:
         acc = accumulation_dtype(tokens, target)
         dtype = acc if acc == torch.float64 else _product_dtype(tokens, target)
-        with torch.autocast(tokens.device.type, enabled=False):
+        needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
+        with _no_autocast(tokens.device.type):
             rows = _Rows.of(tokens[:, num_prefix_tokens:].to(acc))
             target_rows = _Rows.of(target[:, num_prefix_tokens:].to(acc))
             gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
             difference = gram - target_gram
             d_tokens = d_target = None
-            if tokens.requires_grad:
+            if needs[0]:
                 slope = gram.mul_(difference).sum(dim=-1)
                 d_tokens = rows.apply_gradient(difference, slope, rows.patches, dtype)
-            if target.requires_grad:
+            if needs[1]:
                 slope = target_gram.mul_(difference).sum(dim=-1).neg_()
                 d_target = target_rows.apply_gradient(
                     -difference, slope, target_rows.patches, dtype
                 )
             loss = _mean_square(difference)
         ctx.prefix = num_prefix_tokens
-        ctx.save_for_backward(tokens, target, d_tokens, d_target)
+        ctx.save_for_backward(
+            _saved(tokens, needs[0]), _saved(target, needs[1]), d_tokens, d_target
+        )
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tokens, target, d_tokens, d_target = ctx.saved_tensors
+        inputs = [tensor for tensor in (tokens, target) if tensor is not None]
         grads: list[Tensor | None] = []
         for tensor, unit in ((tokens, d_tokens), (target, d_target)):
             grad = None
@@ -413,11 +462,12 @@ class _GramLoss(torch.autograd.Function):
                     grad = torch.zeros_like(tensor)
                     grad[:, ctx.prefix :] = unit * upstream
                 if torch.is_grad_enabled():
-                    grad = refuse_twice(grad, tokens, target)
+                    grad = refuse_twice(grad, *inputs)
             grads.append(grad)
-        return grads[0], grads[1], None
+        return grads[0], grads[1], None, None
 
 
 def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
     """See :func:`singer_kernels.reference.gram_loss`."""
-    return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens))
+    tracks_gradients = torch.is_grad_enabled()
+    return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients))

@@ -74,7 +74,8 @@ def test_defaults():
 def test_the_default_target_is_the_plain_teacher():
     given = tensors()
     explicit = fused_losses(**{**given, "gram_target": given["teacher"]})
-    assert torch.equal(fused_losses(**given).info, explicit.info)
+    # A backend may use that F is known; what it then computes is equal to float64 rounding.
+    torch.testing.assert_close(fused_losses(**given).info, explicit.info, rtol=1e-12, atol=0)
 
 
 def test_without_gram_there_is_no_info_and_the_rest_is_the_same():
