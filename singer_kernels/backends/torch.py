@@ -34,12 +34,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 from torch.compiler import is_compiling
 
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.once import refuse_twice
-from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
+from singer_kernels.reference import NORM_EPS, accumulation_dtype
 from singer_kernels.types import FusedLossesOutput
 
 # Nothing is gained by a closed form here: these are one or two ATen calls.
@@ -57,15 +56,15 @@ def unavailable_reason(device: torch.device) -> str | None:
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of a product's operands: the promoted one, or that of autocast."""
     device_type = tensors[0].device.type
-    if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    if device_type == "meta":  # it knows no autocast; asking whether it does, torch can't compile
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
@@ -167,6 +166,19 @@ def _mean_square(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1).square().mean() / rows.shape[-1]
 
 
+def _threshold(norms: Tensor, quantile: float) -> Tensor:
+    """Return each row's quantile as ``torch.quantile`` does: ``[B, P]`` to ``[B]``.
+
+    In calls that torch.compile can trace in every release that is supported.
+    """
+    ordered = norms.sort(dim=1).values  # NaN last
+    rank = norms.new_full((1,), quantile) * (norms.shape[1] - 1)
+    below = ordered.index_select(1, rank.floor().long())
+    above = ordered.index_select(1, rank.ceil().long())
+    value = below.lerp(above, rank - rank.floor())
+    return torch.where(ordered[:, -1:].isnan(), ordered[:, -1:], value)[:, 0]
+
+
 def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outlier loss, and ``c [B, P]``: its gradient in F̂ is ``c F̂``."""
     limit = threshold[:, None]
@@ -208,7 +220,7 @@ class _FusedLosses(torch.autograd.Function):
             hidden[:, :prefix] = 0
             refined = _refined(teacher, hidden, up, acc)  # F̂, [B, T, D]
             rows = _Rows.of(refined[:, prefix:])
-            threshold = norm_threshold(rows.norms, quantile)
+            threshold = _threshold(rows.norms, quantile)
             outlier, coefficient = _outlier_terms(rows.norms, threshold)
             kd = _mean_square(refined - student)
             latent = refined.flatten(0, 1).to(product) @ up.to(product).mT
