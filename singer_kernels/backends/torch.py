@@ -38,7 +38,7 @@ from torch.compiler import is_compiling
 
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.once import refuse_twice
-from singer_kernels.reference import NORM_EPS, accumulation_dtype
+from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
 from singer_kernels.types import FusedLossesOutput
 
 # Nothing is gained by a closed form here: these are one or two ATen calls.
@@ -167,10 +167,12 @@ def _mean_square(rows: Tensor) -> Tensor:
 
 
 def _threshold(norms: Tensor, quantile: float) -> Tensor:
-    """Return each row's quantile as ``torch.quantile`` does: ``[B, P]`` to ``[B]``.
+    """Return each row's quantile, ``[B, P]`` to ``[B]``: that of ``torch.quantile``.
 
-    In calls that torch.compile can trace in every release that is supported.
+    torch.compile can't trace that in every release; it gets the same formula in calls that it can.
     """
+    if not is_compiling():
+        return norm_threshold(norms, quantile)
     ordered = norms.sort(dim=1).values  # NaN last
     rank = norms.new_full((1,), quantile) * (norms.shape[1] - 1)
     below = ordered.index_select(1, rank.floor().long())
