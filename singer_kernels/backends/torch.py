@@ -28,7 +28,6 @@ Source: derived from SiNGER (arXiv 2509.20986), section 3.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +36,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from singer_kernels.backends import reference as reference_backend
+from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
 from singer_kernels.backends.once import refuse_twice
 from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
 from singer_kernels.types import FusedLossesOutput
@@ -51,20 +51,6 @@ kd_loss = reference_backend.kd_loss
 def unavailable_reason(device: torch.device) -> str | None:
     """Return None: this backend runs on every device."""
     return None
-
-
-def _product_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype of a product's operands: the promoted one, or that of autocast."""
-    device_type = tensors[0].device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if device_type == "meta":  # it knows no autocast; asking whether it does, torch can't compile
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
@@ -88,14 +74,6 @@ def _in_range(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | flo
         return columns.to(dtype), 1.0
     peak = columns.abs().amax(dim=(0, 1)).clamp_min(1.0)
     return (columns / peak).to(dtype), peak
-
-
-def _saved(tensor: Tensor | None, needed: bool) -> Tensor | None:
-    """Return what to save for the backward; of a tensor of torch.inference_mode, a copy."""
-    if tensor is None or not needed:
-        return None
-    is_inference = not is_compiling() and tensor.is_inference()
-    return tensor.clone() if is_inference else tensor
 
 
 def _reciprocal_norms(norms: Tensor) -> Tensor:
@@ -208,14 +186,14 @@ class _FusedLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         target = teacher if gram_target is None else gram_target
         acc = accumulation_dtype(student, teacher, down, up, target)
-        product = acc if acc == torch.float64 else _product_dtype(teacher, down, up)
-        gram_product = acc if acc == torch.float64 else _product_dtype(teacher, down, up, target)
+        product = acc if acc == torch.float64 else product_dtype(teacher, down, up)
+        gram_product = acc if acc == torch.float64 else product_dtype(teacher, down, up, target)
         prefix, shape = num_prefix_tokens, teacher.shape
         needs_student, _, needs_down, needs_up, needs_target = (
             tracks_gradients and needed for needed in ctx.needs_input_grad[:5]
         )
         needs_adapter = needs_down or needs_up
-        with _no_autocast(teacher.device.type):
+        with no_autocast(teacher.device.type):
             # Prefix tokens go along with H = 0: no copy of the patches alone is made.
             hidden = teacher.flatten(0, 1).to(product) @ down.to(product)
             hidden = hidden.view(*shape[:2], -1)  # H, [B, T, r]
@@ -244,15 +222,15 @@ class _FusedLosses(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.options = (acc, product, prefix)
         ctx.save_for_backward(
-            _saved(student, needs_student or needs_adapter),
-            _saved(teacher, needs_down),
-            _saved(down, needs_adapter),
-            _saved(up, needs_adapter),
-            _saved(gram_target, needs_target),
-            _saved(refined, needs_student or needs_adapter),
-            _saved(hidden, needs_adapter),
-            _saved(latent, needs_down),
-            _saved(coefficient, needs_adapter),
+            saved(student, needs_student or needs_adapter),
+            saved(teacher, needs_down),
+            saved(down, needs_adapter),
+            saved(up, needs_adapter),
+            saved(gram_target, needs_target),
+            saved(refined, needs_student or needs_adapter),
+            saved(hidden, needs_adapter),
+            saved(latent, needs_down),
+            saved(coefficient, needs_adapter),
             gram_columns,
             d_target,
         )
@@ -270,11 +248,11 @@ class _FusedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
-        device_type = next(tensor.device.type for tensor in saved if tensor is not None)
-        with torch.no_grad(), _no_autocast(device_type):
-            grads = _backward(ctx, saved, *upstream[:4])
-        inputs = [tensor for tensor in saved[:5] if tensor is not None]
+        kept = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
+        device_type = next(tensor.device.type for tensor in kept if tensor is not None)
+        with torch.no_grad(), no_autocast(device_type):
+            grads = _backward(ctx, kept, *upstream[:4])
+        inputs = [tensor for tensor in kept[:5] if tensor is not None]
         if torch.is_grad_enabled():
             grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
         student, down, up, gram_target = grads
@@ -346,14 +324,14 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def _backward(
     ctx: Any,
-    saved: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
     d_kd: Tensor | None,
     d_outlier: Tensor | None,
     d_info: Tensor | None,
     d_refined: Tensor | None,
 ) -> list[Tensor | None]:
-    student, teacher, down, up, gram_target = saved[:5]
-    refined, hidden, latent, coefficient, gram_columns, d_target = saved[5:]
+    student, teacher, down, up, gram_target = kept[:5]
+    refined, hidden, latent, coefficient, gram_columns, d_target = kept[5:]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
     grad_student = grad_down = grad_up = grad_target = None
@@ -441,9 +419,9 @@ class _GramLoss(torch.autograd.Function):
         ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int, tracks_gradients: bool
     ) -> Tensor:
         acc = accumulation_dtype(tokens, target)
-        dtype = acc if acc == torch.float64 else _product_dtype(tokens, target)
+        dtype = acc if acc == torch.float64 else product_dtype(tokens, target)
         needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
-        with _no_autocast(tokens.device.type):
+        with no_autocast(tokens.device.type):
             rows = _Rows.of(tokens[:, num_prefix_tokens:].to(acc))
             target_rows = _Rows.of(target[:, num_prefix_tokens:].to(acc))
             gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
@@ -460,7 +438,7 @@ class _GramLoss(torch.autograd.Function):
             loss = _mean_square(difference)
         ctx.prefix = num_prefix_tokens
         ctx.save_for_backward(
-            _saved(tokens, needs[0]), _saved(target, needs[1]), d_tokens, d_target
+            saved(tokens, needs[0]), saved(target, needs[1]), d_tokens, d_target
         )
         return loss
 

@@ -1,0 +1,23 @@
+"""The sizes of one call, by which a backend decides whether it serves it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Problem(NamedTuple):
+    """One call's sizes and accumulation dtype.
+
+    Attributes:
+        patches: P.
+        width: D.
+        rank: r; 0 where there is no adapter.
+        acc: the accumulation dtype, float64 or float32.
+    """
+
+    patches: int
+    width: int
+    rank: int
+    acc: torch.dtype

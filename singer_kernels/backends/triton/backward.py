@@ -1,0 +1,258 @@
+"""Stage ``backward``: dS, dWd and dWu in one pass over F and S, and the sums in a fixed order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from singer_kernels.backends.triton.language import (
+    cast,
+    dot,
+    load_tile,
+    number,
+    operand,
+    split_dot,
+    store_tile,
+    token_offsets,
+)
+
+
+@triton.jit
+def backward_rows_kernel(
+    columns_ptr,  # [H | Z], [B, P, 2r]
+    gram_columns_ptr,  # X [H | Z], [B, P, 2r]; HAS_INFO
+    residual_ptr,  # (F̂ − S) Wuᵀ, [B, P, r]; HAS_KD
+    norms_ptr,  # n, [B, P]; HAS_OUTLIER
+    threshold_ptr,  # q, [B]; HAS_OUTLIER
+    outlier_weight_ptr,  # 2 / count, []; HAS_OUTLIER
+    up_ptr,  # Wu, [r, D]; HAS_REFINED
+    d_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
+    d_kd_ptr,  # upstream gradients, []
+    d_outlier_ptr,
+    d_info_ptr,
+    d_hidden_ptr,  # out: dH, [B, P, r]
+    turned_ptr,  # out: V, [B, P, r]
+    d_refined_stride_image,
+    d_refined_stride_token,
+    num_patches_in_all,  # B P
+    num_patches,
+    num_prefix_tokens,
+    width,
+    rank,
+    num_images,
+    HAS_KD: tl.constexpr,
+    HAS_OUTLIER: tl.constexpr,
+    HAS_INFO: tl.constexpr,
+    HAS_REFINED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``V = X H + c H`` and ``dH = X Z + c Z + α (F̂ − S) Wuᵀ + Y Wuᵀ`` of BLOCK_T patches.
+
+    ``c = 2 (n − q)₊ / (count n)``, ``α = 2 / (B T D)``; each term times its upstream gradient.
+    """
+    patch = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = patch < num_patches_in_all
+    k = tl.arange(0, BLOCK_R)
+    offsets = patch.to(tl.int64) * rank
+    d_hidden = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    turned = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    if HAS_REFINED:
+        image, token = patch // num_patches, patch % num_patches + num_prefix_tokens
+        token_offset = token_offsets(image, token, d_refined_stride_image, d_refined_stride_token)
+        for start in range(0, width, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
+            back = operand(load_tile(d_refined_ptr, token_offset, d, mask, width), OPERAND)
+            d_hidden = dot(back, tl.trans(up), d_hidden, PRECISION)
+    if HAS_KD:
+        num_tokens = num_patches + num_prefix_tokens
+        alpha = 2.0 / (number(num_images, ACC) * num_tokens * width)
+        alpha = tl.load(d_kd_ptr).to(ACC) * alpha
+        d_hidden += alpha * load_tile(residual_ptr, offsets, k, mask, rank)
+    if HAS_OUTLIER:
+        norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
+        threshold = tl.load(threshold_ptr + patch // num_patches, mask=mask, other=0.0)
+        is_within = (norms <= threshold) & (tl.abs(norms) < float("inf"))
+        excess = tl.where(is_within, 0.0, norms - threshold)
+        weight = tl.load(outlier_weight_ptr) * tl.load(d_outlier_ptr).to(ACC)
+        coefficient = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
+        turned += coefficient * load_tile(columns_ptr, 2 * offsets, k, mask, rank)
+        d_hidden += coefficient * load_tile(columns_ptr + rank, 2 * offsets, k, mask, rank)
+    if HAS_INFO:
+        d_info = tl.load(d_info_ptr).to(ACC)
+        turned += d_info * load_tile(gram_columns_ptr, 2 * offsets, k, mask, rank)
+        d_hidden += d_info * load_tile(gram_columns_ptr + rank, 2 * offsets, k, mask, rank)
+    store_tile(d_hidden_ptr, offsets, k, mask, rank, d_hidden)
+    store_tile(turned_ptr, offsets, k, mask, rank, turned)
+
+
+@triton.jit
+def backward_tokens_kernel(
+    teacher_ptr,  # F, [B, T, D]
+    student_ptr,  # S, [B, T, D]; HAS_KD
+    up_ptr,  # Wu, [r, D]
+    columns_ptr,  # [H | Z], [B, P, 2r]
+    d_hidden_ptr,  # dH, [B, P, r]; NEEDS_DOWN
+    turned_ptr,  # V, [B, P, r]; NEEDS_UP
+    d_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
+    d_kd_ptr,  # upstream gradient, []; HAS_KD
+    d_student_ptr,  # out: dS, [B, T, D]; NEEDS_STUDENT
+    d_down_ptr,  # out: parts of dWd, [splits, D, r]; NEEDS_DOWN
+    d_up_ptr,  # out: parts of dWuᵀ, [splits, D, r]; NEEDS_UP
+    teacher_stride_image,
+    teacher_stride_token,
+    student_stride_image,
+    student_stride_token,
+    d_refined_stride_image,
+    d_refined_stride_token,
+    num_rows,  # B T
+    num_tokens,
+    num_prefix_tokens,
+    width,
+    rank,
+    rows_per_split,  # a multiple of BLOCK_T
+    HAS_KD: tl.constexpr,
+    HAS_TURNED: tl.constexpr,
+    HAS_REFINED: tl.constexpr,
+    NEEDS_STUDENT: tl.constexpr,
+    NEEDS_DOWN: tl.constexpr,
+    NEEDS_UP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``dS = α (S − F̂)``, ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (Y − dS)``, BLOCK_D columns of each.
+
+    One program per split of the tokens and block of columns; the parts are summed by
+    ``sum_parts_kernel``. Prefix tokens reach dS alone.
+    """
+    block_d, split = tl.program_id(0), tl.program_id(1)
+    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_R)
+    up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
+    d_down = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    d_up = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    num_patches = num_tokens - num_prefix_tokens
+    if HAS_KD:
+        alpha = 2.0 / (number(num_rows, ACC) * width)
+        alpha = tl.load(d_kd_ptr).to(ACC) * alpha
+    begin = split * rows_per_split
+    for start in range(begin, min(begin + rows_per_split, num_rows), BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        in_range = row < num_rows
+        image, token = row // num_tokens, row % num_tokens
+        is_patch = in_range & (token >= num_prefix_tokens)
+        patch = image * num_patches + token - num_prefix_tokens
+        rank_offsets = patch.to(tl.int64) * rank
+        offsets = token_offsets(image, token, teacher_stride_image, teacher_stride_token)
+        plain = load_tile(teacher_ptr, offsets, d, in_range, width)
+        hidden = load_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank)
+        delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        delta = split_dot(hidden, up, delta, OPERAND, PRECISION)
+        refined = plain.to(ACC) + tl.where(is_patch[:, None], delta, 0.0)
+        back = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        if HAS_KD:
+            offsets = token_offsets(image, token, student_stride_image, student_stride_token)
+            student = load_tile(student_ptr, offsets, d, in_range, width).to(ACC)
+            back = alpha * (refined - student)
+            if NEEDS_STUDENT:
+                row_offsets = row.to(tl.int64) * width
+                store_tile(d_student_ptr, row_offsets, d, in_range, width, -back)
+        if NEEDS_DOWN:
+            inner = load_tile(d_hidden_ptr, rank_offsets, k, is_patch, rank)
+            left = operand(tl.where(is_patch[:, None], plain, 0.0), OPERAND)
+            d_down = dot(tl.trans(left), operand(inner, OPERAND), d_down, PRECISION)
+        if NEEDS_UP:
+            if HAS_TURNED:
+                inner = load_tile(turned_ptr, rank_offsets, k, is_patch, rank)
+                left = operand(tl.where(is_patch[:, None], refined, 0.0), OPERAND)
+                d_up = dot(tl.trans(left), operand(inner, OPERAND), d_up, PRECISION)
+            if HAS_REFINED:
+                offsets = token_offsets(
+                    image, token, d_refined_stride_image, d_refined_stride_token
+                )
+                back += load_tile(d_refined_ptr, offsets, d, in_range, width).to(ACC)
+            if HAS_KD or HAS_REFINED:
+                left = operand(tl.where(is_patch[:, None], back, 0.0), OPERAND)
+                d_up = dot(tl.trans(left), operand(hidden, OPERAND), d_up, PRECISION)
+    offsets = (split * width + d).to(tl.int64) * rank
+    if NEEDS_DOWN:
+        store_tile(d_down_ptr, offsets, k, d < width, rank, d_down)
+    if NEEDS_UP:
+        store_tile(d_up_ptr, offsets, k, d < width, rank, d_up)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr,  # [num_parts, D, r]
+    out_ptr,  # out: the sum, [D, r] by its strides
+    num_parts,
+    width,
+    rank,
+    out_stride_d,
+    out_stride_r,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The parts' sum, in their order."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    for part in range(num_parts):
+        offsets = (part * width + d).to(tl.int64) * rank
+        total += load_tile(parts_ptr, offsets, k, d < width, rank)
+    out_ptr += d.to(tl.int64)[:, None] * out_stride_d + k[None, :] * out_stride_r
+    mask = (d < width)[:, None] & (k < rank)[None, :]
+    tl.store(out_ptr, cast(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_losses_kernel(
+    kd_ptr,  # sums of (F̂ − S)², [num_kd]
+    squares_ptr,  # sums of (n − q)², [B]
+    counts_ptr,  # [B]
+    info_ptr,  # sums of E², [num_info]
+    kd_out_ptr,  # out: []
+    outlier_out_ptr,  # out: []
+    outlier_weight_ptr,  # out: 2 / count, []
+    info_out_ptr,  # out: []
+    num_kd,
+    num_images,
+    num_info,
+    num_tokens,
+    num_patches,
+    width,
+    HAS_INFO: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The three losses from their parts, summed in a fixed order by one program."""
+    index = tl.arange(0, BLOCK)
+    kd = tl.zeros((BLOCK,), ACC)
+    for start in range(0, num_kd, BLOCK):
+        kd += tl.load(kd_ptr + start + index, mask=start + index < num_kd, other=0.0)
+    images = number(num_images, ACC)
+    tl.store(kd_out_ptr, tl.sum(kd) / (images * num_tokens * width))
+    squares = tl.zeros((BLOCK,), ACC)
+    counts = tl.zeros((BLOCK,), ACC)
+    for start in range(0, num_images, BLOCK):
+        mask = start + index < num_images
+        squares += tl.load(squares_ptr + start + index, mask=mask, other=0.0)
+        counts += tl.load(counts_ptr + start + index, mask=mask, other=0.0)
+    count = tl.maximum(tl.sum(counts), 1.0)
+    tl.store(outlier_out_ptr, tl.sum(squares) / count)
+    tl.store(outlier_weight_ptr, 2.0 / count)
+    if HAS_INFO:
+        info = tl.zeros((BLOCK,), ACC)
+        for start in range(0, num_info, BLOCK):
+            info += tl.load(info_ptr + start + index, mask=start + index < num_info, other=0.0)
+        tl.store(info_out_ptr, tl.sum(info) / (images * num_patches * num_patches))

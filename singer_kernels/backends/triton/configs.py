@@ -1,0 +1,121 @@
+"""The launch configuration of every kernel: a fixed table, by architecture and width of the adapter.
+
+Nothing here changes what is computed but the order of sums, so one table gives the same bits
+always. ``SINGER_AUTOTUNE=1`` measures instead; see :mod:`singer_kernels.backends.triton.tuning`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ARCHITECTURES = (80, 86, 90, 100)
+"""sm_80, sm_90, sm_100, and sm_86 for those of 8.x and 12.x with 99 KiB of shared memory."""
+
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
+"""Bytes of shared memory that one program may have."""
+
+MAX_RANK = 256
+MAX_PATCHES = 16384
+"""What one program of the quantile holds in registers."""
+
+MAX_IDENTITY_RANK = 128
+"""Widest adapter for the Gram identity: beyond, its four small products cost more than they save
+(4 · 3 r > D), and their tiles don't fit."""
+
+PAIRS_FROM = 512
+"""Number of patches from which E goes through memory: a program that owns rows reads each token
+P / BLOCK_P times, twice as often as pairs of tiles, which soon costs more than writing E once."""
+
+SPLITS = 16
+"""Into how many parts the tokens are split for dWd and dWu: with 8 blocks of columns at D = 1024
+that is one program for each of 128 multiprocessors, and the parts' sum stays small beside F."""
+
+
+class Config(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        rows: tokens or patches of a tile (BLOCK_T, BLOCK_P).
+        inner: width of a step of the loop, or of the columns that a program owns (BLOCK_D).
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    rows: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Choice(NamedTuple):
+    """A row of the table: it holds for these architectures, operands and ranks."""
+
+    architectures: tuple[int, ...]
+    operands: tuple[str, ...]
+    max_rank: int
+    config: Config
+    reason: str
+
+
+INTERPRETER = Config(16, 32, 1, 1)
+"""Small tiles, so that small tensors have several of them."""
+
+_ALL = ARCHITECTURES
+_BOTH = ("bfloat16", "float32")
+
+TABLE: dict[str, tuple[Choice, ...]] = {
+    "refine": (
+        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
+        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+    ),
+    "gram_rows": (
+        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
+        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+    ),
+    "gram_pairs": (
+        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
+        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+    ),
+    "gram_apply": (
+        Choice(_ALL, _BOTH, 256, Config(32, 32, 4, 2), "x"),
+    ),
+    "backward_rows": (
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+    ),
+    "backward_tokens": (
+        Choice(_ALL, _BOTH, 64, Config(32, 64, 4, 2), "x"),
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+    ),
+}
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """Return the table's architecture for a device's compute capability."""
+    if capability in ((8, 0), (9, 0)):
+        return capability[0] * 10
+    return 100 if capability[0] in (10, 11) else 86
+
+
+def outlier_warps(block_p: int) -> int:
+    """Return the warps for the quantile: at least 8 norms a thread, fewer reductions across."""
+    return max(1, min(8, block_p // 256))
+
+
+def lookup(kernel: str, arch: int | None, operand: str, rank: int) -> Config:
+    """Return a kernel's configuration.
+
+    Args:
+        kernel: a key of ``TABLE``.
+        arch: one of ``ARCHITECTURES``; None: the interpreter.
+        operand: "bfloat16", "float32", or "float64" (the interpreter alone).
+        rank: r.
+    """
+    if arch is None:
+        return INTERPRETER
+    for choice in TABLE[kernel]:
+        if arch in choice.architectures and operand in choice.operands and rank <= choice.max_rank:
+            return choice.config
+    raise LookupError(f"{kernel}: no configuration for sm_{arch}, {operand}, rank {rank}")

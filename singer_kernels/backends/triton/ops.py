@@ -1,0 +1,332 @@
+"""The stages as operators of torch: what torch.compile, export and CUDA graphs see of them.
+
+Registered without importing Triton, which the first call does. A result that was not asked for is
+an empty tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("singer_kernels", "FRAGMENT")
+
+_FORWARD = (
+    "triton_losses_forward("
+    "Tensor student, Tensor teacher, Tensor down, Tensor up, Tensor? gram_target, bool gram, "
+    "float quantile, SymInt num_prefix_tokens, bool has_refined, bool has_residual, "
+    "bool has_gram_columns, bool has_d_target, "
+    "ScalarType acc, ScalarType product, ScalarType gram_product) -> "
+    "(Tensor kd, Tensor outlier, Tensor info, Tensor refined, Tensor norms, Tensor threshold, "
+    "Tensor outlier_weight, Tensor columns, Tensor residual, Tensor gram_columns, Tensor d_target)"
+)
+_BACKWARD = (
+    "triton_losses_backward("
+    "Tensor? student, Tensor teacher, Tensor up, Tensor columns, Tensor? gram_columns, "
+    "Tensor? residual, Tensor norms, Tensor threshold, Tensor outlier_weight, "
+    "Tensor? d_kd, Tensor? d_outlier, Tensor? d_info, Tensor? d_refined, "
+    "SymInt num_prefix_tokens, ScalarType acc, ScalarType product, "
+    "ScalarType? student_dtype, ScalarType? down_dtype, ScalarType? up_dtype) -> "
+    "(Tensor d_student, Tensor d_down, Tensor d_up)"
+)
+_GRAM = (
+    "triton_gram_loss("
+    "Tensor tokens, Tensor target, SymInt num_prefix_tokens, bool has_d_tokens, "
+    "bool has_d_target, ScalarType acc, ScalarType product) -> "
+    "(Tensor loss, Tensor d_tokens, Tensor d_target)"
+)
+
+
+class ForwardOutput(NamedTuple):
+    """What ``triton_losses_forward`` returns; empty where not asked for."""
+
+    kd: Tensor
+    outlier: Tensor
+    info: Tensor
+    refined: Tensor  # F̂, [B, T, D], in the teacher's dtype
+    norms: Tensor  # [B, P]
+    threshold: Tensor  # [B]
+    outlier_weight: Tensor  # 2 / count, []
+    columns: Tensor  # [H | Z], [B, P, 2r]
+    residual: Tensor  # (F̂ − S) Wuᵀ, [B, P, r]
+    gram_columns: Tensor  # X [H | Z], [B, P, 2r]
+    d_target: Tensor  # the info loss's gradient in the target's patches, [B, P, D]
+
+
+def target_gradient_dtype(target: Tensor, acc: torch.dtype) -> torch.dtype:
+    """Return the dtype that the target's gradient is kept in; float16 would lose its range."""
+    return torch.bfloat16 if target.dtype == torch.bfloat16 else acc
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _losses_forward(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gram_target: Tensor | None,
+    gram: bool,
+    quantile: float,
+    num_prefix_tokens: int,
+    has_refined: bool,
+    has_residual: bool,
+    has_gram_columns: bool,
+    has_d_target: bool,
+    acc: torch.dtype,
+    product: torch.dtype,
+    gram_product: torch.dtype,
+) -> tuple[Tensor, ...]:
+    from singer_kernels.backends.triton import configs, launch
+
+    prefix, rank = num_prefix_tokens, down.shape[1]
+    arch = launch.architecture(teacher.device)
+    arithmetic = launch.Arithmetic(product, acc, arch)
+    gram_arithmetic = launch.Arithmetic(gram_product, acc, arch)
+    student, teacher = launch.rows_contiguous(student), launch.rows_contiguous(teacher)
+    is_own = gram_target is None
+    identity = gram and is_own and product == torch.bfloat16 and rank <= configs.MAX_IDENTITY_RANK
+    rows_dtype = None
+    if gram and not identity:
+        rows_dtype = torch.bfloat16 if gram_product == torch.bfloat16 else acc
+    with launch.on_device(teacher):
+        refined = launch.refine(
+            student,
+            teacher,
+            down,
+            up,
+            prefix,
+            arithmetic,
+            identity=identity,
+            has_residual=has_residual,
+            has_refined=has_refined,
+            rows_dtype=rows_dtype,
+        )
+        plain_norms = refined.plain_norms if identity else None
+        outliers = launch.outlier(refined.norms, plain_norms, quantile)
+        found = launch.Gram(None, None, None)
+        if gram:
+            target = teacher if is_own else launch.rows_contiguous(gram_target)
+            target_norms = (
+                refined.plain_norms if is_own else launch.row_norms(target, prefix, acc)
+            )
+            found = launch.gram(
+                launch.GramRows(
+                    "identity" if identity else "stored",
+                    refined.rows,
+                    target,
+                    refined.norms,
+                    target_norms,
+                    up,
+                    refined.columns,
+                    refined.half,
+                    outliers.amplification,
+                ),
+                refined.columns,
+                prefix,
+                gram_arithmetic,
+                needs_columns=has_gram_columns,
+                d_target_dtype=target_gradient_dtype(target, acc) if has_d_target else None,
+            )
+        kd, outlier, info, weight = launch.sum_losses(
+            refined.kd_parts, outliers, found.parts, teacher.shape, prefix
+        )
+    return ForwardOutput(
+        kd=kd,
+        outlier=outlier,
+        info=info if gram else info.new_empty(0),
+        refined=_or_empty(refined.refined, teacher),
+        norms=refined.norms,
+        threshold=outliers.threshold,
+        outlier_weight=weight,
+        columns=refined.columns,
+        residual=_or_empty(refined.residual, kd),
+        gram_columns=_or_empty(found.columns, kd),
+        d_target=_or_empty(found.d_target, kd),
+    )
+
+
+def _losses_forward_fake(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gram_target: Tensor | None,
+    gram: bool,
+    quantile: float,
+    num_prefix_tokens: int,
+    has_refined: bool,
+    has_residual: bool,
+    has_gram_columns: bool,
+    has_d_target: bool,
+    acc: torch.dtype,
+    product: torch.dtype,
+    gram_product: torch.dtype,
+) -> tuple[Tensor, ...]:
+    images, tokens, width = teacher.shape
+    patches, rank = tokens - num_prefix_tokens, down.shape[1]
+
+    def new(*shape: int, dtype: torch.dtype = acc, wanted: bool = True) -> Tensor:
+        return teacher.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    target = teacher if gram_target is None else gram_target
+    target_dtype = target_gradient_dtype(target, acc) if has_d_target else acc
+    return ForwardOutput(
+        kd=new(),
+        outlier=new(),
+        info=new(wanted=gram),
+        refined=new(images, tokens, width, dtype=teacher.dtype, wanted=has_refined),
+        norms=new(images, patches),
+        threshold=new(images),
+        outlier_weight=new(),
+        columns=new(images, patches, 2 * rank),
+        residual=new(images, patches, rank, wanted=has_residual),
+        gram_columns=new(images, patches, 2 * rank, wanted=has_gram_columns),
+        d_target=new(images, patches, width, dtype=target_dtype, wanted=has_d_target),
+    )
+
+
+def _losses_backward(
+    student: Tensor | None,
+    teacher: Tensor,
+    up: Tensor,
+    columns: Tensor,
+    gram_columns: Tensor | None,
+    residual: Tensor | None,
+    norms: Tensor,
+    threshold: Tensor,
+    outlier_weight: Tensor,
+    d_kd: Tensor | None,
+    d_outlier: Tensor | None,
+    d_info: Tensor | None,
+    d_refined: Tensor | None,
+    num_prefix_tokens: int,
+    acc: torch.dtype,
+    product: torch.dtype,
+    student_dtype: torch.dtype | None,
+    down_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    from singer_kernels.backends.triton import launch
+
+    arithmetic = launch.Arithmetic(product, acc, launch.architecture(teacher.device))
+    teacher = launch.rows_contiguous(teacher)
+    student = None if student is None else launch.rows_contiguous(student)
+    d_refined = None if d_refined is None else launch.rows_contiguous(d_refined)
+    with launch.on_device(teacher):
+        grads = launch.backward(
+            student,
+            teacher,
+            up,
+            columns,
+            gram_columns,
+            residual,
+            norms,
+            threshold,
+            outlier_weight,
+            launch.Upstream(d_kd, d_outlier, d_info, d_refined),
+            num_prefix_tokens,
+            arithmetic,
+            student_dtype,
+            down_dtype,
+            up_dtype,
+        )
+    d_student, d_down, d_up = (_or_empty(grad, columns) for grad in grads)
+    return d_student, d_down, d_up
+
+
+def _losses_backward_fake(
+    student: Tensor | None,
+    teacher: Tensor,
+    up: Tensor,
+    columns: Tensor,
+    gram_columns: Tensor | None,
+    residual: Tensor | None,
+    norms: Tensor,
+    threshold: Tensor,
+    outlier_weight: Tensor,
+    d_kd: Tensor | None,
+    d_outlier: Tensor | None,
+    d_info: Tensor | None,
+    d_refined: Tensor | None,
+    num_prefix_tokens: int,
+    acc: torch.dtype,
+    product: torch.dtype,
+    student_dtype: torch.dtype | None,
+    down_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    rank, width = up.shape
+    arrives = any(grad is not None for grad in (d_kd, d_outlier, d_info, d_refined))
+
+    def new(shape: Any, dtype: torch.dtype | None, arrives: bool) -> Tensor:
+        if dtype is None or not arrives:
+            return columns.new_empty(0)
+        return teacher.new_empty(shape, dtype=dtype)
+
+    return (
+        new(teacher.shape, student_dtype, d_kd is not None),
+        new((width, rank), down_dtype, arrives),
+        new((rank, width), up_dtype, arrives),
+    )
+
+
+def _gram_loss(
+    tokens: Tensor,
+    target: Tensor,
+    num_prefix_tokens: int,
+    has_d_tokens: bool,
+    has_d_target: bool,
+    acc: torch.dtype,
+    product: torch.dtype,
+) -> tuple[Tensor, ...]:
+    from singer_kernels.backends.triton import launch
+
+    arithmetic = launch.Arithmetic(product, acc, launch.architecture(tokens.device))
+    tokens, target = launch.rows_contiguous(tokens), launch.rows_contiguous(target)
+    with launch.on_device(tokens):
+        norms = launch.row_norms(tokens, num_prefix_tokens, acc)
+        target_norms = launch.row_norms(target, num_prefix_tokens, acc)
+        found = launch.gram(
+            launch.GramRows("stored", tokens, target, norms, target_norms),
+            tokens[:, num_prefix_tokens:],
+            num_prefix_tokens,
+            arithmetic,
+            needs_columns=has_d_tokens,
+            d_target_dtype=acc if has_d_target else None,
+        )
+        loss = launch.mean_of_parts(found.parts, norms)
+    return loss, _or_empty(found.columns, loss), _or_empty(found.d_target, loss)
+
+
+def _gram_loss_fake(
+    tokens: Tensor,
+    target: Tensor,
+    num_prefix_tokens: int,
+    has_d_tokens: bool,
+    has_d_target: bool,
+    acc: torch.dtype,
+    product: torch.dtype,
+) -> tuple[Tensor, ...]:
+    images, count, width = tokens.shape
+    shape = (images, count - num_prefix_tokens, width)
+    return (
+        tokens.new_empty((), dtype=acc),
+        tokens.new_empty(shape if has_d_tokens else (0,), dtype=acc),
+        tokens.new_empty(shape if has_d_target else (0,), dtype=acc),
+    )
+
+
+for _schema, _implementation, _fake in (
+    (_FORWARD, _losses_forward, _losses_forward_fake),
+    (_BACKWARD, _losses_backward, _losses_backward_fake),
+    (_GRAM, _gram_loss, _gram_loss_fake),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"singer_kernels::{_name}", _fake, lib=_library)

@@ -1,0 +1,124 @@
+"""Stage ``refine``: H, Z and what else is needed of each row, the norms, the KD partial sums."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from singer_kernels.backends.triton.language import (
+    dot,
+    load_tile,
+    operand,
+    split_dot,
+    split_dot_transposed,
+    store_tile,
+    token_offsets,
+)
+
+
+@triton.jit
+def refine_fwd_kernel(
+    teacher_ptr,  # F, [B, T, D]
+    student_ptr,  # S, [B, T, D]
+    down_ptr,  # Wd, [D, r]
+    up_ptr,  # Wu, [r, D]
+    overlap_ptr,  # M = Wu Wuᵀ, [r, r]; IDENTITY
+    columns_ptr,  # out: [H | Z], [B, P, 2r]
+    half_ptr,  # out: L = Z − ½ H M, [B, P, r]; IDENTITY
+    residual_ptr,  # out: (F̂ − S) Wuᵀ, [B, P, r]; HAS_RESIDUAL
+    norms_ptr,  # out: n, [B, P]
+    plain_norms_ptr,  # out: norms of F, [B, P]
+    kd_ptr,  # out: sums of (F̂ − S)², [programs]
+    refined_ptr,  # out: F̂, [B, T, D]; HAS_REFINED
+    rows_ptr,  # out: F̂ for the Gram products, [B, T, D]; HAS_ROWS
+    teacher_stride_image,
+    teacher_stride_token,
+    student_stride_image,
+    student_stride_token,
+    num_rows,  # B T
+    num_tokens,
+    num_prefix_tokens,
+    width,
+    rank,
+    IDENTITY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_REFINED: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``H = F Wd``, ``F̂ = F + H Wu``, ``Z = F̂ Wuᵀ``, ``n = ‖F̂‖``, KD partial ``Σ (F̂ − S)²``.
+
+    One program per BLOCK_T tokens, whatever their image; on prefix tokens H = 0. F is read twice,
+    the second time from cache. With IDENTITY ``Z = F Wuᵀ + H M``: to the last digits what the
+    Gram identity needs; else Z comes from the rounded F̂, whose error is small beside F̂ itself.
+    """
+    program = tl.program_id(0)
+    row = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_range = row < num_rows
+    image = row // num_tokens
+    token = row % num_tokens
+    is_patch = in_range & (token >= num_prefix_tokens)
+    teacher_offsets = token_offsets(image, token, teacher_stride_image, teacher_stride_token)
+    student_offsets = token_offsets(image, token, student_stride_image, student_stride_token)
+    row_offsets = row.to(tl.int64) * width
+    column = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_R)
+
+    hidden = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    latent = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    for start in range(0, width, BLOCK_D):
+        d = start + column
+        plain = operand(load_tile(teacher_ptr, teacher_offsets, d, in_range, width), OPERAND)
+        down = operand(load_tile(down_ptr, d * rank, k, d < width, rank), OPERAND)
+        hidden = dot(plain, down, hidden, PRECISION)
+        if IDENTITY:
+            up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
+            latent = dot(plain, tl.trans(up), latent, PRECISION)
+    hidden = tl.where(is_patch[:, None], hidden, 0.0)
+
+    residual = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    squares = tl.zeros((BLOCK_T,), ACC)
+    plain_squares = tl.zeros((BLOCK_T,), ACC)
+    kd = tl.zeros((BLOCK_T,), ACC)
+    for start in range(0, width, BLOCK_D):
+        d = start + column
+        plain = load_tile(teacher_ptr, teacher_offsets, d, in_range, width).to(ACC)
+        student = load_tile(student_ptr, student_offsets, d, in_range, width).to(ACC)
+        up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
+        delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        delta = split_dot(hidden, up, delta, OPERAND, PRECISION)
+        refined = plain + tl.where(is_patch[:, None], delta, 0.0)
+        difference = refined - student
+        squares += tl.sum(refined * refined, axis=1)
+        plain_squares += tl.sum(plain * plain, axis=1)
+        kd += tl.sum(difference * difference, axis=1)
+        if not IDENTITY:
+            latent = dot(operand(refined, OPERAND), tl.trans(up), latent, PRECISION)
+        if HAS_RESIDUAL:
+            residual = dot(operand(difference, OPERAND), tl.trans(up), residual, PRECISION)
+        if HAS_REFINED:
+            store_tile(refined_ptr, row_offsets, d, in_range, width, refined)
+        if HAS_ROWS:
+            store_tile(rows_ptr, row_offsets, d, in_range, width, refined)
+    tl.store(kd_ptr + program, tl.sum(tl.where(in_range, kd, 0.0)))
+
+    patch = image * (num_tokens - num_prefix_tokens) + token - num_prefix_tokens
+    tl.store(norms_ptr + patch, tl.sqrt(squares), mask=is_patch)
+    tl.store(plain_norms_ptr + patch, tl.sqrt(plain_squares), mask=is_patch)
+    rank_offsets = patch.to(tl.int64) * rank
+    if IDENTITY:
+        # The overlap is symmetric: its rows are its columns.
+        overlap = load_tile(overlap_ptr, k * rank, k, k < rank, rank)
+        plain_latent = latent
+        latent = split_dot_transposed(hidden, overlap, latent, OPERAND)
+        half = 0.5 * (plain_latent + latent)
+        store_tile(half_ptr, rank_offsets, k, is_patch, rank, half)
+    store_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank, hidden)
+    store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, latent)
+    if HAS_RESIDUAL:
+        store_tile(residual_ptr, rank_offsets, k, is_patch, rank, residual)
