@@ -8,8 +8,9 @@ from singer_kernels.types import FusedLossesOutput
 
 __version__ = "0.1.0"
 
-# These two need torch alone. Loaded now, they need no import in a first call under torch.compile.
-for _name in ("torch", "reference"):
+# These need torch alone (Triton itself comes with a first call there). Loaded now, they need no
+# import in a first call under torch.compile.
+for _name in ("triton", "torch", "reference"):
     backends.load(_name)
 
 __all__ = [

@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from singer_kernels import backends
+from singer_kernels.backends.problem import Problem
+from singer_kernels.reference import accumulation_dtype
 from singer_kernels.validation import (
     check_adapter,
     check_frozen,
@@ -135,7 +137,13 @@ def gram_loss(
     check_tensor("tokens", tokens, "[B, T, D]")
     check_same_shape("target", check_tensor("target", target, "[B, T, D]"), "tokens", tokens)
     prefix = check_num_prefix_tokens(num_prefix_tokens, tokens.shape[1])
-    return backends.resolve(backend, tokens.device).gram_loss(tokens, target, prefix)
+    problem = Problem(
+        patches=tokens.shape[1] - prefix,
+        width=tokens.shape[2],
+        rank=0,
+        acc=accumulation_dtype(tokens, target),
+    )
+    return backends.resolve(backend, tokens.device, problem).gram_loss(tokens, target, prefix)
 
 
 def kd_loss(student: Tensor, tokens: Tensor, *, backend: str | None = None) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from singer_kernels import backends
+from singer_kernels.backends.problem import Problem
+from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import FusedLossesOutput
 from singer_kernels.validation import (
     FLOAT_DTYPES,
@@ -88,7 +90,15 @@ def fused_losses(
             raise ValueError("gram_target: got a tensor with gram=False, expected None")
         check_tensor("gram_target", gram_target, "[B, T, D]")
         check_same_shape("gram_target", gram_target, "teacher", teacher)
-    return backends.resolve(backend, teacher.device).fused_losses(
+    prefix = check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1])
+    inputs = [student, teacher, down, up, teacher if gram_target is None else gram_target]
+    problem = Problem(
+        patches=teacher.shape[1] - prefix,
+        width=teacher.shape[2],
+        rank=down.shape[1],
+        acc=accumulation_dtype(*inputs),
+    )
+    return backends.resolve(backend, teacher.device, problem).fused_losses(
         student,
         teacher,
         down,
@@ -96,7 +106,7 @@ def fused_losses(
         gram_target=gram_target,
         gram=gram,
         quantile=check_quantile(quantile),
-        num_prefix_tokens=check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1]),
+        num_prefix_tokens=prefix,
         return_refined=return_refined,
     )
 

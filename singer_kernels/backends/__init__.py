@@ -16,11 +16,12 @@ from torch import Tensor
 from torch import device as Device
 from torch.compiler import is_compiling
 
+from singer_kernels.backends.problem import Problem
 from singer_kernels.types import FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
-_PREFERENCE = ("torch", "reference")
+_PREFERENCE = ("triton", "torch", "reference")
 """The backends that exist, the one to prefer first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
@@ -28,6 +29,7 @@ ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
 # Dictionaries, not functools.cache: torch.compile traces a look-up, but no import and no cache.
 _loaded: dict[str, Backend] = {}
 _chosen: dict[Device, str] = {}  # device to the backend chosen automatically
+_passed_over: set[str] = set()  # the reasons logged for calls that the chosen one doesn't serve
 
 
 class Backend(Protocol):
@@ -37,8 +39,15 @@ class Backend(Protocol):
     give gradients, and refuse to be differentiated twice.
     """
 
-    def unavailable_reason(self, device: Device) -> str | None:
-        """Return None if the backend can run on that device, else why not, in one line."""
+    def unavailable_reason(self, device: Device, asked: bool) -> str | None:
+        """Return None if the backend can run on that device, else why not, in one line.
+
+        ``asked`` tells whether it was asked for by name: one that can run, but should not be the
+        automatic choice, gives its reason only if it was not.
+        """
+
+    def unsupported_reason(self, problem: Problem) -> str | None:
+        """Return None if the backend serves calls of that size, else why not, in one line."""
 
     def fused_losses(
         self,
@@ -87,14 +96,19 @@ def load(name: str) -> Backend:
     return _loaded[name]
 
 
-def unavailable_reason(name: str, device: Device) -> str | None:
+def unavailable_reason(name: str, device: Device, asked: bool = True) -> str | None:
     """Say why a backend can't run on a device.
+
+    Args:
+        name: the backend's name.
+        device: where it would run.
+        asked: whether it was asked for by name; False: by the automatic choice.
 
     Returns:
         The reason in one line, or None if it can run.
     """
     try:
-        return load(name).unavailable_reason(device)
+        return load(name).unavailable_reason(device, asked)
     except ImportError as error:
         return f"it can't be imported: {error}"
 
@@ -104,7 +118,7 @@ def _automatic(device: Device) -> str:
         return _chosen[device]
     skipped: list[str] = []
     for name in _PREFERENCE:
-        reason = unavailable_reason(name, device)
+        reason = unavailable_reason(name, device, asked=False)
         if reason is None:
             note = f" ({'; '.join(skipped)})" if skipped else ""
             if not is_compiling():  # a call under torch.compile can't be logged
@@ -113,6 +127,23 @@ def _automatic(device: Device) -> str:
             return name
         skipped.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")
+
+
+def _serving(first: str, device: Device, problem: Problem) -> str:
+    """Return the first backend, from the one chosen for the device on, that serves a problem."""
+    skipped: list[str] = []
+    for name in _PREFERENCE[_PREFERENCE.index(first) :]:
+        if name != first and unavailable_reason(name, device, asked=False) is not None:
+            continue
+        reason = load(name).unsupported_reason(problem)
+        if reason is None:
+            note = f"backend {name!r} takes calls on {device} ({'; '.join(skipped)})"
+            if skipped and not is_compiling() and note not in _passed_over:
+                _passed_over.add(note)
+                _logger.info(note)
+            return name
+        skipped.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend serves this call on {device}: {'; '.join(skipped)}")
 
 
 def check_name(backend: str | None, source: str = "backend") -> str | None:
@@ -133,7 +164,9 @@ def check_name(backend: str | None, source: str = "backend") -> str | None:
     return backend
 
 
-def resolve_backend(backend: str | None, device: Device) -> str:
+def resolve_backend(
+    backend: str | None, device: Device, problem: Problem | None = None
+) -> str:
     """Return the name of the backend that a call would use.
 
     Args:
@@ -141,6 +174,8 @@ def resolve_backend(backend: str | None, device: Device) -> str:
             ``SINGER_BACKEND`` or, if that is unset or empty, the best that can run on the device.
             The automatic choice is logged once per device at INFO.
         device: where the tensors are.
+        problem: the call's sizes; None: any. A backend that does not serve them is passed over by
+            the automatic choice, which is logged once per reason at INFO.
 
     Returns:
         The name.
@@ -157,15 +192,20 @@ def resolve_backend(backend: str | None, device: Device) -> str:
     backend = check_name(backend, source)
     if backend is None:
         # "cpu" and "cpu:0", "cuda" and "cuda:0" are one device: chosen for, and logged, once.
-        return _automatic(
+        chosen = _automatic(
             Device("cpu") if device.type == "cpu" else Device(device.type, device.index or 0)
         )
+        return chosen if problem is None else _serving(chosen, device, problem)
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
+    if problem is not None:
+        reason = load(backend).unsupported_reason(problem)
+        if reason is not None:
+            raise RuntimeError(f"{source}: {backend!r} can't run this call: {reason}")
     return backend
 
 
-def resolve(backend: str | None, device: Device) -> Backend:
+def resolve(backend: str | None, device: Device, problem: Problem | None = None) -> Backend:
     """Return the module of the backend that a call asks for; see :func:`resolve_backend`."""
-    return load(resolve_backend(backend, device))
+    return load(resolve_backend(backend, device, problem))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from singer_kernels import reference
 from singer_kernels.backends.once import refuse_twice
+from singer_kernels.backends.problem import Problem
 from singer_kernels.types import FusedLossesOutput
 
 
@@ -32,8 +33,13 @@ def _once(tensor: Tensor) -> Tensor:
     return cast("Tensor", _OnceDifferentiable.apply(tensor)) if tensor.requires_grad else tensor
 
 
-def unavailable_reason(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device, asked: bool) -> str | None:
     """Return None: this backend runs on every device."""
+    return None
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Return None: this backend serves every size."""
     return None
 
 

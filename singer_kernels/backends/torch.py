@@ -38,6 +38,7 @@ from torch.compiler import is_compiling
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
 from singer_kernels.backends.once import refuse_twice
+from singer_kernels.backends.problem import Problem
 from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
 from singer_kernels.types import FusedLossesOutput
 
@@ -48,8 +49,13 @@ outlier_loss = reference_backend.outlier_loss
 kd_loss = reference_backend.kd_loss
 
 
-def unavailable_reason(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device, asked: bool) -> str | None:
     """Return None: this backend runs on every device."""
+    return None
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Return None: this backend serves every size."""
     return None
 
 

@@ -1,5 +1,11 @@
 """Settings that every test of the kernels shares."""
 
+import os
+
+# Before anything imports Triton: its interpreter runs the kernels on the CPU.
+if not os.environ.get("SINGER_TEST_DEVICE"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 

@@ -57,8 +57,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-INTERPRETER = Config(16, 32, 1, 1)
-"""Small tiles, so that small tensors have several of them."""
+INTERPRETER = Config(64, 64, 1, 1)
+"""Large tiles: the interpreter's time goes by operations, not by numbers."""
 
 _ALL = ARCHITECTURES
 _BOTH = ("bfloat16", "float32")

@@ -13,21 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.triton import configs
-from singer_kernels.backends.triton.backward import (
+from singer_kernels.backends.triton.kernels.backward import (
     backward_rows_kernel,
     backward_tokens_kernel,
     sum_losses_kernel,
     sum_parts_kernel,
 )
-from singer_kernels.backends.triton.gram import (
+from singer_kernels.backends.triton.kernels.gram import (
     gram_apply_kernel,
     gram_pairs_kernel,
     gram_rows_kernel,
     row_norms_kernel,
 )
-from singer_kernels.backends.triton.language import INTERPRETED
-from singer_kernels.backends.triton.outlier import outlier_fwd_kernel
-from singer_kernels.backends.triton.refine import refine_fwd_kernel
+from singer_kernels.backends.triton.kernels.language import INTERPRETED
+from singer_kernels.backends.triton.kernels.outlier import outlier_fwd_kernel
+from singer_kernels.backends.triton.kernels.refine import refine_fwd_kernel
 
 
 class Arithmetic(NamedTuple):

@@ -55,16 +55,16 @@ class ForwardOutput(NamedTuple):
     d_target: Tensor  # the info loss's gradient in the target's patches, [B, P, D]
 
 
-def target_gradient_dtype(target: Tensor, acc: torch.dtype) -> torch.dtype:
-    """Return the dtype that the target's gradient is kept in; float16 would lose its range."""
-    return torch.bfloat16 if target.dtype == torch.bfloat16 else acc
+def kept_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
+    """Return the dtype that products are kept in between kernels; float16 would lose its range."""
+    return torch.bfloat16 if product == torch.bfloat16 else acc
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _losses_forward(
+def losses_forward(
     student: Tensor,
     teacher: Tensor,
     down: Tensor,
@@ -92,7 +92,7 @@ def _losses_forward(
     identity = gram and is_own and product == torch.bfloat16 and rank <= configs.MAX_IDENTITY_RANK
     rows_dtype = None
     if gram and not identity:
-        rows_dtype = torch.bfloat16 if gram_product == torch.bfloat16 else acc
+        rows_dtype = kept_dtype(gram_product, acc)
     with launch.on_device(teacher):
         refined = launch.refine(
             student,
@@ -130,7 +130,7 @@ def _losses_forward(
                 prefix,
                 gram_arithmetic,
                 needs_columns=has_gram_columns,
-                d_target_dtype=target_gradient_dtype(target, acc) if has_d_target else None,
+                d_target_dtype=kept_dtype(gram_product, acc) if has_d_target else None,
             )
         kd, outlier, info, weight = launch.sum_losses(
             refined.kd_parts, outliers, found.parts, teacher.shape, prefix
@@ -173,8 +173,7 @@ def _losses_forward_fake(
     def new(*shape: int, dtype: torch.dtype = acc, wanted: bool = True) -> Tensor:
         return teacher.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    target = teacher if gram_target is None else gram_target
-    target_dtype = target_gradient_dtype(target, acc) if has_d_target else acc
+    target_dtype = kept_dtype(gram_product, acc) if has_d_target else acc
     return ForwardOutput(
         kd=new(),
         outlier=new(),
@@ -190,7 +189,7 @@ def _losses_forward_fake(
     )
 
 
-def _losses_backward(
+def losses_backward(
     student: Tensor | None,
     teacher: Tensor,
     up: Tensor,
@@ -322,8 +321,8 @@ def _gram_loss_fake(
 
 
 for _schema, _implementation, _fake in (
-    (_FORWARD, _losses_forward, _losses_forward_fake),
-    (_BACKWARD, _losses_backward, _losses_backward_fake),
+    (_FORWARD, losses_forward, _losses_forward_fake),
+    (_BACKWARD, losses_backward, _losses_backward_fake),
     (_GRAM, _gram_loss, _gram_loss_fake),
 ):
     _name = _schema.partition("(")[0]

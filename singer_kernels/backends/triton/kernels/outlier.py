@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from singer_kernels.backends.triton.language import number
+from singer_kernels.backends.triton.kernels.language import number
 
 
 @triton.jit
