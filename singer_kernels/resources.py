@@ -34,6 +34,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
 }
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
@@ -44,8 +45,7 @@ class Launch(NamedTuple):
     signature: tuple[tuple[str, str], ...]  # parameter to type
     constants: tuple[tuple[int, Any], ...]  # position to value
     aligned: tuple[int, ...]  # positions of arguments that 16 divides
-    warps: int
-    stages: int
+    options: tuple[tuple[str, Any], ...]  # of the compiler
 
     @property
     def variant(self) -> str:
@@ -92,12 +92,12 @@ class Usage(NamedTuple):
 
 def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     """Specialise a launch as Triton does at run time."""
-    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    compiling = tuple((name, options.pop(name)) for name in _OPTIONS)
     given = dict(zip([param.name for param in params], args, strict=False)) | options
     signature, constants, aligned = [], [], []
     for position, param in enumerate(params):
         value = given[param.name]
-        if param.is_constexpr or value is None or (value == 1 and isinstance(value, int)):
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature.append((param.name, "constexpr"))
             constants.append((position, value))
             continue
@@ -110,7 +110,7 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
         signature.append((param.name, kind))
         if is_aligned:
             aligned.append(position)
-    return Launch(name, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
+    return Launch(name, tuple(signature), tuple(constants), tuple(aligned), compiling)
 
 
 class _Recorder:
@@ -251,7 +251,7 @@ def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
         constexprs={(position,): value for position, value in given.constants},
         attrs={(position,): [["tt.divisibility", 16]] for position in given.aligned},
     )
-    options = {"num_warps": given.warps, "num_stages": given.stages}
+    options = dict(given.options)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -273,7 +273,7 @@ def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
         given.kernel.removesuffix("_kernel"),
         given.variant,
         f"{rows}x{inner}",
-        given.warps,
+        options["num_warps"],
         registers,
         stack + local,
         compiled.metadata.shared,

@@ -164,9 +164,7 @@ def check_name(backend: str | None, source: str = "backend") -> str | None:
     return backend
 
 
-def resolve_backend(
-    backend: str | None, device: Device, problem: Problem | None = None
-) -> str:
+def resolve_backend(backend: str | None, device: Device, problem: Problem | None = None) -> str:
     """Return the name of the backend that a call would use.
 
     Args:

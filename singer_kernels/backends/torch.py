@@ -443,9 +443,7 @@ class _GramLoss(torch.autograd.Function):
                 )
             loss = _mean_square(difference)
         ctx.prefix = num_prefix_tokens
-        ctx.save_for_backward(
-            saved(tokens, needs[0]), saved(target, needs[1]), d_tokens, d_target
-        )
+        ctx.save_for_backward(saved(tokens, needs[0]), saved(target, needs[1]), d_tokens, d_target)
         return loss
 
     @staticmethod

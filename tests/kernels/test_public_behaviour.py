@@ -168,7 +168,8 @@ def fake(monkeypatch, fresh):
     """A backend, preferred to all others, that says it can't run."""
     module = types.ModuleType("singer_kernels.backends.fake")
     module.reason = "the driver is from 1993"
-    module.unavailable_reason = lambda device: module.reason
+    module.unavailable_reason = lambda device, asked: module.reason
+    module.unsupported_reason = lambda problem: None
     module.kd_loss = lambda student, tokens: "from the fake"
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backends, "_PREFERENCE", ("fake", "reference"))

@@ -181,11 +181,17 @@ def test_fused_losses_on_paper():
 
 @pytest.mark.parametrize("count", [2, 10, 101, 196])
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.97, 1.0])
-def test_the_float32_threshold_is_that_of_torch_quantile(count, gamma):
+def test_the_float32_threshold_is_that_of_torch_quantile(backend, count, gamma):
     tokens = torch.randn(3, count, 4, generator=torch.Generator().manual_seed(count))
     none = torch.zeros(4, 1)
     out = fused_losses(tokens, tokens, none, none.T, quantile=gamma, num_prefix_tokens=0)
-    assert torch.equal(out.threshold, torch.quantile(out.norms, gamma, dim=1))
+    expected = torch.quantile(out.norms, gamma, dim=1)
+    if backend != "triton":  # the others call it
+        assert torch.equal(out.threshold, expected)
+        return
+    # Releases of torch differ in whether the rank, up to P, and the interpolation are rounded.
+    spread = out.norms.amax(dim=1) - out.norms.amin(dim=1)
+    assert ((out.threshold - expected).abs() <= 2**-23 * (expected + count * spread)).all()
 
 
 # --- against the truth ----------------------------------------------------------------------------

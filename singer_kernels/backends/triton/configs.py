@@ -39,12 +39,15 @@ class Config(NamedTuple):
         inner: width of a step of the loop, or of the columns that a program owns (BLOCK_D).
         warps: per program.
         stages: of the software pipeline.
+        registers: the most that a thread may take, so that several programs share a
+            multiprocessor; None: as many as the compiler likes.
     """
 
     rows: int
     inner: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Choice(NamedTuple):
@@ -59,6 +62,9 @@ class Choice(NamedTuple):
 
 INTERPRETER = Config(64, 64, 1, 1)
 """Large tiles: the interpreter's time goes by operations, not by numbers."""
+
+SUMS = Config(0, 0, 4, 1)
+"""Of the small kernels, which choose their own tiles."""
 
 _ALL = ARCHITECTURES
 _BOTH = ("bfloat16", "float32")
@@ -79,12 +85,8 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
         Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
     ),
-    "gram_apply": (
-        Choice(_ALL, _BOTH, 256, Config(32, 32, 4, 2), "x"),
-    ),
-    "backward_rows": (
-        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
-    ),
+    "gram_apply": (Choice(_ALL, _BOTH, 256, Config(32, 32, 4, 2), "x"),),
+    "backward_rows": (Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),),
     "backward_tokens": (
         Choice(_ALL, _BOTH, 64, Config(32, 64, 4, 2), "x"),
         Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),

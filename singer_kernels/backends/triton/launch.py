@@ -95,12 +95,21 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if is_contiguous else tensor.contiguous()
 
 
+def _compiling(config: configs.Config) -> dict[str, Any]:
+    """Return a configuration's compiler options. Multiply-adds are fused, whatever the default."""
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+        "maxnreg": config.registers,
+    }
+
+
 def _meta(config: configs.Config, block_r: int | None = None, rows: str = "BLOCK_T") -> Any:
     meta = {
         rows: config.rows,
         "BLOCK_D": config.inner,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        **_compiling(config),
     }
     return meta if block_r is None else {**meta, "BLOCK_R": block_r}
 
@@ -236,7 +245,7 @@ def outlier(norms: Tensor, plain_norms: Tensor | None, quantile: float) -> Outli
         HAS_PLAIN=plain_norms is not None,
         ACC=getattr(tl, str(norms.dtype).removeprefix("torch.")),
         BLOCK_P=block_p,
-        num_warps=configs.outlier_warps(block_p),
+        **_compiling(configs.Config(0, 0, configs.outlier_warps(block_p), 1)),
     )
     return Outliers(threshold, squares, counts, amplification)
 
@@ -291,7 +300,7 @@ def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
         ACC=getattr(tl, str(acc).removeprefix("torch.")),
         BLOCK_P=rows,
         BLOCK_D=inner,
-        num_warps=4,
+        **_compiling(configs.SUMS),
     )
     return norms
 
@@ -326,8 +335,7 @@ def _apply(
         BLOCK_P=config.rows,
         BLOCK_K=config.rows,
         BLOCK_C=block_c,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_compiling(config),
     )
     return out
 
@@ -411,14 +419,18 @@ def gram(
     turned = d_target = None
     if needs_columns:
         out = new(columns.shape)
-        turned = _apply(
-            difference, slopes, given.norms, columns, out, arithmetic, negative=False
-        )
+        turned = _apply(difference, slopes, given.norms, columns, out, arithmetic, negative=False)
     if needs_target:
         out = new((images, patches, width), dtype=d_target_dtype)
         patch_rows = given.target[:, prefix:]
         d_target = _apply(
-            difference, target_slopes, given.target_norms, patch_rows, out, arithmetic, negative=True
+            difference,
+            target_slopes,
+            given.target_norms,
+            patch_rows,
+            out,
+            arithmetic,
+            negative=True,
         )
     return Gram(parts, turned, d_target)
 
@@ -447,7 +459,7 @@ def sum_losses(
         HAS_INFO=gram_parts is not None,
         ACC=getattr(tl, str(kd_parts.dtype).removeprefix("torch.")),
         BLOCK=1024,
-        num_warps=4,
+        **_compiling(configs.SUMS),
     )
     return kd, outlier_loss, info, weight
 
@@ -607,7 +619,7 @@ def _sum_parts(parts: Tensor, out: Tensor, strides: tuple[int, int]) -> Tensor:
         BLOCK_D=rows,
         BLOCK_R=block_r,
         ACC=getattr(tl, str(parts.dtype).removeprefix("torch.")),
-        num_warps=4,
+        **_compiling(configs.SUMS),
     )
     return out
 

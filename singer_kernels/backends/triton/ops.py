@@ -111,9 +111,7 @@ def losses_forward(
         found = launch.Gram(None, None, None)
         if gram:
             target = teacher if is_own else launch.rows_contiguous(gram_target)
-            target_norms = (
-                refined.plain_norms if is_own else launch.row_norms(target, prefix, acc)
-            )
+            target_norms = refined.plain_norms if is_own else launch.row_norms(target, prefix, acc)
             found = launch.gram(
                 launch.GramRows(
                     "identity" if identity else "stored",

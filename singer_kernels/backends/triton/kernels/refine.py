@@ -81,6 +81,16 @@ def refine_fwd_kernel(
             latent = dot(plain, tl.trans(up), latent, PRECISION)
     hidden = tl.where(is_patch[:, None], hidden, 0.0)
 
+    patch = image * (num_tokens - num_prefix_tokens) + token - num_prefix_tokens
+    rank_offsets = patch.to(tl.int64) * rank
+    store_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank, hidden)
+    if IDENTITY:
+        # The overlap is symmetric: its rows are its columns.
+        overlap = load_tile(overlap_ptr, k * rank, k, k < rank, rank)
+        full = split_dot_transposed(hidden, overlap, latent, OPERAND)
+        store_tile(half_ptr, rank_offsets, k, is_patch, rank, 0.5 * (latent + full))
+        store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, full)
+
     residual = tl.zeros((BLOCK_T, BLOCK_R), ACC)
     squares = tl.zeros((BLOCK_T,), ACC)
     plain_squares = tl.zeros((BLOCK_T,), ACC)
@@ -106,19 +116,9 @@ def refine_fwd_kernel(
         if HAS_ROWS:
             store_tile(rows_ptr, row_offsets, d, in_range, width, refined)
     tl.store(kd_ptr + program, tl.sum(tl.where(in_range, kd, 0.0)))
-
-    patch = image * (num_tokens - num_prefix_tokens) + token - num_prefix_tokens
     tl.store(norms_ptr + patch, tl.sqrt(squares), mask=is_patch)
     tl.store(plain_norms_ptr + patch, tl.sqrt(plain_squares), mask=is_patch)
-    rank_offsets = patch.to(tl.int64) * rank
-    if IDENTITY:
-        # The overlap is symmetric: its rows are its columns.
-        overlap = load_tile(overlap_ptr, k * rank, k, k < rank, rank)
-        plain_latent = latent
-        latent = split_dot_transposed(hidden, overlap, latent, OPERAND)
-        half = 0.5 * (plain_latent + latent)
-        store_tile(half_ptr, rank_offsets, k, is_patch, rank, half)
-    store_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank, hidden)
-    store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, latent)
+    if not IDENTITY:
+        store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, latent)
     if HAS_RESIDUAL:
         store_tile(residual_ptr, rank_offsets, k, is_patch, rank, residual)

@@ -1,0 +1,408 @@
+"""What is particular to the backend "triton": its tiles, modes, operators and choice.
+
+The kernels run in Triton's interpreter here; ``pytest -m gpu`` runs them on a device.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from bounds import unit
+from cases import (
+    WEIGHTS,
+    Shape,
+    assert_gradients,
+    assert_values,
+    outlier_case,
+    random_case,
+    total,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from singer_kernels import backends, fused_losses, gram_loss
+from singer_kernels.backends.problem import Problem
+from singer_kernels.backends.triton import configs, launch
+from singer_kernels.backends.triton.kernels import gram as gram_kernels
+
+CPU = torch.device("cpu")
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# Each reaches something that the others don't: tiles are 16 rows by 32 columns here.
+SHAPES = [
+    pytest.param(Shape(2, 1, 16, 32, 16), id="one full tile"),
+    pytest.param(Shape(2, 5, 33, 65, 17), id="one more than two tiles, in every size"),
+    pytest.param(Shape(1, 0, 47, 40, 3), id="one less than three tiles"),
+    pytest.param(Shape(3, 1, 7, 100, 30), id="several images in a tile of tokens"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setenv("SINGER_BACKEND", "triton")
+    monkeypatch.setattr(configs, "INTERPRETER", configs.Config(16, 32, 1, 1))
+
+
+@pytest.fixture(params=["rows", "pairs"])
+def _way(request, monkeypatch):
+    """Walk the Gram tiles by rows, then by pairs."""
+    monkeypatch.setattr(configs, "PAIRS_FROM", 1 if request.param == "pairs" else 10**6)
+
+
+def one_step(case, dtypes=(F64, F64, F64), **options):
+    tensors = case.tensors(*dtypes)
+    out = case.run(tensors, **options)
+    total(out).backward()
+    return tensors, out
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_tiles(shape, with_target):
+    case = random_case(shape, 0.8, with_target=with_target)
+    tensors, out = one_step(case, return_refined=True)
+    assert_values(out, case)
+    assert_gradients(tensors, case.gradients(WEIGHTS))
+
+
+@pytest.mark.parametrize("splits", [1, 3, 100])
+def test_any_number_of_splits(splits, monkeypatch):
+    monkeypatch.setattr(configs, "SPLITS", splits)
+    case = random_case(Shape(2, 1, 33, 20, 5), 0.8)
+    tensors, _ = one_step(case)
+    assert_gradients(tensors, case.gradients(WEIGHTS))
+
+
+def test_a_mid_layer_with_several_tiles():
+    case = random_case(Shape(2, 5, 33, 65, 17), 0.8)
+    tensors = case.tensors()
+    out = case.run(tensors, gram=False, return_refined=True)
+    back = np.random.default_rng(5).standard_normal(case.teacher.shape)
+    loss = WEIGHTS[0] * out.kd + WEIGHTS[1] * out.outlier
+    (loss + (out.refined * torch.from_numpy(back)).sum()).backward()
+    assert_gradients(tensors, case.gradients((*WEIGHTS[:2], 0.0), back))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gram_loss_alone_with_several_tiles(prefix, backward):
+    case = random_case(Shape(2, prefix, 33, 65, 3), 0.8, with_target=True)
+    tokens, target = (
+        torch.from_numpy(x).requires_grad_(backward) for x in (case.student, case.target)
+    )
+    loss = gram_loss(tokens, target, prefix)
+    expected = gram_loss(tokens, target, prefix, backend="reference")
+    torch.testing.assert_close(loss, expected)
+    if backward:
+        inputs = [tokens, target]
+        for found, wanted in zip(
+            torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+
+
+# --- the identity of the Gram products ------------------------------------------------------------
+
+
+def info_error(case):
+    case = case.rounded(BF16, BF16, BF16)
+    out = case.run(case.tensors(BF16, BF16, BF16))
+    return abs(out.info.item() / case.values().info - 1)
+
+
+@pytest.mark.usefixtures("_way")
+def test_the_identity_is_more_exact_than_bfloat16_products():
+    # A small adapter: G(F̂) − G(R) is small, and the rounding of either would drown it.
+    case = random_case(Shape(2, 1, 33, 64, 8), 0.8)
+    case.up[:] *= 0.02
+    assert info_error(case) < 2**-9
+
+
+def cancelled_case(patches, count):
+    """The first ``count`` patches have 500 times the usual norm; 255 of 256 parts are cancelled."""
+    case = random_case(Shape(2, 1, patches, 64, 8), 0.8)
+    heights = np.random.default_rng(1).uniform(0.8, 1.2, (2, count))
+    case.teacher[:, 1 : 1 + count, 0] += 500 * 8 * heights
+    case.down[:] *= 0.1
+    case.down[:, 0] = np.eye(64)[0]
+    case.up[:] *= 0.1
+    case.up[0] = (2**-8 - 1) * np.eye(64)[0]
+    return case
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("count", [1, 33])  # tiles of both modes in an image, and of one alone
+def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
+    case = cancelled_case(33, count)
+    guarded = info_error(case)
+    monkeypatch.setattr(gram_kernels, "CANCELLED", gram_kernels.tl.constexpr(float("inf")))
+    unguarded = info_error(case)
+    assert guarded < 2**-9
+    if count == 33:
+        assert unguarded > 2**-6
+
+
+# --- nothing but what is asked for is read and written --------------------------------------------
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("options", [{}, {"gram": False}, {"return_refined": True}])
+def test_every_output_is_written(options):
+    case = random_case(Shape(2, 1, 20, 40, 5), 0.8)
+    expected, _ = one_step_of(case, options)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        assert torch.empty(1).isnan()
+        found, _ = one_step_of(case, options)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def one_step_of(case, options):
+    tensors = case.tensors(F32, F32, F32)
+    out = case.run(tensors, **options)
+    loss = out.kd + out.outlier + (0 if out.info is None else out.info)
+    if out.refined is not None:
+        loss = loss + out.refined.square().mean()
+    loss.backward()
+    given = [out.kd, out.outlier, out.info, out.refined, out.norms, out.threshold]
+    grads = [tensors[name].grad for name in ("student", "down", "up")]
+    return [x.detach() for x in given + grads if x is not None], out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_same_input_gives_the_same_bits(dtype):
+    case = random_case(Shape(2, 1, 40, 70, 20), 0.8)
+    first, second = (one_step(case, (dtype, dtype, F32)) for _ in range(2))
+    for a, b in zip(first[1][:3], second[1][:3], strict=True):
+        assert torch.equal(a, b)
+    for name in ("student", "down", "up"):
+        assert torch.equal(first[0][name].grad, second[0][name].grad)
+
+
+# --- strides --------------------------------------------------------------------------------------
+
+
+@st.composite
+def strided(draw):
+    """A layout of ``[B, T, D]``: padding behind each dimension, steps, and which is expanded."""
+    return {
+        "padding": draw(st.tuples(*[st.integers(0, 3)] * 3)),
+        "order": draw(st.permutations(range(3))),
+        "expanded": draw(st.booleans()),
+    }
+
+
+def laid_out(values, layout):
+    """Return a tensor with these values and that layout in memory."""
+    shape, order = values.shape, layout["order"]
+    room = [shape[axis] + layout["padding"][axis] for axis in order]
+    backing = torch.full(room, float("nan"), dtype=values.dtype)
+    view = backing.permute(*np.argsort(order).tolist())
+    view = view[tuple(slice(0, size) for size in shape)]
+    view.copy_(values)
+    return view[:1].expand(shape) if layout["expanded"] else view
+
+
+@settings(max_examples=15, deadline=None)
+@given(student=strided(), teacher=strided(), target=strided(), has_target=st.booleans())
+def test_any_strides(student, teacher, target, has_target):
+    case = random_case(Shape(2, 1, 18, 35, 4), 0.8, with_target=True)
+    given_tensors, plain_tensors = [], []
+    for name, layout in (("student", student), ("teacher", teacher), ("target", target)):
+        values = laid_out(torch.from_numpy(getattr(case, name)), layout)
+        given_tensors.append(values)
+        plain_tensors.append(values.contiguous())
+    down, up = torch.from_numpy(case.down), torch.from_numpy(case.up)
+    results = []
+    for a, b, c in (given_tensors, plain_tensors):
+        inputs = [x.detach().requires_grad_() for x in (a, down, up, c)]
+        out = fused_losses(
+            inputs[0], b, *inputs[1:3], gram_target=inputs[3] if has_target else None
+        )
+        wanted = inputs if has_target else inputs[:3]
+        results.append([out.kd, out.outlier, out.info, *torch.autograd.grad(total(out), wanted)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+# --- the operators --------------------------------------------------------------------------------
+
+
+def operator_samples():
+    case = random_case(Shape(2, 1, 9, 8, 3), 0.8, with_target=True)
+    student, teacher, down, up, target = (
+        torch.from_numpy(x).to(F32)
+        for x in (case.student, case.teacher, case.down, case.up, case.target)
+    )
+    forward = torch.ops.singer_kernels.triton_losses_forward.default
+    backward = torch.ops.singer_kernels.triton_losses_backward.default
+    gram = torch.ops.singer_kernels.triton_gram_loss.default
+    for has_target, has_gram, needs in (
+        (True, True, True),
+        (False, True, True),
+        (False, False, True),
+        (False, True, False),
+    ):
+        arguments = (
+            student,
+            teacher,
+            down,
+            up,
+            target if has_target else None,
+            has_gram,
+            0.8,
+            1,
+            not has_gram,
+            needs,
+            has_gram and needs,
+            has_target,
+            F32,
+            F32,
+            F32,
+        )
+        yield forward, arguments
+        if needs:
+            out = forward(*arguments)
+            one = torch.ones(())
+            yield (
+                backward,
+                (
+                    student,
+                    teacher,
+                    up,
+                    out[7],
+                    out[9] if has_gram else None,
+                    out[8],
+                    out[4],
+                    out[5],
+                    out[6],
+                    one,
+                    one,
+                    one if has_gram else None,
+                    None if has_gram else torch.ones_like(teacher),
+                    1,
+                    F32,
+                    F32,
+                    F32,
+                    F32,
+                    F32,
+                ),
+            )
+    yield gram, (student, target, 1, True, True, F32, F32)
+    yield gram, (student, target, 1, False, False, F32, F32)
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_opcheck(index):
+    samples = list(operator_samples())
+    assert len(samples) == 9
+    operator, arguments = samples[index]
+    torch.library.opcheck(operator, arguments)
+
+
+class Losses(torch.nn.Module):
+    def forward(self, student, teacher, down, up):
+        return tuple(fused_losses(student, teacher, down, up)[:3])
+
+
+def test_export():
+    case = random_case(Shape(2, 1, 9, 8, 3), 0.97)
+    inputs = tuple(
+        torch.from_numpy(x).to(F32) for x in (case.student, case.teacher, case.down, case.up)
+    )
+    program = torch.export.export(Losses(), inputs)
+    for found, expected in zip(program.module()(*inputs), Losses()(*inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def test_what_is_not_served_is_refused_with_the_reason():
+    x = torch.zeros(1, 3, 512)
+    with pytest.raises(
+        RuntimeError, match="'triton' can't run this call: rank 257 is more than 256"
+    ):
+        fused_losses(x, x, torch.zeros(512, 257), torch.zeros(257, 512))
+    x = torch.zeros(1, 16386, 2)
+    with pytest.raises(RuntimeError, match="16385 patches are more than 16384"):
+        fused_losses(x, x, torch.zeros(2, 1), torch.zeros(1, 2))
+
+
+def test_float64_is_for_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend = backends.load("triton")
+    assert backend.unsupported_reason(Problem(9, 8, 3, F64)) == "it does not compute in float64"
+    assert backend.unsupported_reason(Problem(9, 8, 3, F32)) is None
+
+
+def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog):
+    monkeypatch.delenv("SINGER_BACKEND")
+    monkeypatch.setattr(backends, "_chosen", {CPU: "triton"})
+    monkeypatch.setattr(backends, "_passed_over", set())
+    x = torch.randn(1, 3, 300, generator=torch.Generator().manual_seed(0))
+    small, large = torch.zeros(300, 4), torch.zeros(300, 257)
+    with caplog.at_level(logging.INFO, "singer_kernels"):
+        fused_losses(x, x, small, small.mT)
+        assert caplog.messages == []
+        for _ in range(2):
+            fused_losses(x, x, large, large.mT)
+    assert caplog.messages == [
+        "backend 'torch' takes calls on cpu (triton: rank 257 is more than 256)"
+    ]
+
+
+def test_the_interpreter_is_never_the_automatic_choice():
+    backend = backends.load("triton")
+    assert backend.unavailable_reason(CPU, asked=True) is None
+    assert backend.unavailable_reason(CPU, asked=False) == "the interpreter is for tests"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 9), 86),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((12, 0), 86),
+        ((12, 1), 86),
+    ],
+)
+def test_every_device_has_an_architecture_in_the_table(capability, expected):
+    assert configs.architecture(capability) == expected
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 128, 129, 200, 256])
+@pytest.mark.parametrize("operand", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_every_call_has_a_configuration(arch, operand, rank):
+    for kernel in configs.TABLE:
+        assert configs.lookup(kernel, arch, operand, rank).rows >= 16
+
+
+def test_every_configuration_has_its_reason():
+    for choices in configs.TABLE.values():
+        for choice in choices:
+            assert len(choice.reason) > 20
+            assert "\n" not in choice.reason
+
+
+@pytest.mark.parametrize("patches", [1, 2, 10, 196, 1369])
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.97, 1.0])
+def test_the_quantile_rank(patches, quantile):
+    below, share = launch.quantile_rank(quantile, patches, F64)
+    assert 0 <= below < patches
+    assert below + share == quantile * (patches - 1)
+    below, share = launch.quantile_rank(quantile, patches, F32)
+    rank = (torch.tensor(quantile) * (patches - 1)).item()
+    assert (below, share) == (int(rank), rank - int(rank))
+    assert abs(share - np.float32(share)) <= unit(F32)
