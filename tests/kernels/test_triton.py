@@ -133,7 +133,7 @@ def cancelled_case(patches, count):
 
 
 @pytest.mark.usefixtures("_way")
-@pytest.mark.parametrize("count", [1, 33])  # tiles of both modes in an image, and of one alone
+@pytest.mark.parametrize("count", [1, 33])
 def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
     case = cancelled_case(33, count)
     guarded = info_error(case)
@@ -142,6 +142,14 @@ def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
     assert guarded < 2**-9
     if count == 33:
         assert unguarded > 2**-6
+
+
+@pytest.mark.usefixtures("_way")
+def test_both_modes_in_one_batch():
+    case = cancelled_case(33, 33)
+    case.teacher[1] = random_case(Shape(2, 1, 33, 64, 8), 0.8, seed=3).teacher[1]
+    case.teacher[1, :, 0] = 0
+    assert info_error(case) < 2**-9
 
 
 # --- nothing but what is asked for is read and written --------------------------------------------

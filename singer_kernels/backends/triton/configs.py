@@ -18,9 +18,9 @@ MAX_RANK = 256
 MAX_PATCHES = 16384
 """What one program of the quantile holds in registers."""
 
-MAX_IDENTITY_RANK = 128
-"""Widest adapter for the Gram identity: beyond, its four small products cost more than they save
-(4 · 3 r > D), and their tiles don't fit."""
+MAX_ROWS_BLOCK_R = 64
+"""Widest adapter for a program that owns rows of the Gram matrices: beyond, X [H | Z] of its rows
+and two Gram tiles do not fit into registers."""
 
 PAIRS_FROM = 512
 """Number of patches from which E goes through memory: a program that owns rows reads each token
@@ -99,6 +99,11 @@ def architecture(capability: tuple[int, int]) -> int:
     if capability in ((8, 0), (9, 0)):
         return capability[0] * 10
     return 100 if capability[0] in (10, 11) else 86
+
+
+def takes_identity(rank: int, width: int) -> bool:
+    """Whether the Gram identity pays: its six products of width r are less than one of width D."""
+    return 6 * rank <= width and rank <= 128
 
 
 def outlier_warps(block_p: int) -> int:

@@ -121,7 +121,7 @@ class Refined(NamedTuple):
     norms: Tensor  # n, [B, P]
     plain_norms: Tensor  # norms of F, [B, P]
     kd_parts: Tensor  # [programs]
-    half: Tensor | None  # L, [B, P, r]
+    parts: Tensor | None  # H and L in high and low parts, [B, P, 4, BLOCK_R]
     residual: Tensor | None  # (F̂ − S) Wuᵀ, [B, P, r]
     refined: Tensor | None  # F̂, [B, T, D], in the teacher's dtype
     rows: Tensor | None  # F̂, [B, T, D], for the Gram products
@@ -149,7 +149,7 @@ def refine(
         up: Wu, ``[r, D]``, likewise.
         prefix: the number of prefix tokens.
         arithmetic: how products are computed.
-        identity: whether L is needed.
+        identity: whether the Gram identity's parts are needed.
         has_residual: whether ``(F̂ − S) Wuᵀ`` is.
         has_refined: whether F̂ is, in the teacher's dtype.
         rows_dtype: the dtype in which the Gram products want F̂; None: they don't.
@@ -161,7 +161,9 @@ def refine(
     programs = triton.cdiv(images * tokens, config.rows)
     new = teacher.new_empty
     columns = new((images, patches, 2 * rank), dtype=acc)
-    half = new((images, patches, rank), dtype=acc) if identity else None
+    parts = None
+    if identity:
+        parts = new((images, patches, 4, block_r), dtype=arithmetic.product)
     residual = new((images, patches, rank), dtype=acc) if has_residual else None
     norms, plain_norms = (new((images, patches), dtype=acc) for _ in range(2))
     kd_parts = new((programs,), dtype=acc)
@@ -179,7 +181,7 @@ def refine(
         up,
         overlap,
         columns,
-        half,
+        parts,
         residual,
         norms,
         plain_norms,
@@ -200,7 +202,7 @@ def refine(
         **arithmetic.options(),
         **_meta(config, block_r),
     )
-    return Refined(columns, norms, plain_norms, kd_parts, half, residual, refined, rows)
+    return Refined(columns, norms, plain_norms, kd_parts, parts, residual, refined, rows)
 
 
 class Outliers(NamedTuple):
@@ -268,7 +270,7 @@ class GramRows(NamedTuple):
     target_norms: Tensor  # [B, P]
     up: Tensor | None = None
     columns: Tensor | None = None
-    half: Tensor | None = None
+    parts: Tensor | None = None
     amplification: Tensor | None = None
 
     @property
@@ -277,7 +279,7 @@ class GramRows(NamedTuple):
         return ("identity", "formed") if self.mode == "identity" else ("stored",)
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        return self.rows, self.target, self.up, self.columns, self.half
+        return self.rows, self.target, self.up, self.columns, self.parts
 
     def strides(self) -> tuple[int, ...]:
         rows = self.target if self.rows is None else self.rows
@@ -367,7 +369,7 @@ def gram(
     new = given.norms.new_empty
     sizes = (patches, prefix, width, rank)
     owns_rows = needs_columns and not needs_target and given.columns is not None
-    if owns_rows and patches < configs.PAIRS_FROM:
+    if owns_rows and patches < configs.PAIRS_FROM and block_r <= configs.MAX_ROWS_BLOCK_R:
         config = arithmetic.config("gram_rows", rank)
         tiles = triton.cdiv(patches, config.rows)
         parts, turned = new((images, tiles)), torch.empty_like(columns)
@@ -403,6 +405,7 @@ def gram(
             *given.pointers(),
             given.norms,
             given.target_norms,
+            given.amplification,
             difference,
             slopes,
             target_slopes,

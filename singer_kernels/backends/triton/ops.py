@@ -83,13 +83,13 @@ def losses_forward(
 ) -> tuple[Tensor, ...]:
     from singer_kernels.backends.triton import configs, launch
 
-    prefix, rank = num_prefix_tokens, down.shape[1]
+    prefix, (width, rank) = num_prefix_tokens, down.shape
     arch = launch.architecture(teacher.device)
     arithmetic = launch.Arithmetic(product, acc, arch)
     gram_arithmetic = launch.Arithmetic(gram_product, acc, arch)
     student, teacher = launch.rows_contiguous(student), launch.rows_contiguous(teacher)
     is_own = gram_target is None
-    identity = gram and is_own and product == torch.bfloat16 and rank <= configs.MAX_IDENTITY_RANK
+    identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
     rows_dtype = None
     if gram and not identity:
         rows_dtype = kept_dtype(gram_product, acc)
@@ -121,7 +121,7 @@ def losses_forward(
                     target_norms,
                     up,
                     refined.columns,
-                    refined.half,
+                    refined.parts,
                     outliers.amplification,
                 ),
                 refined.columns,

@@ -7,7 +7,7 @@ adapter needs ``X [H | Z]`` alone.
 How a tile gets its two products (MODE):
 
 - ``"identity"``, R = F: ``F̂ᵢ·F̂ⱼ = Fᵢ·Fⱼ + hᵢ·Lⱼ + Lᵢ·hⱼ``: one product of width D.
-- ``"formed"``, R = F: F̂ is formed from F in passing. For tiles where the adapter all but cancels
+- ``"formed"``, R = F: F̂ is formed from F in passing. For images where the adapter all but cancels
   rows, whose identity would be a small difference of large numbers.
 - ``"stored"``: from F̂ and R as they lie in memory.
 
@@ -29,13 +29,12 @@ from singer_kernels.backends.triton.kernels.language import (
     operand,
     reciprocal,
     split_dot,
-    split_dot_transposed,
     store_tile,
 )
 
 CANCELLED = tl.constexpr(256.0)
-"""Largest ``‖Fᵢ‖‖Fⱼ‖ / (nᵢ nⱼ)`` of a tile for the identity: float32 sums and bfloat16 pairs lose
-this many times 2⁻¹⁷ there, 2⁻⁹ in all, which is the rounding of one bfloat16 product."""
+"""Largest ``‖Fᵢ‖‖Fⱼ‖ / (nᵢ nⱼ)`` of an image for the identity: float32 sums and bfloat16 pairs
+lose this many times 2⁻¹⁷ there, 2⁻⁹ in all, which is the rounding of one bfloat16 product."""
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def _tile(
     target_ptr,
     up_ptr,
     columns_ptr,
-    half_ptr,
+    parts_ptr,
     norms_ptr,
     target_norms_ptr,
     rows_stride_token,
@@ -107,12 +106,15 @@ def _tile(
     plain_inverse = plain_inverse_i[:, None] * plain_inverse_j[None, :]
     target_gram = plain * plain_inverse
     if MODE == "identity":
-        hidden_i = load_tile(columns_ptr, 2 * rank_i, k, mask_i, rank)
-        half_j = load_tile(half_ptr, rank_j, k, mask_j, rank)
-        refined = split_dot_transposed(hidden_i, half_j, refined, OPERAND)
-        half_i = load_tile(half_ptr, rank_i, k, mask_i, rank)
-        hidden_j = load_tile(columns_ptr, 2 * rank_j, k, mask_j, rank)
-        refined = split_dot_transposed(half_i, hidden_j, refined, OPERAND)
+        for step in range(6):
+            # H Lᵀ, then L Hᵀ: high·high, high·low and low·high of each.
+            second, term = step // 3, step % 3
+            part_i = patch_i.to(tl.int64) * (4 * BLOCK_R) + (2 * second + term // 2) * BLOCK_R
+            other = 2 - 2 * second + term % 2
+            part_j = patch_j.to(tl.int64) * (4 * BLOCK_R) + other * BLOCK_R
+            left = operand(load_tile(parts_ptr, part_i, k, mask_i, BLOCK_R), OPERAND)
+            right = operand(load_tile(parts_ptr, part_j, k, mask_j, BLOCK_R), OPERAND)
+            refined = dot(left, tl.trans(right), refined, PRECISION)
         # Not the difference of two Gram entries near 1, but of what tells them apart.
         difference = plain * (inverse - plain_inverse) + refined * inverse
         gram = target_gram + difference
@@ -123,22 +125,16 @@ def _tile(
 
 
 @triton.jit
-def _largest_ratio(norms_ptr, target_norms_ptr, patch, num_patches):
-    """Return the largest ``‖F‖ / n`` among some patches."""
-    norms = tl.load(norms_ptr + patch, mask=patch < num_patches, other=0.0)
-    plain = tl.load(target_norms_ptr + patch, mask=patch < num_patches, other=0.0)
-    return tl.max(tl.where(norms == 0, 0.0, plain / norms))
-
-
-@triton.jit
-def _is_other_modes(is_cancelled, MODE: tl.constexpr):
-    """Whether a tile is left to the launch in the other of the modes "identity" and "formed"."""
-    if MODE == "identity":
-        return is_cancelled
-    elif MODE == "formed":
-        return is_cancelled == 0
-    else:
+def _is_other_modes(amplification_ptr, image, MODE: tl.constexpr):
+    """Whether an image is left to the launch in the other of the modes "identity" and "formed"."""
+    if MODE == "stored":
         return False
+    else:
+        largest = tl.load(amplification_ptr + image)
+        if MODE == "identity":
+            return largest * largest > CANCELLED
+        else:
+            return (largest * largest > CANCELLED) == 0
 
 
 @triton.jit
@@ -147,7 +143,7 @@ def gram_rows_kernel(
     target_ptr,  # R, [B, T, D]
     up_ptr,  # Wu, [r, D]; "formed"
     columns_ptr,  # [H | Z], [B, P, 2r]
-    half_ptr,  # L, [B, P, r]; "identity"
+    parts_ptr,  # H and L in high and low parts, [B, P, 4, BLOCK_R]; "identity"
     norms_ptr,  # n, [B, P]
     target_norms_ptr,  # norms of R, [B, P]
     amplification_ptr,  # largest ‖F‖ / n, [B]; not "stored"
@@ -176,18 +172,15 @@ def gram_rows_kernel(
     target_norms_ptr += image * num_patches
     patch_i = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_i = patch_i < num_patches
-    if MODE != "stored":
-        here = _largest_ratio(norms_ptr, target_norms_ptr, patch_i, num_patches)
-        is_cancelled = here * tl.load(amplification_ptr + image) > CANCELLED
-        if _is_other_modes(is_cancelled, MODE):
-            return
+    if _is_other_modes(amplification_ptr, image, MODE):
+        return
     first = image.to(tl.int64)
     target_ptr += first * target_stride_image
     columns_ptr += first * num_patches * 2 * rank
     if MODE == "stored":
         rows_ptr += first * rows_stride_image
     if MODE == "identity":
-        half_ptr += first * num_patches * rank
+        parts_ptr += first * num_patches * 4 * BLOCK_R
     gram_columns_ptr += first * num_patches * 2 * rank
     k = tl.arange(0, BLOCK_R)
 
@@ -203,7 +196,7 @@ def gram_rows_kernel(
             target_ptr,
             up_ptr,
             columns_ptr,
-            half_ptr,
+            parts_ptr,
             norms_ptr,
             target_norms_ptr,
             rows_stride_token,
@@ -253,9 +246,10 @@ def gram_pairs_kernel(
     target_ptr,  # R, [B, T, D]
     up_ptr,  # Wu, [r, D]; "formed"
     columns_ptr,  # [H | Z], [B, P, 2r]; not "stored"
-    half_ptr,  # L, [B, P, r]; "identity"
+    parts_ptr,  # H and L in high and low parts, [B, P, 4, BLOCK_R]; "identity"
     norms_ptr,  # n, [B, P]
     target_norms_ptr,  # norms of R, [B, P]
+    amplification_ptr,  # largest ‖F‖ / n, [B]; not "stored"
     difference_ptr,  # out: E, [B, P, stride]; STORES
     slopes_ptr,  # out: parts of s, [B, tiles, P]; STORES
     target_slopes_ptr,  # out: parts of the target's s, [B, tiles, P]; HAS_TARGET_SLOPES
@@ -286,6 +280,8 @@ def gram_pairs_kernel(
     tile_j, tile_i, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_tiles = tl.num_programs(0)
     loss_ptr += (image.to(tl.int64) * num_tiles + tile_i) * num_tiles + tile_j
+    if _is_other_modes(amplification_ptr, image, MODE):
+        return
     if tile_j < tile_i:
         tl.store(loss_ptr, 0.0)
         return
@@ -293,12 +289,6 @@ def gram_pairs_kernel(
     target_norms_ptr += image * num_patches
     patch_i = tile_i * BLOCK_P + tl.arange(0, BLOCK_P)
     patch_j = tile_j * BLOCK_P + tl.arange(0, BLOCK_P)
-    if MODE != "stored":
-        ratio_i = _largest_ratio(norms_ptr, target_norms_ptr, patch_i, num_patches)
-        ratio_j = _largest_ratio(norms_ptr, target_norms_ptr, patch_j, num_patches)
-        is_cancelled = ratio_i * ratio_j > CANCELLED
-        if _is_other_modes(is_cancelled, MODE):
-            return
     first = image.to(tl.int64)
     target_ptr += first * target_stride_image
     if MODE == "stored":
@@ -306,13 +296,13 @@ def gram_pairs_kernel(
     else:
         columns_ptr += first * num_patches * 2 * rank
     if MODE == "identity":
-        half_ptr += first * num_patches * rank
+        parts_ptr += first * num_patches * 4 * BLOCK_R
     difference, gram, target_gram = _tile(
         rows_ptr,
         target_ptr,
         up_ptr,
         columns_ptr,
-        half_ptr,
+        parts_ptr,
         norms_ptr,
         target_norms_ptr,
         rows_stride_token,

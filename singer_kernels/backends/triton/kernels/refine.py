@@ -24,7 +24,7 @@ def refine_fwd_kernel(
     up_ptr,  # Wu, [r, D]
     overlap_ptr,  # M = Wu Wuᵀ, [r, r]; IDENTITY
     columns_ptr,  # out: [H | Z], [B, P, 2r]
-    half_ptr,  # out: L = Z − ½ H M, [B, P, r]; IDENTITY
+    parts_ptr,  # out: H and L = Z − ½ H M in high and low parts, [B, P, 4, BLOCK_R]; IDENTITY
     residual_ptr,  # out: (F̂ − S) Wuᵀ, [B, P, r]; HAS_RESIDUAL
     norms_ptr,  # out: n, [B, P]
     plain_norms_ptr,  # out: norms of F, [B, P]
@@ -88,7 +88,16 @@ def refine_fwd_kernel(
         # The overlap is symmetric: its rows are its columns.
         overlap = load_tile(overlap_ptr, k * rank, k, k < rank, rank)
         full = split_dot_transposed(hidden, overlap, latent, OPERAND)
-        store_tile(half_ptr, rank_offsets, k, is_patch, rank, 0.5 * (latent + full))
+        half = 0.5 * (latent + full)
+        part_offsets = patch.to(tl.int64) * 4 * BLOCK_R
+        high = operand(hidden, OPERAND)
+        low = hidden - high.to(ACC)
+        store_tile(parts_ptr, part_offsets, k, is_patch, BLOCK_R, high)
+        store_tile(parts_ptr + BLOCK_R, part_offsets, k, is_patch, BLOCK_R, low)
+        high = operand(half, OPERAND)
+        low = half - high.to(ACC)
+        store_tile(parts_ptr + 2 * BLOCK_R, part_offsets, k, is_patch, BLOCK_R, high)
+        store_tile(parts_ptr + 3 * BLOCK_R, part_offsets, k, is_patch, BLOCK_R, low)
         store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, full)
 
     residual = tl.zeros((BLOCK_T, BLOCK_R), ACC)
