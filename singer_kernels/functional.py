@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from singer_kernels import backends
+from singer_kernels.backends.arithmetic import product_dtype
 from singer_kernels.backends.problem import Problem
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.validation import (
@@ -142,6 +143,7 @@ def gram_loss(
         width=tokens.shape[2],
         rank=0,
         acc=accumulation_dtype(tokens, target),
+        product=product_dtype(tokens, target),
     )
     return backends.resolve(backend, tokens.device, problem).gram_loss(tokens, target, prefix)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from singer_kernels import backends
+from singer_kernels.backends.arithmetic import product_dtype
 from singer_kernels.backends.problem import Problem
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import FusedLossesOutput
@@ -97,6 +98,7 @@ def fused_losses(
         width=teacher.shape[2],
         rank=down.shape[1],
         acc=accumulation_dtype(*inputs),
+        product=product_dtype(*inputs[1:]),
     )
     return backends.resolve(backend, teacher.device, problem).fused_losses(
         student,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from singer_kernels.backends.triton import configs, is_interpreted, launch, ops
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANKS = (16, 64, 128, 256)
 """A rank of each row of the configuration table."""
 
@@ -146,8 +146,15 @@ def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def step(patches: int, target: bool = False, gram: bool = True, trains: bool = True) -> None:
-        images, tokens, width = 16, patches + 1, 1024
+    def step(
+        patches: int,
+        width: int = 1024,
+        target: bool = False,
+        gram: bool = True,
+        trains: bool = True,
+        trains_target: bool = False,
+    ) -> None:
+        images, tokens = 16, patches + 1
         student, teacher = (new(images, tokens, width, dtype=dtype) for _ in range(2))
         down, up = new(width, rank, dtype=dtype), new(rank, width, dtype=dtype)
         arithmetic = (torch.float32, dtype)
@@ -164,7 +171,7 @@ def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
                 not gram,
                 trains,
                 gram and trains,
-                target,
+                trains_target,
                 *arithmetic,
                 dtype,
             )
@@ -196,6 +203,7 @@ def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
     yield lambda: step(196)
     yield lambda: step(196, gram=False)
     yield lambda: step(196, target=True)
+    yield lambda: step(196, target=True, trains_target=True)
     yield lambda: step(1369)
     yield lambda: step(196, trains=False)
 
@@ -205,7 +213,7 @@ def launches(arch: int, operand: str, rank: int) -> list[Launch]:
 
     Args:
         arch: one of ``configs.ARCHITECTURES``.
-        operand: "bfloat16" or "float32".
+        operand: a key of ``DTYPES``.
         rank: r.
 
     Returns:
@@ -302,6 +310,8 @@ def usages(
     for arch in archs:
         for operand in operands:
             for rank in ranks:
+                if DTYPES[operand] == torch.float16 and rank > configs.MAX_MATRIX_RANK:
+                    continue
                 for given in launches(arch, operand, rank):
                     jobs.setdefault((arch, given), (arch, operand, rank, given))
     with ProcessPoolExecutor(processes) as pool:

@@ -8,16 +8,18 @@ import torch
 
 
 class Problem(NamedTuple):
-    """One call's sizes and accumulation dtype.
+    """One call's sizes and dtypes.
 
     Attributes:
         patches: P.
         width: D.
         rank: r; 0 where there is no adapter.
         acc: the accumulation dtype, float64 or float32.
+        product: the dtype of the products' operands.
     """
 
     patches: int
     width: int
     rank: int
     acc: torch.dtype
+    product: torch.dtype

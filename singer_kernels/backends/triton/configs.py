@@ -18,6 +18,13 @@ MAX_RANK = 256
 MAX_PATCHES = 16384
 """What one program of the quantile holds in registers."""
 
+MAX_IDENTITY_RANK = 64
+"""Widest adapter for the Gram identity: beyond, its extra tiles in ``refine`` spill."""
+
+MAX_MATRIX_RANK = 128
+"""Widest adapter for float32 products on the matrix unit: beyond, three TF32 products spill. The
+plain products that take their place spill too if they must widen float16 operands first."""
+
 MAX_ROWS_BLOCK_R = 64
 """Widest adapter for a program that owns rows of the Gram matrices: beyond, X [H | Z] of its rows
 and two Gram tiles do not fit into registers."""
@@ -39,8 +46,8 @@ class Config(NamedTuple):
         inner: width of a step of the loop, or of the columns that a program owns (BLOCK_D).
         warps: per program.
         stages: of the software pipeline.
-        registers: the most that a thread may take, so that several programs share a
-            multiprocessor; None: as many as the compiler likes.
+        registers: the most that a thread may take; None: not said. Then ptxas spills a few bytes
+            of some kernels to fit one more program onto a multiprocessor; of others, if it is.
     """
 
     rows: int
@@ -63,35 +70,64 @@ class Choice(NamedTuple):
 INTERPRETER = Config(64, 64, 1, 1)
 """Large tiles: the interpreter's time goes by operations, not by numbers."""
 
-SUMS = Config(0, 0, 4, 1)
+SUMS = Config(0, 0, 4, 1, 255)
 """Of the small kernels, which choose their own tiles."""
 
 _ALL = ARCHITECTURES
 _BOTH = ("bfloat16", "float32")
 
+_BF16, _F32 = ("bfloat16",), ("float32",)
+_HOPPER, _AMPERE = (90, 100), (80, 86)
+
 TABLE: dict[str, tuple[Choice, ...]] = {
     "refine": (
-        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
-        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
-        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+        Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 3, 255), "64 rows fill wgmma"),
+        Choice(_ALL, _BF16, 256, Config(32, 32, 8, 2, 255), "64 rows spill on sm_80"),
+        Choice(_ALL, _F32, 64, Config(32, 32, 8, 2, 255), "64 rows spill"),
+        Choice(_ALL, _F32, 128, Config(16, 32, 8, 2, 255), "32 rows spill at rank 128"),
+        Choice(_ALL, _F32, 256, Config(16, 16, 8, 2), "32 columns spill at rank 256"),
     ),
     "gram_rows": (
-        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
-        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
-        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+        Choice(_HOPPER, _BF16, 64, Config(64, 64, 8, 3), "64 rows fill wgmma; 128 spill"),
+        Choice(_AMPERE, _BF16, 64, Config(32, 64, 4, 2, 255), "64 rows spill on sm_80"),
+        Choice(_ALL, _F32, 64, Config(16, 32, 8, 2, 255), "32 rows spill on sm_90"),
+    ),
+    "gram_rows_formed": (
+        Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 2), "64 columns spill; rows as gram_rows"),
+        Choice(_AMPERE, _BF16, 64, Config(32, 16, 4, 2), "32 columns spill; rows as gram_rows"),
     ),
     "gram_pairs": (
-        Choice((90, 100), ("bfloat16",), 64, Config(64, 64, 4, 3), "x"),
-        Choice(_ALL, _BOTH, 64, Config(32, 32, 4, 2), "x"),
-        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+        Choice(_ALL, _BF16, 256, Config(64, 64, 8, 3), "128 rows spill, by 24 to 64 bytes"),
+        Choice(_HOPPER, _F32, 256, Config(64, 32, 8, 2), "64 columns spill on sm_90"),
+        Choice(_AMPERE, _F32, 256, Config(32, 32, 8, 2), "64 rows spill on sm_80"),
     ),
-    "gram_apply": (Choice(_ALL, _BOTH, 256, Config(32, 32, 4, 2), "x"),),
-    "backward_rows": (Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),),
+    "gram_pairs_formed": (
+        Choice(_HOPPER, _BF16, 64, Config(64, 64, 8, 3), "as gram_pairs"),
+        Choice(_AMPERE, _BF16, 64, Config(64, 32, 8, 2), "64 columns spill; rows as gram_pairs"),
+    ),
+    "gram_apply": (
+        Choice(_ALL, _BF16, 256, Config(64, 128, 8, 3), "[H | Z] of rank 64 in one pass over E"),
+        Choice(_HOPPER, _F32, 256, Config(64, 64, 8, 2), "two stages fit beside three products"),
+        Choice(_AMPERE, _F32, 256, Config(32, 64, 4, 2), "64 rows spill on sm_80"),
+    ),
+    "backward_rows": (
+        Choice(_ALL, _BOTH, 128, Config(32, 32, 4, 2), "bound by memory: many small programs"),
+        Choice(_ALL, _BOTH, 256, Config(16, 32, 8, 2), "32 rows spill at rank 256"),
+    ),
     "backward_tokens": (
-        Choice(_ALL, _BOTH, 64, Config(32, 64, 4, 2), "x"),
-        Choice(_ALL, _BOTH, 256, Config(16, 32, 4, 2), "x"),
+        Choice(_HOPPER, _BF16, 64, Config(32, 128, 8, 2, 255), "wide: H is read D / 128 times"),
+        Choice(_AMPERE, _BF16, 64, Config(32, 32, 8, 2), "64 columns spill on sm_86"),
+        Choice(_HOPPER, _BF16, 128, Config(32, 64, 8, 2), "128 columns spill at rank 128"),
+        Choice(_AMPERE, _BF16, 128, Config(16, 32, 8, 2), "32 rows spill on sm_80"),
+        Choice(_ALL, _BF16, 256, Config(16, 16, 8, 2), "32 columns spill at rank 256"),
+        Choice(_ALL, _F32, 32, Config(32, 32, 8, 2, 255), "4 warps spill"),
+        Choice(_ALL, _F32, 64, Config(32, 32, 8, 2), "4 warps spill"),
+        Choice(_ALL, _F32, 128, Config(16, 32, 8, 2), "32 rows spill at rank 128"),
+        Choice(_ALL, _F32, 256, Config(16, 16, 8, 1), "two stages spill on sm_90"),
     ),
 }
+"""What spills and what does not is read off ``python -m singer_kernels.resources``, with Triton 3.6
+and 3.9; the choice among what fits is by computation, not yet by measurement on a device."""
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -103,7 +139,7 @@ def architecture(capability: tuple[int, int]) -> int:
 
 def takes_identity(rank: int, width: int) -> bool:
     """Whether the Gram identity pays: its six products of width r are less than one of width D."""
-    return 6 * rank <= width and rank <= 128
+    return rank <= MAX_IDENTITY_RANK and 6 * rank <= width
 
 
 def outlier_warps(block_p: int) -> int:

@@ -50,20 +50,18 @@ class Arithmetic(NamedTuple):
         dtype = torch.float32 if self.product == torch.float16 else self.product
         return str(dtype).removeprefix("torch.")
 
-    @property
-    def precision(self) -> str:
-        """How float32 operands are multiplied: as torch is told to."""
-        if self.product == torch.float16:
-            return "tf32"
-        if self.product != torch.float32:
+    def precision(self, rank: int) -> str:
+        """Return how float32 operands are multiplied: as torch is told to, where it fits."""
+        if self.product not in (torch.float16, torch.float32) or rank > configs.MAX_MATRIX_RANK:
             return "ieee"
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+        is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if is_tf32 or self.product == torch.float16 else "tf32x3"
 
-    def options(self) -> dict[str, Any]:
+    def options(self, rank: int) -> dict[str, Any]:
         """Return the constants that every kernel with products takes."""
         return {
             "OPERAND": self.operand,
-            "PRECISION": self.precision,
+            "PRECISION": self.precision(rank),
             "ACC": getattr(tl, str(self.acc).removeprefix("torch.")),
         }
 
@@ -199,7 +197,7 @@ def refine(
         HAS_RESIDUAL=has_residual,
         HAS_REFINED=has_refined,
         HAS_ROWS=writes_rows,
-        **arithmetic.options(),
+        **arithmetic.options(rank),
         **_meta(config, block_r),
     )
     return Refined(columns, norms, plain_norms, kd_parts, parts, residual, refined, rows)
@@ -333,13 +331,17 @@ def _apply(
         patches,
         count,
         NEGATIVE=negative,
-        **arithmetic.options(),
+        **arithmetic.options(1),
         BLOCK_P=config.rows,
         BLOCK_K=config.rows,
         BLOCK_C=block_c,
         **_compiling(config),
     )
     return out
+
+
+def _named(kernel: str, mode: str) -> str:
+    return f"{kernel}_formed" if mode == "formed" else kernel
 
 
 def gram(
@@ -370,10 +372,10 @@ def gram(
     sizes = (patches, prefix, width, rank)
     owns_rows = needs_columns and not needs_target and given.columns is not None
     if owns_rows and patches < configs.PAIRS_FROM and block_r <= configs.MAX_ROWS_BLOCK_R:
-        config = arithmetic.config("gram_rows", rank)
-        tiles = triton.cdiv(patches, config.rows)
+        tiles = triton.cdiv(patches, arithmetic.config("gram_rows", rank).rows)
         parts, turned = new((images, tiles)), torch.empty_like(columns)
         for mode in given.modes:
+            config = arithmetic.config(_named("gram_rows", mode), rank)
             gram_rows_kernel[(tiles, images)](
                 *given.pointers(),
                 given.norms,
@@ -384,14 +386,13 @@ def gram(
                 *given.strides(),
                 *sizes,
                 MODE=mode,
-                **arithmetic.options(),
+                **arithmetic.options(1),
                 **_meta(config, block_r, "BLOCK_P"),
             )
         return Gram(parts, turned, None)
 
     stores = needs_columns or needs_target
-    config = arithmetic.config("gram_pairs", rank)
-    tiles = triton.cdiv(patches, config.rows)
+    tiles = triton.cdiv(patches, arithmetic.config("gram_pairs", rank).rows)
     parts = new((images, tiles, tiles))
     difference = slopes = target_slopes = None
     stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
@@ -401,6 +402,7 @@ def gram(
         slopes = new((images, tiles, patches))
         target_slopes = torch.empty_like(slopes) if needs_target else None
     for mode in given.modes:
+        config = arithmetic.config(_named("gram_pairs", mode), rank)
         gram_pairs_kernel[(tiles, tiles, images)](
             *given.pointers(),
             given.norms,
@@ -416,7 +418,7 @@ def gram(
             STORES=stores,
             HAS_TARGET_SLOPES=needs_target,
             MODE=mode,
-            **arithmetic.options(),
+            **arithmetic.options(1),
             **_meta(config, block_r, "BLOCK_P"),
         )
     turned = d_target = None
@@ -525,7 +527,7 @@ def backward(
     needs_down = down_dtype is not None and reaches_adapter
     needs_up = up_dtype is not None and reaches_adapter
     new = teacher.new_empty
-    options = arithmetic.options()
+    options = arithmetic.options(rank)
     d_hidden = turned = d_student = d_down = d_up = None
     kept = acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
     back_strides = upstream.refined.stride()[:2] if has_refined else (0, 0)
