@@ -21,13 +21,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from singer_kernels.backends.triton import configs, is_interpreted, launch, ops
+from singer_kernels.backends.triton import configs, is_interpreted, ops, stages
+from singer_kernels.backends.triton.stages import backward, gram, outlier, refine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANKS = (16, 64, 128, 256)
 """A rank of each row of the configuration table."""
 
-_KERNELS = [name for name in vars(launch) if name.endswith("_kernel")]
+_KERNELS = {
+    name: (module, kernel)
+    for module in (refine, outlier, gram, backward)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -129,15 +135,16 @@ class _Recorder:
 @contextlib.contextmanager
 def _recording(arch: int) -> Iterator[list[Launch]]:
     found: list[Launch] = []
-    before = {name: getattr(launch, name) for name in [*_KERNELS, "architecture"]}
+    architecture = stages.architecture
     try:
-        for name in _KERNELS:
-            setattr(launch, name, _Recorder(name, before[name], found))
-        launch.architecture = lambda device: arch
+        for name, (module, kernel) in _KERNELS.items():
+            setattr(module, name, _Recorder(name, kernel, found))
+        stages.architecture = lambda device: arch
         yield found
     finally:
-        for name, kernel in before.items():
-            setattr(launch, name, kernel)
+        for name, (module, kernel) in _KERNELS.items():
+            setattr(module, name, kernel)
+        stages.architecture = architecture
 
 
 def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
@@ -252,7 +259,7 @@ def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(launch, given.kernel)
+    _, kernel = _KERNELS[given.kernel]
     source = ASTSource(
         kernel,
         signature=dict(given.signature),

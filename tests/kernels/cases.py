@@ -79,15 +79,16 @@ class Case:
         student: torch.dtype = torch.float64,
         teacher: torch.dtype = torch.float64,
         adapter: torch.dtype = torch.float64,
+        device: str = "cpu",
     ) -> dict[str, Tensor | None]:
         """Return the tensor arguments of ``fused_losses``; all but the teacher require grad."""
 
         def leaf(array: truth.Array, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(array.copy()).to(dtype).requires_grad_()
+            return torch.from_numpy(array.copy()).to(device, dtype).requires_grad_()
 
         return {
             "student": leaf(self.student, student),
-            "teacher": torch.from_numpy(self.teacher.copy()).to(teacher),
+            "teacher": torch.from_numpy(self.teacher.copy()).to(device, teacher),
             "down": leaf(self.down, adapter),
             "up": leaf(self.up, adapter),
             "gram_target": None if self.target is None else leaf(self.target, teacher),

@@ -2,17 +2,25 @@
 
 import os
 
-# Before anything imports Triton: its interpreter runs the kernels on the CPU.
-if not os.environ.get("SINGER_TEST_DEVICE"):
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from singer_kernels import backends
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in backends.names() if backends.unavailable_reason(name, CPU) is None]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

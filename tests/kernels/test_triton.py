@@ -1,6 +1,6 @@
 """What is particular to the backend "triton": its tiles, modes, operators and choice.
 
-The kernels run in Triton's interpreter here; ``pytest -m gpu`` runs them on a device.
+The kernels run in Triton's interpreter here; ``test_gpu.py`` runs them on a device.
 """
 
 import logging
@@ -14,19 +14,21 @@ from cases import (
     Shape,
     assert_gradients,
     assert_values,
-    outlier_case,
     random_case,
     total,
 )
+from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singer_kernels import backends, fused_losses, gram_loss
 from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.triton import configs, launch
+from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.kernels import gram as gram_kernels
+from singer_kernels.backends.triton.stages import outlier
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is off")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Each reaches something that the others don't: tiles are 16 rows by 32 columns here.
@@ -433,10 +435,10 @@ def test_every_configuration_has_its_reason():
 @pytest.mark.parametrize("patches", [1, 2, 10, 196, 1369])
 @pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.97, 1.0])
 def test_the_quantile_rank(patches, quantile):
-    below, share = launch.quantile_rank(quantile, patches, F64)
+    below, share = outlier.quantile_rank(quantile, patches, F64)
     assert 0 <= below < patches
     assert below + share == quantile * (patches - 1)
-    below, share = launch.quantile_rank(quantile, patches, F32)
+    below, share = outlier.quantile_rank(quantile, patches, F32)
     rank = (torch.tensor(quantile) * (patches - 1)).item()
     assert (below, share) == (int(rank), rank - int(rank))
     assert abs(share - np.float32(share)) <= unit(F32)

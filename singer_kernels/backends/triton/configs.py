@@ -1,4 +1,4 @@
-"""The launch configuration of every kernel: a fixed table, by architecture and width of the adapter.
+"""How every kernel is launched: a fixed table, by architecture and width of the adapter.
 
 Nothing here changes what is computed but the order of sums, so one table gives the same bits
 always. ``SINGER_AUTOTUNE=1`` measures instead; see :mod:`singer_kernels.backends.triton.tuning`.

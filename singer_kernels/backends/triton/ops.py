@@ -81,20 +81,39 @@ def losses_forward(
     product: torch.dtype,
     gram_product: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    from singer_kernels.backends.triton import configs, launch
+    """Run the stages ``refine``, ``outlier`` and ``gram``; see :class:`ForwardOutput`.
+
+    Args:
+        student: S, ``[B, T, D]``.
+        teacher: F, ``[B, T, D]``.
+        down: Wd, ``[D, r]``, contiguous, rounded to ``product``.
+        up: Wu, ``[r, D]``, likewise.
+        gram_target: R, ``[B, T, D]``; None: the plain teacher.
+        gram: whether the information loss is wanted.
+        quantile: γ.
+        num_prefix_tokens: how many leading tokens are no patches.
+        has_refined: whether F̂ is wanted.
+        has_residual: whether ``(F̂ − S) Wuᵀ`` is.
+        has_gram_columns: whether ``X [H | Z]`` is.
+        has_d_target: whether the target's gradient is.
+        acc: the dtype of sums.
+        product: the dtype of the products' operands.
+        gram_product: that of the Gram products.
+    """
+    from singer_kernels.backends.triton import configs, stages
 
     prefix, (width, rank) = num_prefix_tokens, down.shape
-    arch = launch.architecture(teacher.device)
-    arithmetic = launch.Arithmetic(product, acc, arch)
-    gram_arithmetic = launch.Arithmetic(gram_product, acc, arch)
-    student, teacher = launch.rows_contiguous(student), launch.rows_contiguous(teacher)
+    arch = stages.architecture(teacher.device)
+    arithmetic = stages.Arithmetic(product, acc, arch)
+    gram_arithmetic = stages.Arithmetic(gram_product, acc, arch)
+    student, teacher = stages.rows_contiguous(student), stages.rows_contiguous(teacher)
     is_own = gram_target is None
     identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
     rows_dtype = None
     if gram and not identity:
         rows_dtype = kept_dtype(gram_product, acc)
-    with launch.on_device(teacher):
-        refined = launch.refine(
+    with stages.on_device(teacher):
+        refined = stages.run_refine(
             student,
             teacher,
             down,
@@ -107,13 +126,13 @@ def losses_forward(
             rows_dtype=rows_dtype,
         )
         plain_norms = refined.plain_norms if identity else None
-        outliers = launch.outlier(refined.norms, plain_norms, quantile)
-        found = launch.Gram(None, None, None)
+        outliers = stages.run_outlier(refined.norms, plain_norms, quantile)
+        found = stages.Gram(None, None, None)
         if gram:
-            target = teacher if is_own else launch.rows_contiguous(gram_target)
-            target_norms = refined.plain_norms if is_own else launch.row_norms(target, prefix, acc)
-            found = launch.gram(
-                launch.GramRows(
+            target = teacher if is_own else stages.rows_contiguous(gram_target)
+            target_norms = refined.plain_norms if is_own else stages.row_norms(target, prefix, acc)
+            found = stages.run_gram(
+                stages.GramRows(
                     "identity" if identity else "stored",
                     refined.rows,
                     target,
@@ -130,7 +149,7 @@ def losses_forward(
                 needs_columns=has_gram_columns,
                 d_target_dtype=kept_dtype(gram_product, acc) if has_d_target else None,
             )
-        kd, outlier, info, weight = launch.sum_losses(
+        kd, outlier, info, weight = stages.sum_losses(
             refined.kd_parts, outliers, found.parts, teacher.shape, prefix
         )
     return ForwardOutput(
@@ -208,14 +227,15 @@ def losses_backward(
     down_dtype: torch.dtype | None,
     up_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    from singer_kernels.backends.triton import launch
+    """Run the stage ``backward``; see :func:`stages.run_backward` for the arguments."""
+    from singer_kernels.backends.triton import stages
 
-    arithmetic = launch.Arithmetic(product, acc, launch.architecture(teacher.device))
-    teacher = launch.rows_contiguous(teacher)
-    student = None if student is None else launch.rows_contiguous(student)
-    d_refined = None if d_refined is None else launch.rows_contiguous(d_refined)
-    with launch.on_device(teacher):
-        grads = launch.backward(
+    arithmetic = stages.Arithmetic(product, acc, stages.architecture(teacher.device))
+    teacher = stages.rows_contiguous(teacher)
+    student = None if student is None else stages.rows_contiguous(student)
+    d_refined = None if d_refined is None else stages.rows_contiguous(d_refined)
+    with stages.on_device(teacher):
+        grads = stages.run_backward(
             student,
             teacher,
             up,
@@ -225,7 +245,7 @@ def losses_backward(
             norms,
             threshold,
             outlier_weight,
-            launch.Upstream(d_kd, d_outlier, d_info, d_refined),
+            stages.Upstream(d_kd, d_outlier, d_info, d_refined),
             num_prefix_tokens,
             arithmetic,
             student_dtype,
@@ -281,22 +301,22 @@ def _gram_loss(
     acc: torch.dtype,
     product: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    from singer_kernels.backends.triton import launch
+    from singer_kernels.backends.triton import stages
 
-    arithmetic = launch.Arithmetic(product, acc, launch.architecture(tokens.device))
-    tokens, target = launch.rows_contiguous(tokens), launch.rows_contiguous(target)
-    with launch.on_device(tokens):
-        norms = launch.row_norms(tokens, num_prefix_tokens, acc)
-        target_norms = launch.row_norms(target, num_prefix_tokens, acc)
-        found = launch.gram(
-            launch.GramRows("stored", tokens, target, norms, target_norms),
+    arithmetic = stages.Arithmetic(product, acc, stages.architecture(tokens.device))
+    tokens, target = stages.rows_contiguous(tokens), stages.rows_contiguous(target)
+    with stages.on_device(tokens):
+        norms = stages.row_norms(tokens, num_prefix_tokens, acc)
+        target_norms = stages.row_norms(target, num_prefix_tokens, acc)
+        found = stages.run_gram(
+            stages.GramRows("stored", tokens, target, norms, target_norms),
             tokens[:, num_prefix_tokens:],
             num_prefix_tokens,
             arithmetic,
             needs_columns=has_d_tokens,
             d_target_dtype=acc if has_d_target else None,
         )
-        loss = launch.mean_of_parts(found.parts, norms)
+        loss = stages.mean_of_parts(found.parts, norms)
     return loss, _or_empty(found.columns, loss), _or_empty(found.d_target, loss)
 
 

@@ -1,0 +1,184 @@
+"""Stage ``backward``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from singer_kernels.backends.triton import configs
+from singer_kernels.backends.triton.kernels.backward import (
+    backward_rows_kernel,
+    backward_tokens_kernel,
+    sum_parts_kernel,
+)
+from singer_kernels.backends.triton.stages.common import (
+    Arithmetic,
+    block_of,
+    compiling,
+    kernel_dtype,
+    meta,
+)
+
+
+class Upstream(NamedTuple):
+    """The gradients that come back; None: none does."""
+
+    kd: Tensor | None  # []
+    outlier: Tensor | None  # []
+    info: Tensor | None  # []
+    refined: Tensor | None  # Y, [B, T, D]
+
+
+def run_backward(
+    student: Tensor | None,
+    teacher: Tensor,
+    up: Tensor,
+    columns: Tensor,
+    gram_columns: Tensor | None,
+    residual: Tensor | None,
+    norms: Tensor,
+    threshold: Tensor,
+    outlier_weight: Tensor,
+    upstream: Upstream,
+    prefix: int,
+    arithmetic: Arithmetic,
+    student_dtype: torch.dtype | None,
+    down_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Run the stage ``backward``.
+
+    Args:
+        student: S, ``[B, T, D]``; needed with ``upstream.kd``.
+        teacher: F, ``[B, T, D]``.
+        up: Wu, ``[r, D]``, contiguous, rounded to the products' dtype.
+        columns: ``[H | Z]``, ``[B, P, 2r]``.
+        gram_columns: ``X [H | Z]``; needed with ``upstream.info``.
+        residual: ``(F̂ − S) Wuᵀ``, ``[B, P, r]``; needed with ``upstream.kd``.
+        norms: n, ``[B, P]``.
+        threshold: q, ``[B]``.
+        outlier_weight: 2 / count.
+        upstream: the gradients that come back.
+        prefix: the number of prefix tokens.
+        arithmetic: how products are computed.
+        student_dtype: the dtype of dS; None: it is not asked for.
+        down_dtype: the dtype of dWd; likewise.
+        up_dtype: the dtype of dWu; likewise.
+
+    Returns:
+        dS, dWd and dWu; None where not asked for, or where the gradient is nothing but 0.
+    """
+    images, tokens, width = teacher.shape
+    rank, patches = up.shape[0], tokens - prefix
+    block_r, acc = block_of(rank), arithmetic.acc
+    has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
+    has_turned = upstream.outlier is not None or upstream.info is not None
+    needs_student = student_dtype is not None and has_kd
+    reaches_adapter = has_kd or has_refined or has_turned
+    needs_down = down_dtype is not None and reaches_adapter
+    needs_up = up_dtype is not None and reaches_adapter
+    new = teacher.new_empty
+    options = arithmetic.options(rank)
+    d_hidden = turned = d_student = d_down = d_up = None
+    kept = acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
+    back_strides = upstream.refined.stride()[:2] if has_refined else (0, 0)
+    if needs_down or (needs_up and has_turned):
+        d_hidden = new((images, patches, rank), dtype=kept)
+        turned = new((images, patches, rank), dtype=kept)
+        config = arithmetic.config("backward_rows", rank)
+        backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
+            columns,
+            gram_columns,
+            residual,
+            norms,
+            threshold,
+            outlier_weight,
+            up,
+            upstream.refined,
+            upstream.kd,
+            upstream.outlier,
+            upstream.info,
+            d_hidden,
+            turned,
+            *back_strides,
+            images * patches,
+            patches,
+            prefix,
+            width,
+            rank,
+            images,
+            HAS_KD=has_kd and needs_down,
+            HAS_OUTLIER=upstream.outlier is not None,
+            HAS_INFO=upstream.info is not None,
+            HAS_REFINED=has_refined and needs_down,
+            **options,
+            **meta(config, block_r),
+        )
+    if not (needs_student or needs_down or needs_up):
+        return None, None, None
+    config = arithmetic.config("backward_tokens", rank)
+    blocks = triton.cdiv(images * tokens, config.rows)
+    rows_per_split = config.rows * triton.cdiv(blocks, configs.SPLITS)
+    splits = triton.cdiv(images * tokens, rows_per_split)
+    if needs_student:
+        d_student = new((images, tokens, width), dtype=student_dtype)
+    down_parts = new((splits, width, rank), dtype=acc) if needs_down else None
+    up_parts = new((splits, width, rank), dtype=acc) if needs_up else None
+    backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
+        teacher,
+        student,
+        up,
+        columns,
+        d_hidden,
+        turned,
+        upstream.refined,
+        upstream.kd,
+        d_student,
+        down_parts,
+        up_parts,
+        *teacher.stride()[:2],
+        *(student.stride()[:2] if has_kd else (0, 0)),
+        *back_strides,
+        images * tokens,
+        tokens,
+        prefix,
+        width,
+        rank,
+        rows_per_split,
+        HAS_KD=has_kd,
+        HAS_TURNED=has_turned,
+        HAS_REFINED=has_refined,
+        NEEDS_STUDENT=needs_student,
+        NEEDS_DOWN=needs_down,
+        NEEDS_UP=needs_up,
+        **options,
+        **meta(config, block_r),
+    )
+    if needs_down:
+        d_down = _sum_parts(down_parts, new((width, rank), dtype=down_dtype), (rank, 1))
+    if needs_up:
+        d_up = _sum_parts(up_parts, new((rank, width), dtype=up_dtype), (1, width))
+    return d_student, d_down, d_up
+
+
+def _sum_parts(parts: Tensor, out: Tensor, strides: tuple[int, int]) -> Tensor:
+    splits, width, rank = parts.shape
+    block_r = block_of(rank)
+    rows = max(1, 1024 // block_r)
+    sum_parts_kernel[(triton.cdiv(width, rows),)](
+        parts,
+        out,
+        splits,
+        width,
+        rank,
+        *strides,
+        BLOCK_D=rows,
+        BLOCK_R=block_r,
+        ACC=kernel_dtype(parts.dtype),
+        **compiling(configs.SUMS),
+    )
+    return out

@@ -1,0 +1,104 @@
+"""What the launches share: arithmetic, tile sizes, devices and layouts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from singer_kernels.backends.triton import configs
+from singer_kernels.backends.triton.kernels.language import INTERPRETED
+
+
+class Arithmetic(NamedTuple):
+    """How products are computed on the device at hand."""
+
+    product: torch.dtype  # what the operands are rounded to
+    acc: torch.dtype  # what sums are kept in
+    arch: int | None  # None: the interpreter
+
+    @property
+    def operand(self) -> Any:
+        """The operands' dtype in a kernel. float16 has the digits of TF32, but not its range."""
+        if self.product == torch.float16:
+            return tl.float32
+        return getattr(tl, self.name)
+
+    @property
+    def name(self) -> str:
+        """The operands' dtype in a kernel, by its name."""
+        dtype = torch.float32 if self.product == torch.float16 else self.product
+        return str(dtype).removeprefix("torch.")
+
+    def precision(self, rank: int) -> str:
+        """Return how float32 operands are multiplied: as torch is told to, where it fits."""
+        if self.product not in (torch.float16, torch.float32) or rank > configs.MAX_MATRIX_RANK:
+            return "ieee"
+        is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if is_tf32 or self.product == torch.float16 else "tf32x3"
+
+    def options(self, rank: int) -> dict[str, Any]:
+        """Return the constants that every kernel with products takes."""
+        return {
+            "OPERAND": self.operand,
+            "PRECISION": self.precision(rank),
+            "ACC": kernel_dtype(self.acc),
+        }
+
+    def config(self, kernel: str, rank: int) -> configs.Config:
+        """Return a kernel's configuration here."""
+        return configs.lookup(kernel, self.arch, self.name, rank)
+
+
+def architecture(device: torch.device) -> int | None:
+    """Return the architecture that configurations are looked up for; None: the interpreter."""
+    if INTERPRETED.value:
+        return None
+    return configs.architecture(torch.cuda.get_device_capability(device))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device the current one: Triton launches there."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def block_of(size: int) -> int:
+    """Return the power of two, at least 16, that holds a size: the least that a product takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of it if its last dimension is not contiguous."""
+    is_contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if is_contiguous else tensor.contiguous()
+
+
+def compiling(config: configs.Config) -> dict[str, Any]:
+    """Return a configuration's compiler options. Multiply-adds are fused, whatever the default."""
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+        "maxnreg": config.registers,
+    }
+
+
+def meta(
+    config: configs.Config, block_r: int | None = None, rows: str = "BLOCK_T"
+) -> dict[str, Any]:
+    """Return a kernel's tile sizes and compiler options."""
+    options = {
+        rows: config.rows,
+        "BLOCK_D": config.inner,
+        **compiling(config),
+    }
+    return options if block_r is None else {**options, "BLOCK_R": block_r}
+
+
+def kernel_dtype(dtype: torch.dtype) -> Any:
+    """Return a dtype as a kernel takes it."""
+    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -1,0 +1,87 @@
+"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from singer_kernels.backends.triton import configs
+from singer_kernels.resources import DTYPES, RANKS, Usage
+
+PRODUCTS = ("refine", "gram_rows", "gram_pairs", "gram_apply", "backward_tokens")
+
+
+def resources(*arguments, **environment):
+    # In a process of its own: the interpreter is on in this one.
+    given = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    command = [sys.executable, "-m", "singer_kernels.resources", *arguments]
+    return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def usages():
+    done = resources("--json")
+    assert done.returncode == 0, done.stderr
+    return [Usage(**usage) for usage in json.loads(done.stdout)]
+
+
+def test_everything_is_compiled(usages):
+    kernels = {usage.kernel for usage in usages}
+    assert {kernel.removesuffix("_formed") for kernel in configs.TABLE} <= {
+        kernel.removesuffix("_fwd") for kernel in kernels
+    }
+    assert kernels >= {"outlier_fwd", "row_norms", "sum_parts", "sum_losses"}
+    for usage in usages:
+        assert usage.arch in configs.ARCHITECTURES
+        assert usage.operand in DTYPES
+        assert usage.rank in RANKS
+    for arch in configs.ARCHITECTURES:
+        found = {usage.variant for usage in usages if usage.arch == arch}
+        for mode in ("identity", "formed", "stored"):
+            assert any(variant.startswith(mode) for variant in found)
+
+
+def test_no_kernel_spills(usages):
+    assert [usage for usage in usages if usage.spills > 0] == []
+
+
+def test_shared_memory_is_within_the_limit(usages):
+    assert [u for u in usages if u.shared > configs.SHARED_MEMORY[u.arch]] == []
+
+
+def test_products_use_the_matrix_unit(usages):
+    for usage in usages:
+        is_product = usage.kernel.removesuffix("_fwd") in PRODUCTS
+        # Plain float32 products, where three TF32 ones do not fit.
+        is_plain = usage.operand != "bfloat16" and usage.rank > configs.MAX_MATRIX_RANK
+        if is_product and not is_plain:
+            assert usage.matrix, usage
+        # A kernel that the compiler emptied has next to no registers.
+        assert usage.registers >= 16, usage
+
+
+def test_hopper_and_later_use_their_own_instruction(usages):
+    for arch, instruction in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
+        chosen = [
+            usage.matrix
+            for usage in usages
+            if (usage.arch, usage.operand, usage.rank) == (arch, "bfloat16", 64)
+            and usage.kernel.removesuffix("_fwd") in PRODUCTS
+        ]
+        assert set(chosen) == {instruction}
+
+
+def test_the_table_in_text():
+    done = resources("--arch", "90", "--operand", "bfloat16", "--rank", "64")
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.split() == list(Usage._fields)
+    assert any(row.split()[3] == "refine_fwd" for row in rows)
+
+
+def test_the_interpreter_is_refused():
+    done = resources("--arch", "90", "--operand", "bfloat16", "--rank", "64", TRITON_INTERPRET="1")
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET is set" in done.stderr
