@@ -89,75 +89,85 @@ def run_backward(
     if needs_down or (needs_up and has_turned):
         d_hidden = new((images, patches, rank), dtype=kept)
         turned = new((images, patches, rank), dtype=kept)
-        config = arithmetic.config("backward_rows", rank)
-        backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
-            columns,
-            gram_columns,
-            residual,
-            norms,
-            threshold,
-            outlier_weight,
+
+        def by_rows(config: configs.Config) -> None:
+            backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
+                columns,
+                gram_columns,
+                residual,
+                norms,
+                threshold,
+                outlier_weight,
+                up,
+                upstream.refined,
+                upstream.kd,
+                upstream.outlier,
+                upstream.info,
+                d_hidden,
+                turned,
+                *back_strides,
+                images * patches,
+                patches,
+                prefix,
+                width,
+                rank,
+                images,
+                HAS_KD=has_kd and needs_down,
+                HAS_OUTLIER=upstream.outlier is not None,
+                HAS_INFO=upstream.info is not None,
+                HAS_REFINED=has_refined and needs_down,
+                **options,
+                **meta(config, block_r),
+            )
+
+        sizes = (images, patches, width, has_kd, has_turned, has_refined)
+        arithmetic.run("backward_rows", rank, by_rows, *sizes)
+    if not (needs_student or needs_down or needs_up):
+        return None, None, None
+    if needs_student:
+        d_student = new((images, tokens, width), dtype=student_dtype)
+
+    def by_tokens(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
+        blocks = triton.cdiv(images * tokens, config.rows)
+        rows_per_split = config.rows * triton.cdiv(blocks, configs.SPLITS)
+        splits = triton.cdiv(images * tokens, rows_per_split)
+        down_parts = new((splits, width, rank), dtype=acc) if needs_down else None
+        up_parts = new((splits, width, rank), dtype=acc) if needs_up else None
+        backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
+            teacher,
+            student,
             up,
-            upstream.refined,
-            upstream.kd,
-            upstream.outlier,
-            upstream.info,
+            columns,
             d_hidden,
             turned,
+            upstream.refined,
+            upstream.kd,
+            d_student,
+            down_parts,
+            up_parts,
+            *teacher.stride()[:2],
+            *(student.stride()[:2] if has_kd else (0, 0)),
             *back_strides,
-            images * patches,
-            patches,
+            images * tokens,
+            tokens,
             prefix,
             width,
             rank,
-            images,
-            HAS_KD=has_kd and needs_down,
-            HAS_OUTLIER=upstream.outlier is not None,
-            HAS_INFO=upstream.info is not None,
-            HAS_REFINED=has_refined and needs_down,
+            rows_per_split,
+            HAS_KD=has_kd,
+            HAS_TURNED=has_turned,
+            HAS_REFINED=has_refined,
+            NEEDS_STUDENT=needs_student,
+            NEEDS_DOWN=needs_down,
+            NEEDS_UP=needs_up,
             **options,
             **meta(config, block_r),
         )
-    if not (needs_student or needs_down or needs_up):
-        return None, None, None
-    config = arithmetic.config("backward_tokens", rank)
-    blocks = triton.cdiv(images * tokens, config.rows)
-    rows_per_split = config.rows * triton.cdiv(blocks, configs.SPLITS)
-    splits = triton.cdiv(images * tokens, rows_per_split)
-    if needs_student:
-        d_student = new((images, tokens, width), dtype=student_dtype)
-    down_parts = new((splits, width, rank), dtype=acc) if needs_down else None
-    up_parts = new((splits, width, rank), dtype=acc) if needs_up else None
-    backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
-        teacher,
-        student,
-        up,
-        columns,
-        d_hidden,
-        turned,
-        upstream.refined,
-        upstream.kd,
-        d_student,
-        down_parts,
-        up_parts,
-        *teacher.stride()[:2],
-        *(student.stride()[:2] if has_kd else (0, 0)),
-        *back_strides,
-        images * tokens,
-        tokens,
-        prefix,
-        width,
-        rank,
-        rows_per_split,
-        HAS_KD=has_kd,
-        HAS_TURNED=has_turned,
-        HAS_REFINED=has_refined,
-        NEEDS_STUDENT=needs_student,
-        NEEDS_DOWN=needs_down,
-        NEEDS_UP=needs_up,
-        **options,
-        **meta(config, block_r),
-    )
+        return down_parts, up_parts
+
+    sizes = (images, tokens, width, has_kd, has_turned, has_refined)
+    sizes += (needs_student, needs_down, needs_up)
+    down_parts, up_parts = arithmetic.run("backward_tokens", rank, by_tokens, *sizes)
     if needs_down:
         d_down = _sum_parts(down_parts, new((width, rank), dtype=down_dtype), (rank, 1))
     if needs_up:

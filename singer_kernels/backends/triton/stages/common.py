@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from singer_kernels.backends.triton import configs
+from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.kernels.language import INTERPRETED
+
+Result = TypeVar("Result")
 
 
 class Arithmetic(NamedTuple):
@@ -50,8 +53,30 @@ class Arithmetic(NamedTuple):
         }
 
     def config(self, kernel: str, rank: int) -> configs.Config:
-        """Return a kernel's configuration here."""
+        """Return a kernel's configuration here, by the table."""
         return configs.lookup(kernel, self.arch, self.name, rank)
+
+    def run(
+        self,
+        kernel: str,
+        rank: int,
+        attempt: Callable[[configs.Config], Result],
+        *sizes: object,
+    ) -> Result:
+        """Run ``attempt`` with a kernel's configuration: the table's, or the tuned one.
+
+        Args:
+            kernel: a key of ``configs.TABLE``.
+            rank: r.
+            attempt: launches the kernel.
+            sizes: what else a tuned configuration depends on.
+        """
+        config = self.config(kernel, rank)
+        if self.arch is None or not tuning.is_on():
+            return attempt(config)
+        device = torch.cuda.get_device_name().replace(" ", "-")
+        key = (device, triton.__version__, self.name, self.precision(rank), rank, *sizes)
+        return tuning.run_tuned(kernel, config, attempt, key)
 
 
 def architecture(device: torch.device) -> int | None:

@@ -93,32 +93,31 @@ def _apply(
     negative: bool,
 ) -> Tensor:
     images, patches, count = out.shape
-    config = arithmetic.config("gram_apply", 1)
-    block_c = config.inner
-    grid = (triton.cdiv(count, block_c), triton.cdiv(patches, config.rows), images)
-    gram_apply_kernel[grid](
-        difference,
-        slopes,
-        norms,
-        columns,
-        out,
-        *columns.stride()[:2],
-        difference.stride(1),
-        slopes.shape[1],
-        patches,
-        count,
-        NEGATIVE=negative,
-        **arithmetic.options(1),
-        BLOCK_P=config.rows,
-        BLOCK_K=config.rows,
-        BLOCK_C=block_c,
-        **compiling(config),
-    )
-    return out
 
+    def attempt(config: configs.Config) -> Tensor:
+        block_c = config.inner
+        grid = (triton.cdiv(count, block_c), triton.cdiv(patches, config.rows), images)
+        gram_apply_kernel[grid](
+            difference,
+            slopes,
+            norms,
+            columns,
+            out,
+            *columns.stride()[:2],
+            difference.stride(1),
+            slopes.shape[1],
+            patches,
+            count,
+            NEGATIVE=negative,
+            **arithmetic.options(1),
+            BLOCK_P=config.rows,
+            BLOCK_K=config.rows,
+            BLOCK_C=block_c,
+            **compiling(config),
+        )
+        return out
 
-def _named(kernel: str, mode: str) -> str:
-    return f"{kernel}_formed" if mode == "formed" else kernel
+    return arithmetic.run("gram_apply", 1, attempt, images, patches, count)
 
 
 def run_gram(
@@ -146,58 +145,75 @@ def run_gram(
     block_r = block_of(rank)
     needs_target = d_target_dtype is not None
     new = given.norms.new_empty
+
+    def in_mode(kernel: str, mode: str, config: configs.Config) -> configs.Config:
+        # Both modes write to one grid of tiles, so they share its rows.
+        if mode != "formed":
+            return config
+        return arithmetic.config(f"{kernel}_formed", rank)._replace(rows=config.rows)
+
     sizes = (patches, prefix, width, rank)
     owns_rows = needs_columns and not needs_target and given.columns is not None
     if owns_rows and patches < configs.PAIRS_FROM and block_r <= configs.MAX_ROWS_BLOCK_R:
-        tiles = triton.cdiv(patches, arithmetic.config("gram_rows", rank).rows)
-        parts, turned = new((images, tiles)), torch.empty_like(columns)
+        turned = torch.empty_like(columns)
+
+        def own_rows(config: configs.Config) -> Tensor:
+            tiles = triton.cdiv(patches, config.rows)
+            parts = new((images, tiles))
+            for mode in given.modes:
+                gram_rows_kernel[(tiles, images)](
+                    *given.pointers(),
+                    given.norms,
+                    given.target_norms,
+                    given.amplification,
+                    turned,
+                    parts,
+                    *given.strides(),
+                    *sizes,
+                    MODE=mode,
+                    **arithmetic.options(1),
+                    **meta(in_mode("gram_rows", mode, config), block_r, "BLOCK_P"),
+                )
+            return parts
+
+        parts = arithmetic.run("gram_rows", rank, own_rows, images, *sizes, given.mode)
+        return Gram(parts, turned, None)
+
+    stores = needs_columns or needs_target
+    stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
+    difference = None
+    if stores:
+        stored = arithmetic.acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
+        difference = new((images, patches, stride), dtype=stored)
+
+    def by_pairs(config: configs.Config) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tiles = triton.cdiv(patches, config.rows)
+        parts = new((images, tiles, tiles))
+        slopes = new((images, tiles, patches)) if stores else None
+        target_slopes = new((images, tiles, patches)) if needs_target else None
         for mode in given.modes:
-            config = arithmetic.config(_named("gram_rows", mode), rank)
-            gram_rows_kernel[(tiles, images)](
+            gram_pairs_kernel[(tiles, tiles, images)](
                 *given.pointers(),
                 given.norms,
                 given.target_norms,
                 given.amplification,
-                turned,
+                difference,
+                slopes,
+                target_slopes,
                 parts,
                 *given.strides(),
+                stride,
                 *sizes,
+                STORES=stores,
+                HAS_TARGET_SLOPES=needs_target,
                 MODE=mode,
                 **arithmetic.options(1),
-                **meta(config, block_r, "BLOCK_P"),
+                **meta(in_mode("gram_pairs", mode, config), block_r, "BLOCK_P"),
             )
-        return Gram(parts, turned, None)
+        return parts, slopes, target_slopes
 
-    stores = needs_columns or needs_target
-    tiles = triton.cdiv(patches, arithmetic.config("gram_pairs", rank).rows)
-    parts = new((images, tiles, tiles))
-    difference = slopes = target_slopes = None
-    stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
-    if stores:
-        stored = arithmetic.acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
-        difference = new((images, patches, stride), dtype=stored)
-        slopes = new((images, tiles, patches))
-        target_slopes = torch.empty_like(slopes) if needs_target else None
-    for mode in given.modes:
-        config = arithmetic.config(_named("gram_pairs", mode), rank)
-        gram_pairs_kernel[(tiles, tiles, images)](
-            *given.pointers(),
-            given.norms,
-            given.target_norms,
-            given.amplification,
-            difference,
-            slopes,
-            target_slopes,
-            parts,
-            *given.strides(),
-            stride,
-            *sizes,
-            STORES=stores,
-            HAS_TARGET_SLOPES=needs_target,
-            MODE=mode,
-            **arithmetic.options(1),
-            **meta(config, block_r, "BLOCK_P"),
-        )
+    key = (images, *sizes, given.mode, stores, needs_target)
+    parts, slopes, target_slopes = arithmetic.run("gram_pairs", rank, by_pairs, *key)
     turned = d_target = None
     if needs_columns:
         out = new(columns.shape)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from singer_kernels.backends.triton.configs import Config
 from singer_kernels.backends.triton.kernels.refine import refine_fwd_kernel
 from singer_kernels.backends.triton.stages.common import Arithmetic, block_of, meta
 
@@ -55,8 +56,6 @@ def run_refine(
     images, tokens, width = teacher.shape
     rank, patches = down.shape[1], tokens - prefix
     block_r, acc = block_of(rank), arithmetic.acc
-    config = arithmetic.config("refine", rank)
-    programs = triton.cdiv(images * tokens, config.rows)
     new = teacher.new_empty
     columns = new((images, patches, 2 * rank), dtype=acc)
     parts = None
@@ -64,7 +63,6 @@ def run_refine(
         parts = new((images, patches, 4, block_r), dtype=arithmetic.product)
     residual = new((images, patches, rank), dtype=acc) if has_residual else None
     norms, plain_norms = (new((images, patches), dtype=acc) for _ in range(2))
-    kd_parts = new((programs,), dtype=acc)
     refined = new((images, tokens, width)) if has_refined else None
     rows, writes_rows = None, False
     if rows_dtype is not None:
@@ -72,32 +70,40 @@ def run_refine(
         rows = new((images, tokens, width), dtype=rows_dtype) if writes_rows else refined
     # Rounded operands are exact in float32 and in TF32: this product rounds nothing but its sums.
     overlap = torch.mm(up.to(acc), up.to(acc).T) if identity else None
-    refine_fwd_kernel[(programs,)](
-        teacher,
-        student,
-        down,
-        up,
-        overlap,
-        columns,
-        parts,
-        residual,
-        norms,
-        plain_norms,
-        kd_parts,
-        refined,
-        rows,
-        *teacher.stride()[:2],
-        *student.stride()[:2],
-        images * tokens,
-        tokens,
-        prefix,
-        width,
-        rank,
-        IDENTITY=identity,
-        HAS_RESIDUAL=has_residual,
-        HAS_REFINED=has_refined,
-        HAS_ROWS=writes_rows,
-        **arithmetic.options(rank),
-        **meta(config, block_r),
-    )
+
+    def attempt(config: Config) -> Tensor:
+        programs = triton.cdiv(images * tokens, config.rows)
+        kd_parts = new((programs,), dtype=acc)
+        refine_fwd_kernel[(programs,)](
+            teacher,
+            student,
+            down,
+            up,
+            overlap,
+            columns,
+            parts,
+            residual,
+            norms,
+            plain_norms,
+            kd_parts,
+            refined,
+            rows,
+            *teacher.stride()[:2],
+            *student.stride()[:2],
+            images * tokens,
+            tokens,
+            prefix,
+            width,
+            rank,
+            IDENTITY=identity,
+            HAS_RESIDUAL=has_residual,
+            HAS_REFINED=has_refined,
+            HAS_ROWS=writes_rows,
+            **arithmetic.options(rank),
+            **meta(config, block_r),
+        )
+        return kd_parts
+
+    sizes = (images, tokens, width, identity, has_residual, has_refined, writes_rows)
+    kd_parts = arithmetic.run("refine", rank, attempt, *sizes)
     return Refined(columns, norms, plain_norms, kd_parts, parts, residual, refined, rows)

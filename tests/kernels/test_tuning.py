@@ -1,0 +1,140 @@
+"""Opt-in autotuning: what is tried, what is kept, and where."""
+
+import json
+import logging
+
+import pytest
+import torch
+from cases import WEIGHTS, Shape, assert_gradients, random_case, total
+from conftest import BACKENDS
+
+from singer_kernels.backends.triton import configs, tuning
+from singer_kernels.backends.triton.configs import Config
+
+FIRST, BEST = Config(64, 48, 8, 3), Config(32, 128, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "autotune.json"
+    monkeypatch.setenv(tuning.CACHE, str(path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return path
+
+
+def out_of_resources():
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(1, 0, "shared memory")
+
+
+class Kernel:
+    """Notes what it is run with; the fastest configuration is BEST."""
+
+    def __init__(self):
+        self.tried = []
+
+    def attempt(self, config):
+        self.tried.append(config)
+        if config.rows == 128:
+            raise out_of_resources()
+        return config
+
+    def measure(self, run):
+        return 1.0 if run() == BEST else 2.0
+
+
+def run(kernel, key=("device", 1)):
+    return tuning.run_tuned("refine", FIRST, kernel.attempt, key, kernel.measure)
+
+
+def test_the_fastest_that_fits_is_kept(cache):
+    kernel = Kernel()
+    assert run(kernel) == BEST
+    assert kernel.tried[0] == FIRST
+    assert {config.rows for config in kernel.tried} >= set(tuning.ROWS)
+    assert len(set(kernel.tried)) == len(list(tuning.candidates(FIRST)))
+    before = len(kernel.tried)
+    assert run(kernel) == BEST
+    assert kernel.tried[before:] == [BEST]
+    assert json.loads(cache.read_text()) == {"refine device 1": list(BEST)}
+
+
+def test_another_process_finds_the_file(cache):
+    run(Kernel())
+    tuning._chosen.clear()
+    kernel = Kernel()
+    assert run(kernel) == BEST
+    assert kernel.tried == [BEST]
+
+
+def test_each_key_is_measured_and_none_is_lost(cache):
+    run(Kernel())
+    tuning._chosen.clear()
+    kernel = Kernel()
+    run(kernel, ("device", 2))
+    assert len(kernel.tried) > 2
+    assert set(json.loads(cache.read_text())) == {"refine device 1", "refine device 2"}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"refine device 1": 3}', '{"a": [1]}', "no"])
+def test_a_file_that_is_none_is_written_anew(cache, content, caplog):
+    cache.parent.mkdir()
+    cache.write_text(content)
+    with caplog.at_level(logging.WARNING, "singer_kernels"):
+        assert run(Kernel()) == BEST
+    assert "is no file of tuned configurations" in caplog.text
+    assert json.loads(cache.read_text()) == {"refine device 1": list(BEST)}
+
+
+def test_another_error_is_not_hidden():
+    class Broken(Kernel):
+        def attempt(self, config):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        run(Broken())
+
+
+def test_no_two_candidates_are_the_same():
+    found = list(tuning.candidates(Config(16, 32, 4, 2)))
+    assert len(found) == len(set(found)) == 4 * 3 * 2 * 3
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False)])
+def test_the_switch(monkeypatch, value, expected):
+    monkeypatch.setenv(tuning.SWITCH, value)
+    assert tuning.is_on() == expected
+
+
+def test_it_is_off_by_default(monkeypatch):
+    monkeypatch.delenv(tuning.SWITCH, raising=False)
+    assert not tuning.is_on()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is off")
+@pytest.mark.parametrize("with_target", [False, True])
+def test_every_stage_gives_the_same_whatever_is_tried(with_target, monkeypatch):
+    from singer_kernels.backends.triton import stages
+
+    monkeypatch.setenv("SINGER_BACKEND", "triton")
+    monkeypatch.setenv(tuning.SWITCH, "1")
+    monkeypatch.setattr(stages, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(configs, "lookup", lambda *_: Config(32, 32, 1, 1))
+    tried = [Config(16, 64, 1, 1), Config(32, 32, 1, 1)]
+    monkeypatch.setattr(tuning, "candidates", lambda first: tried)
+    fastest = []
+
+    def fastest_is_the_first(first, attempt, measure):
+        for config in tried:
+            attempt(config)
+        fastest.append(tried[0])
+        return tried[0]
+
+    monkeypatch.setattr(tuning, "_fastest", fastest_is_the_first)
+    case = random_case(Shape(2, 1, 20, 40, 5), 0.8, with_target=with_target)
+    tensors = case.tensors()
+    total(case.run(tensors)).backward()
+    assert_gradients(tensors, case.gradients(WEIGHTS))
+    assert len(fastest) == (6 if with_target else 4)
