@@ -60,6 +60,8 @@ def unavailable_reason(device: torch.device, asked: bool) -> str | None:
         return f"it needs a CUDA device, not {device.type}"
     if torch.version.cuda is None:
         return "it needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))

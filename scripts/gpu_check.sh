@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Tests and times on a GPU what needs one. The log, the compiled kernels' registers and the times go
+# to the folder $OUT (default gpu_results/). PYTEST_ARGS is handed on to pytest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-gpu_results}
+mkdir -p "$out"
+exec > >(tee "$out/log.txt") 2>&1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+failed=0
+
+step() {
+    local limit=$1
+    shift
+    echo "+ $*"
+    local begin=$SECONDS
+    timeout "$limit" "$@" || failed=$?
+    echo "  $((SECONDS - begin)) s, failed: $failed"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+step 60 python3 -m singer_kernels.info
+# shellcheck disable=SC2086
+step 270 python3 -m pytest -m gpu -q --durations=10 --maxfail=30 ${PYTEST_ARGS:-}
+step 120 python3 benchmarks/losses.py --device cuda --json "$out/losses.json"
+exit "$failed"
