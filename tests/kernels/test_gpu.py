@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import truth
 from bounds import unit
 from cases import Shape, outlier_case, random_case, tied_case, total
 from torch.utils.checkpoint import checkpoint
@@ -45,6 +47,8 @@ MIXES = {
     "autocast, bfloat16 features": ((BF16, BF16, F32), BF16, BF16),
     "autocast to float16": ((F32, F32, F32), F16, F16),
 }
+# The roundings of the products' operands; a float32 one is three TF32 products, good to 22 bits.
+UNITS = {BF16: unit(BF16), F16: unit(F16), F32: 2**-22}
 KINDS = ("random", "target", "outlier", "tied")
 COMBINATIONS = [
     pytest.param(kind, SHAPES[shape], *MIXES[mix], id=f"{kind}, {shape}, {mix}")
@@ -89,12 +93,22 @@ def test_no_less_accurate_than_the_reference(kind, shape, dtypes, autocast, prod
     reference = results(case, dtypes, "reference", autocast)
     found = results(case, dtypes, "triton", autocast)
     longest = max(shape.width, shape.patches, shape.images * (shape.prefix + shape.patches))
-    slack = 4 * math.sqrt(longest) * unit(product)
+    slack = 4 * math.sqrt(longest) * (UNITS[product] + cancellation(case) * unit(F32))
     assert found.keys() == exact.keys()
     for name, wanted in exact.items():
-        scale = wanted.abs().max().clamp_min(1e-300)
+        # With one patch E is 0; it lies within the slack of that, and what depends on it too.
+        is_zero = shape.patches == 1 and name in ("info", "d_gram_target")
+        floor = slack if is_zero else 1e-300
+        scale = wanted.abs().max().clamp_min(floor)
         error, allowed = ((x[name] - wanted).abs().max() / scale for x in (found, reference))
         assert error <= allowed + slack, name
+
+
+def cancellation(case):
+    """Return by how much the adapter takes the largest token down: rounding of sums grows by it."""
+    refined = truth.refine(case.teacher, case.down, case.up, case.prefix)
+    largest, left = (np.linalg.norm(x, axis=-1).max() for x in (case.teacher, refined))
+    return largest / left if largest > 10 * left else 0.0
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -114,7 +128,7 @@ def test_gram_loss_alone(dtype):
         errors[backend] = [
             ((a.double() - b.double()).abs().max() / b.abs().max()).item() for a, b in pairs
         ]
-    slack = 4 * math.sqrt(384) * unit(dtype)
+    slack = 4 * math.sqrt(384) * UNITS[dtype]
     for error, allowed in zip(errors["triton"], errors["reference"], strict=True):
         assert error <= allowed + slack
 
@@ -305,6 +319,7 @@ def test_memory_held_for_the_backward():
 
 SANITIZED = """
 import torch
+import truth
 from singer_kernels import fused_losses
 torch.manual_seed(0)
 for patches, target, dtype in ((20, False, torch.bfloat16), (20, True, torch.float32),
