@@ -139,6 +139,7 @@ def gram_loss(
     check_same_shape("target", check_tensor("target", target, "[B, T, D]"), "tokens", tokens)
     prefix = check_num_prefix_tokens(num_prefix_tokens, tokens.shape[1])
     problem = Problem(
+        images=tokens.shape[0],
         patches=tokens.shape[1] - prefix,
         width=tokens.shape[2],
         rank=0,

@@ -94,6 +94,7 @@ def fused_losses(
     prefix = check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1])
     inputs = [student, teacher, down, up, teacher if gram_target is None else gram_target]
     problem = Problem(
+        images=teacher.shape[0],
         patches=teacher.shape[1] - prefix,
         width=teacher.shape[2],
         rank=down.shape[1],

@@ -103,7 +103,8 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
     signature, constants, aligned = [], [], []
     for position, param in enumerate(params):
         value = given[param.name]
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or is_one:
             signature.append((param.name, "constexpr"))
             constants.append((position, value))
             continue
@@ -112,7 +113,8 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
         elif isinstance(value, float):
             kind, is_aligned = "fp32", False
         else:
-            kind, is_aligned = ("i32" if value < 2**31 else "i64"), value % 16 == 0
+            kind = "i32" if value < 2**31 else "i64"
+            is_aligned = value % 16 == 0 and not param.do_not_specialize
         signature.append((param.name, kind))
         if is_aligned:
             aligned.append(position)

@@ -11,6 +11,7 @@ class Problem(NamedTuple):
     """One call's sizes and dtypes.
 
     Attributes:
+        images: B.
         patches: P.
         width: D.
         rank: r; 0 where there is no adapter.
@@ -18,6 +19,7 @@ class Problem(NamedTuple):
         product: the dtype of the products' operands.
     """
 
+    images: int
     patches: int
     width: int
     rank: int

@@ -219,7 +219,7 @@ def laid_out(values, layout):
     return view[:1].expand(shape) if layout["expanded"] else view
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(student=strided(), teacher=strided(), target=strided(), has_target=st.booleans())
 def test_any_strides(student, teacher, target, has_target):
     case = random_case(Shape(2, 1, 18, 35, 4), 0.8, with_target=True)
@@ -340,6 +340,9 @@ def test_what_is_not_served_is_refused_with_the_reason():
         RuntimeError, match="'triton' can't run this call: rank 257 is more than 256"
     ):
         fused_losses(x, x, torch.zeros(512, 257), torch.zeros(257, 512))
+    x = torch.zeros(1, 1, 2).expand(65536, 3, 2)
+    with pytest.raises(RuntimeError, match="65536 images are more than 65535"):
+        fused_losses(x, x, torch.zeros(2, 1), torch.zeros(1, 2))
     x = torch.zeros(1, 16386, 2)
     with pytest.raises(RuntimeError, match="16385 patches are more than 16384"):
         fused_losses(x, x, torch.zeros(2, 1), torch.zeros(1, 2))
@@ -349,17 +352,18 @@ def test_float64_is_for_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
     assert (
-        backend.unsupported_reason(Problem(9, 8, 3, F64, F64)) == "it does not compute in float64"
+        backend.unsupported_reason(Problem(2, 9, 8, 3, F64, F64))
+        == "it does not compute in float64"
     )
-    assert backend.unsupported_reason(Problem(9, 8, 3, F32, F32)) is None
+    assert backend.unsupported_reason(Problem(2, 9, 8, 3, F32, F32)) is None
 
 
 def test_wide_float16_products_are_not_served(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
-    assert backend.unsupported_reason(Problem(9, 256, 128, F32, F16)) is None
-    assert backend.unsupported_reason(Problem(9, 256, 129, F32, BF16)) is None
-    reason = backend.unsupported_reason(Problem(9, 256, 129, F32, F16))
+    assert backend.unsupported_reason(Problem(2, 9, 256, 128, F32, F16)) is None
+    assert backend.unsupported_reason(Problem(2, 9, 256, 129, F32, BF16)) is None
+    reason = backend.unsupported_reason(Problem(2, 9, 256, 129, F32, F16))
     assert reason == "float16 products of rank 129 are wider than 128"
 
 
@@ -383,6 +387,42 @@ def test_the_interpreter_is_never_the_automatic_choice():
     backend = backends.load("triton")
     assert backend.unavailable_reason(CPU, asked=True) is None
     assert backend.unavailable_reason(CPU, asked=False) == "the interpreter is for tests"
+
+
+def test_a_device_is_looked_at_while_tracing(monkeypatch):
+    backend = backends.load("triton")
+    device = torch.device("cuda", 0)
+
+    def function(x):
+        return x + 1 if backend.unavailable_reason(device, True) is not None else x
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == 1
+    assert backend.unavailable_reason(device, True) == "torch finds no NVIDIA GPU"
+
+
+def test_an_old_device_is_refused_with_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    reason = backends.load("triton").unavailable_reason(torch.device("cuda", 0), True)
+    assert reason == "it needs compute capability 8.0, the device has 7.5"
+
+
+def test_a_triton_that_can_not_start_is_refused_with_its_reason(monkeypatch):
+    import triton
+
+    class Driver:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find\nC compiler.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(type(triton.runtime.driver), "active", Driver())
+    reason = backends.load("triton").unavailable_reason(torch.device("cuda", 0), True)
+    assert reason == "Triton can't start: Failed to find C compiler."
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ Importing this does not import Triton; the first call does. The stages, one modu
 - ``backward``: dS and the parts of dWd and dWu in one pass, then their sums.
 
 No atomics and no synchronisation with the host: the same input gives the same bits. Products take
-bfloat16 or float32 operands (float16 ones as TF32, which has the same digits and more range) and
-accumulate in float32. Where torch is not told to use TF32, float32 products are three TF32 ones,
-and plain ones where the adapter is wider than 128.
+bfloat16 or float32 operands and accumulate in float32. A float32 product (float16 ones too, which
+lack the range) is three TF32 products, good to 22 bits, whether torch may use one or not; where the
+adapter is wider than 128 it is a plain one.
 
 With ``TRITON_INTERPRET=1``, set before the first call, Triton's interpreter runs the kernels on
 CPU tensors, float64 ones too: for tests.
@@ -52,23 +52,36 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def _device_reason(index: int | None) -> str | None:
+    """Return why the kernels can't run on a CUDA device, or None."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        return f"it needs compute capability {least}, the device has {found}"
+    import triton
+
+    try:
+        # The first use builds a part of Triton's driver, which takes a C compiler.
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton can't start: {' '.join(str(error).split())}"
+    return None
+
+
+# torch.compile calls it while tracing and keeps the answer. This is what the function
+# torch.compiler.assume_constant_result sets, which would import the compiler now.
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unavailable_reason(device: torch.device, asked: bool) -> str | None:
     """See :class:`singer_kernels.backends.Backend`."""
     if device.type == "cpu" and is_interpreted():
         return None if asked else "the interpreter is for tests"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    if torch.version.cuda is None:
-        return "it needs an NVIDIA GPU"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
-        return f"it needs compute capability {least}, the device has {found}"
-    import triton  # noqa: F401 - an ImportError is the caller's to report
-
-    return None
+    return _device_reason(device.index)
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -82,6 +95,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     is_wide = problem.rank > configs.MAX_MATRIX_RANK
     if is_wide and problem.product == torch.float16 and not is_interpreted():
         return f"float16 products of rank {problem.rank} are wider than {configs.MAX_MATRIX_RANK}"
+    if problem.images > configs.MAX_IMAGES:
+        return f"{problem.images} images are more than {configs.MAX_IMAGES}"
     if problem.patches > configs.MAX_PATCHES:
         return f"{problem.patches} patches are more than {configs.MAX_PATCHES}"
     return None

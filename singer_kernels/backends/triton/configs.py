@@ -15,6 +15,9 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 """Bytes of shared memory that one program may have."""
 
 MAX_RANK = 256
+MAX_IMAGES = 65535
+"""The most programs along a grid's second and third axis."""
+
 MAX_PATCHES = 16384
 """What one program of the quantile holds in registers."""
 

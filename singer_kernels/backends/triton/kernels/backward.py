@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from singer_kernels.backends.triton.kernels.language import (
-    cast,
     dot,
     load_tile,
     number,
@@ -17,7 +16,7 @@ from singer_kernels.backends.triton.kernels.language import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches_in_all", "num_images"])
 def backward_rows_kernel(
     columns_ptr,  # [H | Z], [B, P, 2r]
     gram_columns_ptr,  # X [H | Z], [B, P, 2r]; HAS_INFO
@@ -91,7 +90,7 @@ def backward_rows_kernel(
     store_tile(turned_ptr, offsets, k, mask, rank, turned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
 def backward_tokens_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]; HAS_KD
@@ -190,26 +189,34 @@ def backward_tokens_kernel(
         store_tile(d_up_ptr, offsets, k, d < width, rank, d_up)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sum_parts_kernel(
-    parts_ptr,  # [num_parts, D, r]
-    out_ptr,  # out: the sum, [D, r] by its strides
+    d_down_parts_ptr,  # [num_parts, D, r]; NEEDS_DOWN
+    d_up_parts_ptr,  # [num_parts, D, r]; NEEDS_UP
+    d_down_ptr,  # out: dWd, [D, r]; NEEDS_DOWN
+    d_up_ptr,  # out: dWu, [r, D]; NEEDS_UP
     num_parts,
     width,
     rank,
-    out_stride_d,
-    out_stride_r,
+    NEEDS_DOWN: tl.constexpr,
+    NEEDS_UP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The parts' sum, in their order."""
+    """The parts' sums, in their order: program (·, 0) for dWd, (·, 1) for dWu."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_D, BLOCK_R), ACC)
-    for part in range(num_parts):
-        offsets = (part * width + d).to(tl.int64) * rank
-        total += load_tile(parts_ptr, offsets, k, d < width, rank)
-    out_ptr += d.to(tl.int64)[:, None] * out_stride_d + k[None, :] * out_stride_r
-    mask = (d < width)[:, None] & (k < rank)[None, :]
-    tl.store(out_ptr, cast(total, out_ptr.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        if NEEDS_DOWN:
+            for part in range(num_parts):
+                offsets = (part * width + d).to(tl.int64) * rank
+                total += load_tile(d_down_parts_ptr, offsets, k, d < width, rank)
+            store_tile(d_down_ptr, d.to(tl.int64) * rank, k, d < width, rank, total)
+    else:
+        if NEEDS_UP:
+            for part in range(num_parts):
+                offsets = (part * width + d).to(tl.int64) * rank
+                total += load_tile(d_up_parts_ptr, offsets, k, d < width, rank)
+            store_tile(d_up_ptr, k.to(tl.int64) * width, d, k < rank, width, tl.trans(total))

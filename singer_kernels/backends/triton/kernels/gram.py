@@ -28,6 +28,7 @@ from singer_kernels.backends.triton.kernels.language import (
     number,
     operand,
     reciprocal,
+    root,
     split_dot,
     store_tile,
 )
@@ -328,7 +329,8 @@ def gram_pairs_kernel(
         difference_ptr += first * num_patches * difference_stride
         slope_base = first * num_tiles * num_patches
         offsets_i = patch_i.to(tl.int64) * difference_stride
-        store_tile(difference_ptr, offsets_i, patch_j, mask_i, num_patches, difference)
+        # The padding of a row too: tiles are 0 there, and whole vectors are written and read.
+        store_tile(difference_ptr, offsets_i, patch_j, mask_i, difference_stride, difference)
         by_row = slope_base + tile_j * num_patches + patch_i
         by_column = slope_base + tile_i * num_patches + patch_j
         slope = difference * gram
@@ -339,14 +341,14 @@ def gram_pairs_kernel(
         if tile_i != tile_j:
             offsets_j = patch_j.to(tl.int64) * difference_stride
             mirrored = tl.trans(difference)
-            store_tile(difference_ptr, offsets_j, patch_i, mask_j, num_patches, mirrored)
+            store_tile(difference_ptr, offsets_j, patch_i, mask_j, difference_stride, mirrored)
             tl.store(slopes_ptr + by_column, tl.sum(slope, axis=0), mask=mask_j)
             if HAS_TARGET_SLOPES:
                 target_slope = -difference * target_gram
                 tl.store(target_slopes_ptr + by_column, tl.sum(target_slope, axis=0), mask=mask_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def gram_apply_kernel(
     difference_ptr,  # E, [B, P, stride]
     slopes_ptr,  # parts of s, [B, num_parts, P]
@@ -391,7 +393,7 @@ def gram_apply_kernel(
         other = start + tl.arange(0, BLOCK_K)
         other_mask = other < num_patches
         inverse = reciprocal(tl.load(norms_ptr + other, mask=other_mask, other=0.0))
-        difference = load_tile(difference_ptr, offsets, other, mask, num_patches)
+        difference = load_tile(difference_ptr, offsets, other, mask, difference_stride)
         other_offsets = other.to(tl.int64) * columns_stride_row
         column = load_tile(columns_ptr, other_offsets, c, other_mask, num_columns).to(ACC)
         scaled = operand(column * inverse[:, None], OPERAND)
@@ -431,4 +433,4 @@ def row_norms_kernel(
         d = start + tl.arange(0, BLOCK_D)
         x = load_tile(tokens_ptr, offsets, d, mask, width).to(ACC)
         squares += tl.sum(x * x, axis=1)
-    tl.store(norms_ptr + image * num_patches + patch, tl.sqrt(squares), mask=mask)
+    tl.store(norms_ptr + image * num_patches + patch, root(squares), mask=mask)

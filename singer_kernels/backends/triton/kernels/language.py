@@ -54,8 +54,6 @@ def split_dot(x, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
         low = operand(x - high.to(x.dtype), OPERAND)
         acc = dot(low, b, acc, PRECISION)
         return dot(high, b, acc, PRECISION)
-    elif PRECISION == "tf32":
-        return dot(x, b, acc, "tf32x3")
     else:
         return dot(x, b, acc, PRECISION)
 
@@ -91,6 +89,15 @@ def store_tile(ptr, row_offsets, columns, row_mask, num_columns, value):
 def token_offsets(image, token, stride_image, stride_token):
     """Return where tokens begin, in elements; int64, for a batch may exceed 2³¹ elements."""
     return image.to(tl.int64) * stride_image + token.to(tl.int64) * stride_token
+
+
+@triton.jit
+def root(x):
+    """Return the square root, correctly rounded; Triton's own is approximate in float32."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from singer_kernels.backends.triton.kernels.language import number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kd", "num_images", "num_info"])
 def sum_losses_kernel(
     kd_ptr,  # sums of (F̂ − S)², [num_kd]
     squares_ptr,  # sums of (n − q)², [B]

@@ -23,7 +23,7 @@ def _kth_smallest(keys, k, BITS: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank_below"])
 def outlier_fwd_kernel(
     norms_ptr,  # n, [B, P]
     plain_norms_ptr,  # norms of F, [B, P]; HAS_PLAIN

@@ -9,6 +9,7 @@ from singer_kernels.backends.triton.kernels.language import (
     dot,
     load_tile,
     operand,
+    root,
     split_dot,
     split_dot_transposed,
     store_tile,
@@ -16,7 +17,7 @@ from singer_kernels.backends.triton.kernels.language import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def refine_fwd_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]
@@ -125,8 +126,8 @@ def refine_fwd_kernel(
         if HAS_ROWS:
             store_tile(rows_ptr, row_offsets, d, in_range, width, refined)
     tl.store(kd_ptr + program, tl.sum(tl.where(in_range, kd, 0.0)))
-    tl.store(norms_ptr + patch, tl.sqrt(squares), mask=is_patch)
-    tl.store(plain_norms_ptr + patch, tl.sqrt(plain_squares), mask=is_patch)
+    tl.store(norms_ptr + patch, root(squares), mask=is_patch)
+    tl.store(plain_norms_ptr + patch, root(plain_squares), mask=is_patch)
     if not IDENTITY:
         store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, latent)
     if HAS_RESIDUAL:

@@ -83,7 +83,7 @@ def run_backward(
     needs_up = up_dtype is not None and reaches_adapter
     new = teacher.new_empty
     options = arithmetic.options(rank)
-    d_hidden = turned = d_student = d_down = d_up = None
+    d_hidden = turned = d_student = None
     kept = acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
     back_strides = upstream.refined.stride()[:2] if has_refined else (0, 0)
     if needs_down or (needs_up and has_turned):
@@ -168,27 +168,25 @@ def run_backward(
     sizes = (images, tokens, width, has_kd, has_turned, has_refined)
     sizes += (needs_student, needs_down, needs_up)
     down_parts, up_parts = arithmetic.run("backward_tokens", rank, by_tokens, *sizes)
-    if needs_down:
-        d_down = _sum_parts(down_parts, new((width, rank), dtype=down_dtype), (rank, 1))
-    if needs_up:
-        d_up = _sum_parts(up_parts, new((rank, width), dtype=up_dtype), (1, width))
-    return d_student, d_down, d_up
-
-
-def _sum_parts(parts: Tensor, out: Tensor, strides: tuple[int, int]) -> Tensor:
-    splits, width, rank = parts.shape
-    block_r = block_of(rank)
-    rows = max(1, 1024 // block_r)
-    sum_parts_kernel[(triton.cdiv(width, rows),)](
-        parts,
-        out,
+    if not (needs_down or needs_up):
+        return d_student, None, None
+    d_down = new((width, rank), dtype=down_dtype) if needs_down else None
+    d_up = new((rank, width), dtype=up_dtype) if needs_up else None
+    splits = len(down_parts if up_parts is None else up_parts)
+    columns_each = max(16, 1024 // block_r)
+    sum_parts_kernel[(triton.cdiv(width, columns_each), 2)](
+        down_parts,
+        up_parts,
+        d_down,
+        d_up,
         splits,
         width,
         rank,
-        *strides,
-        BLOCK_D=rows,
+        NEEDS_DOWN=needs_down,
+        NEEDS_UP=needs_up,
+        BLOCK_D=columns_each,
         BLOCK_R=block_r,
-        ACC=kernel_dtype(parts.dtype),
+        ACC=kernel_dtype(acc),
         **compiling(configs.SUMS),
     )
-    return out
+    return d_student, d_down, d_up

@@ -26,7 +26,7 @@ class Arithmetic(NamedTuple):
 
     @property
     def operand(self) -> Any:
-        """The operands' dtype in a kernel. float16 has the digits of TF32, but not its range."""
+        """The operands' dtype in a kernel. float16 lacks the range of F̂ and X: float32 takes it."""
         if self.product == torch.float16:
             return tl.float32
         return getattr(tl, self.name)
@@ -38,11 +38,12 @@ class Arithmetic(NamedTuple):
         return str(dtype).removeprefix("torch.")
 
     def precision(self, rank: int) -> str:
-        """Return how float32 operands are multiplied: as torch is told to, where it fits."""
-        if self.product not in (torch.float16, torch.float32) or rank > configs.MAX_MATRIX_RANK:
-            return "ieee"
-        is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if is_tf32 or self.product == torch.float16 else "tf32x3"
+        """Return how float32 operands are multiplied: by three TF32 products, where they fit.
+
+        Not by one, even where torch may: the matrix unit would cut 13 bits off, not round them.
+        """
+        is_narrow = self.name == "float32" and rank <= configs.MAX_MATRIX_RANK
+        return "tf32x3" if is_narrow else "ieee"
 
     def options(self, rank: int) -> dict[str, Any]:
         """Return the constants that every kernel with products takes."""
