@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("triton")
+
 from singer_kernels.backends.triton import configs
 from singer_kernels.resources import DTYPES, RANKS, Usage
 

@@ -21,6 +21,8 @@ from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton")
+
 from singer_kernels import backends, fused_losses, gram_loss
 from singer_kernels.backends.problem import Problem
 from singer_kernels.backends.triton import configs

@@ -8,6 +8,8 @@ import torch
 from cases import WEIGHTS, Shape, assert_gradients, random_case, total
 from conftest import BACKENDS
 
+pytest.importorskip("triton")
+
 from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.configs import Config
 

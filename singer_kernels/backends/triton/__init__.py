@@ -52,21 +52,25 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def _device_reason(index: int | None) -> str | None:
-    """Return why the kernels can't run on a CUDA device, or None."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
-        found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
-        return f"it needs compute capability {least}, the device has {found}"
-    import triton
-
+def _device_reason(device_type: str, index: int | None) -> str | None:
+    """Return why the kernels can't run on a device of a type that they know, or None."""
+    if device_type == "cuda":
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU"
+        capability = torch.cuda.get_device_capability(index)
+        if capability < LEAST_CAPABILITY:
+            found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+            return f"it needs compute capability {least}, the device has {found}"
     try:
-        # The first use builds a part of Triton's driver, which takes a C compiler.
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:
-        return f"Triton can't start: {' '.join(str(error).split())}"
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if device_type == "cuda":
+        try:
+            # The first use builds a part of Triton's driver, which takes a C compiler.
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:
+            return f"Triton can't start: {' '.join(str(error).split())}"
     return None
 
 
@@ -78,10 +82,10 @@ _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def unavailable_reason(device: torch.device, asked: bool) -> str | None:
     """See :class:`singer_kernels.backends.Backend`."""
     if device.type == "cpu" and is_interpreted():
-        return None if asked else "the interpreter is for tests"
+        return _device_reason("cpu", None) if asked else "the interpreter is for tests"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    return _device_reason(device.index)
+    return _device_reason("cuda", device.index)
 
 
 def unsupported_reason(problem: Problem) -> str | None:
