@@ -37,7 +37,7 @@ def eager(student: Tensor, teacher: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Return the total loss of a last layer the way the authors' code computes it."""
     patches = teacher[:, 1:] + (teacher[:, 1:] @ down) @ up
     refined = torch.cat([teacher[:, :1], patches], dim=1)
-    norms = refined[:, 1:].norm(dim=-1)
+    norms = refined[:, 1:].norm(dim=-1).float()  # torch.quantile takes nothing narrower
     limit = torch.quantile(norms, 0.97, dim=1, keepdim=True).detach()
     above = norms > limit
     outlier = F.mse_loss(norms[above], limit.expand_as(norms)[above])

@@ -197,6 +197,43 @@ def test_the_same_input_gives_the_same_bits(dtype):
         assert torch.equal(first[0][name].grad, second[0][name].grad)
 
 
+def held(case, backend):
+    """Return the bytes that the forward keeps for the backward, beside its inputs."""
+    tensors = case.tensors(BF16, BF16, BF16)
+    given_storages = {x.untyped_storage().data_ptr() for x in tensors.values() if x is not None}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in given_storages:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        case.run(tensors, backend=backend)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_at_most_a_tenth_of_the_references_memory_is_held():
+    # D / r as in ViT-L with rank 64: per patch 14 r bytes beside the norms.
+    case = random_case(Shape(1, 1, 49, 256, 16), 0.97)
+    assert held(case, "triton") <= 0.1 * held(case, "reference")
+
+
+def test_more_than_a_thousand_patches(monkeypatch):
+    monkeypatch.setattr(configs, "INTERPRETER", configs.Config(256, 32, 1, 1))
+    case = random_case(Shape(1, 5, 1100, 8, 2), 0.97)
+    results = []
+    for backend in ("triton", "reference"):
+        tensors = case.tensors()
+        out = case.run(tensors, backend=backend)
+        total(out).backward()
+        grads = [tensors[name].grad for name in ("student", "down", "up")]
+        results.append([out.kd, out.outlier, out.info, out.threshold, *grads])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 # --- strides --------------------------------------------------------------------------------------
 
 

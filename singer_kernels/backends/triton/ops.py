@@ -60,8 +60,8 @@ def kept_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if product == torch.bfloat16 else acc
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
+def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 def losses_forward(
@@ -109,9 +109,9 @@ def losses_forward(
     student, teacher = stages.rows_contiguous(student), stages.rows_contiguous(teacher)
     is_own = gram_target is None
     identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
-    rows_dtype = None
+    rows_dtype, gram_dtype = None, kept_dtype(gram_product, acc)
     if gram and not identity:
-        rows_dtype = kept_dtype(gram_product, acc)
+        rows_dtype = gram_dtype
     with stages.on_device(teacher):
         refined = stages.run_refine(
             student,
@@ -121,7 +121,7 @@ def losses_forward(
             prefix,
             arithmetic,
             identity=identity,
-            has_residual=has_residual,
+            residual_dtype=kept_dtype(product, acc) if has_residual else None,
             has_refined=has_refined,
             rows_dtype=rows_dtype,
         )
@@ -146,8 +146,8 @@ def losses_forward(
                 refined.columns,
                 prefix,
                 gram_arithmetic,
-                needs_columns=has_gram_columns,
-                d_target_dtype=kept_dtype(gram_product, acc) if has_d_target else None,
+                columns_dtype=gram_dtype if has_gram_columns else None,
+                d_target_dtype=gram_dtype if has_d_target else None,
             )
         kd, outlier, info, weight = stages.sum_losses(
             refined.kd_parts, outliers, found.parts, teacher.shape, prefix
@@ -161,9 +161,9 @@ def losses_forward(
         threshold=outliers.threshold,
         outlier_weight=weight,
         columns=refined.columns,
-        residual=_or_empty(refined.residual, kd),
-        gram_columns=_or_empty(found.columns, kd),
-        d_target=_or_empty(found.d_target, kd),
+        residual=_or_empty(refined.residual, kd, kept_dtype(product, acc)),
+        gram_columns=_or_empty(found.columns, kd, gram_dtype),
+        d_target=_or_empty(found.d_target, kd, gram_dtype),
     )
 
 
@@ -190,7 +190,7 @@ def _losses_forward_fake(
     def new(*shape: int, dtype: torch.dtype = acc, wanted: bool = True) -> Tensor:
         return teacher.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    target_dtype = kept_dtype(gram_product, acc) if has_d_target else acc
+    gram_dtype = kept_dtype(gram_product, acc)
     return ForwardOutput(
         kd=new(),
         outlier=new(),
@@ -200,9 +200,9 @@ def _losses_forward_fake(
         threshold=new(images),
         outlier_weight=new(),
         columns=new(images, patches, 2 * rank),
-        residual=new(images, patches, rank, wanted=has_residual),
-        gram_columns=new(images, patches, 2 * rank, wanted=has_gram_columns),
-        d_target=new(images, patches, width, dtype=target_dtype, wanted=has_d_target),
+        residual=new(images, patches, rank, dtype=kept_dtype(product, acc), wanted=has_residual),
+        gram_columns=new(images, patches, 2 * rank, dtype=gram_dtype, wanted=has_gram_columns),
+        d_target=new(images, patches, width, dtype=gram_dtype, wanted=has_d_target),
     )
 
 
@@ -313,7 +313,7 @@ def _gram_loss(
             tokens[:, num_prefix_tokens:],
             num_prefix_tokens,
             arithmetic,
-            needs_columns=has_d_tokens,
+            columns_dtype=acc if has_d_tokens else None,
             d_target_dtype=acc if has_d_target else None,
         )
         loss = stages.mean_of_parts(found.parts, norms)

@@ -72,7 +72,7 @@ def backward_rows_kernel(
         num_tokens = num_patches + num_prefix_tokens
         alpha = 2.0 / (number(num_images, ACC) * num_tokens * width)
         alpha = tl.load(d_kd_ptr).to(ACC) * alpha
-        d_hidden += alpha * load_tile(residual_ptr, offsets, k, mask, rank)
+        d_hidden += alpha * load_tile(residual_ptr, offsets, k, mask, rank).to(ACC)
     if HAS_OUTLIER:
         norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
         threshold = tl.load(threshold_ptr + patch // num_patches, mask=mask, other=0.0)
@@ -84,8 +84,8 @@ def backward_rows_kernel(
         d_hidden += coefficient * load_tile(columns_ptr + rank, 2 * offsets, k, mask, rank)
     if HAS_INFO:
         d_info = tl.load(d_info_ptr).to(ACC)
-        turned += d_info * load_tile(gram_columns_ptr, 2 * offsets, k, mask, rank)
-        d_hidden += d_info * load_tile(gram_columns_ptr + rank, 2 * offsets, k, mask, rank)
+        turned += d_info * load_tile(gram_columns_ptr, 2 * offsets, k, mask, rank).to(ACC)
+        d_hidden += d_info * load_tile(gram_columns_ptr + rank, 2 * offsets, k, mask, rank).to(ACC)
     store_tile(d_hidden_ptr, offsets, k, mask, rank, d_hidden)
     store_tile(turned_ptr, offsets, k, mask, rank, turned)
 

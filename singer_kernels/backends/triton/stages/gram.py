@@ -126,7 +126,7 @@ def run_gram(
     prefix: int,
     arithmetic: Arithmetic,
     *,
-    needs_columns: bool,
+    columns_dtype: torch.dtype | None,
     d_target_dtype: torch.dtype | None,
 ) -> Gram:
     """Run the stage ``gram``.
@@ -136,14 +136,14 @@ def run_gram(
         columns: what X is applied to, ``[B, P, C]``.
         prefix: the number of prefix tokens.
         arithmetic: how products are computed.
-        needs_columns: whether ``X columns`` is asked for.
+        columns_dtype: the dtype of ``X columns``; None: it is not asked for.
         d_target_dtype: the dtype of the target's gradient; None: it is not asked for.
     """
     images, patches = given.norms.shape
     width = given.target.shape[-1]
     rank = 1 if given.columns is None else given.columns.shape[-1] // 2
     block_r = block_of(rank)
-    needs_target = d_target_dtype is not None
+    needs_columns, needs_target = columns_dtype is not None, d_target_dtype is not None
     new = given.norms.new_empty
 
     def in_mode(kernel: str, mode: str, config: configs.Config) -> configs.Config:
@@ -155,7 +155,7 @@ def run_gram(
     sizes = (patches, prefix, width, rank)
     owns_rows = needs_columns and not needs_target and given.columns is not None
     if owns_rows and patches < configs.PAIRS_FROM and block_r <= configs.MAX_ROWS_BLOCK_R:
-        turned = torch.empty_like(columns)
+        turned = new(columns.shape, dtype=columns_dtype)
 
         def own_rows(config: configs.Config) -> Tensor:
             tiles = triton.cdiv(patches, config.rows)
@@ -216,7 +216,7 @@ def run_gram(
     parts, slopes, target_slopes = arithmetic.run("gram_pairs", rank, by_pairs, *key)
     turned = d_target = None
     if needs_columns:
-        out = new(columns.shape)
+        out = new(columns.shape, dtype=columns_dtype)
         turned = _apply(difference, slopes, given.norms, columns, out, arithmetic, negative=False)
     if needs_target:
         out = new((images, patches, width), dtype=d_target_dtype)

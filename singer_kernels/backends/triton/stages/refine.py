@@ -35,7 +35,7 @@ def run_refine(
     arithmetic: Arithmetic,
     *,
     identity: bool,
-    has_residual: bool,
+    residual_dtype: torch.dtype | None,
     has_refined: bool,
     rows_dtype: torch.dtype | None,
 ) -> Refined:
@@ -49,7 +49,7 @@ def run_refine(
         prefix: the number of prefix tokens.
         arithmetic: how products are computed.
         identity: whether the Gram identity's parts are needed.
-        has_residual: whether ``(F̂ − S) Wuᵀ`` is.
+        residual_dtype: the dtype of ``(F̂ − S) Wuᵀ``; None: it is not needed.
         has_refined: whether F̂ is, in the teacher's dtype.
         rows_dtype: the dtype in which the Gram products want F̂; None: they don't.
     """
@@ -61,7 +61,9 @@ def run_refine(
     parts = None
     if identity:
         parts = new((images, patches, 4, block_r), dtype=arithmetic.product)
-    residual = new((images, patches, rank), dtype=acc) if has_residual else None
+    has_residual, residual = residual_dtype is not None, None
+    if has_residual:
+        residual = new((images, patches, rank), dtype=residual_dtype)
     norms, plain_norms = (new((images, patches), dtype=acc) for _ in range(2))
     refined = new((images, tokens, width)) if has_refined else None
     rows, writes_rows = None, False
