@@ -37,6 +37,7 @@ from torch.compiler import is_compiling
 
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
+from singer_kernels.backends.gradients import gram_loss_backward, scaled_patches
 from singer_kernels.backends.once import refuse_twice
 from singer_kernels.backends.problem import Problem
 from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
@@ -342,8 +343,7 @@ def _backward(
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
     grad_student = grad_down = grad_up = grad_target = None
     if needs_target and d_info is not None:
-        grad_target = torch.zeros_like(gram_target)
-        grad_target[:, prefix:] = d_target * d_info
+        grad_target = scaled_patches(gram_target, d_target, prefix, d_info)
     pulled = None  # dS = α (S − F̂), [B, T, D]
     if d_kd is not None:
         pulled = (student - refined).mul_(d_kd * (2.0 / refined.numel()))
@@ -448,19 +448,7 @@ class _GramLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, target, d_tokens, d_target = ctx.saved_tensors
-        inputs = [tensor for tensor in (tokens, target) if tensor is not None]
-        grads: list[Tensor | None] = []
-        for tensor, unit in ((tokens, d_tokens), (target, d_target)):
-            grad = None
-            if unit is not None:
-                with torch.no_grad():
-                    grad = torch.zeros_like(tensor)
-                    grad[:, ctx.prefix :] = unit * upstream
-                if torch.is_grad_enabled():
-                    grad = refuse_twice(grad, *inputs)
-            grads.append(grad)
-        return grads[0], grads[1], None, None
+        return gram_loss_backward(ctx, upstream)
 
 
 def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
+from singer_kernels.backends.gradients import gram_loss_backward, scaled_patches
 from singer_kernels.backends.once import refuse_twice
 from singer_kernels.backends.triton import ops
 from singer_kernels.reference import accumulation_dtype
@@ -117,8 +118,7 @@ def _backward(
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
     grad_target = None
     if needs_target and d_info is not None:
-        grad_target = torch.zeros_like(gram_target)
-        grad_target[:, prefix:] = d_target * d_info
+        grad_target = scaled_patches(gram_target, d_target, prefix, d_info)
     needs_adapter = needs_down or needs_up
     if not needs_adapter:
         d_outlier = d_info = d_refined = None
@@ -203,19 +203,7 @@ class _GramLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, target, d_tokens, d_target = ctx.saved_tensors
-        inputs = [tensor for tensor in (tokens, target) if tensor is not None]
-        grads: list[Tensor | None] = []
-        for tensor, unit in ((tokens, d_tokens), (target, d_target)):
-            grad = None
-            if unit is not None:
-                with torch.no_grad():
-                    grad = torch.zeros_like(tensor)
-                    grad[:, ctx.prefix :] = unit * upstream
-                if torch.is_grad_enabled():
-                    grad = refuse_twice(grad, *inputs)
-            grads.append(grad)
-        return grads[0], grads[1], None, None
+        return gram_loss_backward(ctx, upstream)
 
 
 def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -127,9 +127,9 @@ def losses_forward(
         )
         plain_norms = refined.plain_norms if identity else None
         outliers = stages.run_outlier(refined.norms, plain_norms, quantile)
-        found = stages.Gram(None, None, None)
+        found = None
         if gram:
-            target = teacher if is_own else stages.rows_contiguous(gram_target)
+            target = teacher if gram_target is None else stages.rows_contiguous(gram_target)
             target_norms = refined.plain_norms if is_own else stages.row_norms(target, prefix, acc)
             found = stages.run_gram(
                 stages.GramRows(
@@ -150,7 +150,11 @@ def losses_forward(
                 d_target_dtype=gram_dtype if has_d_target else None,
             )
         kd, outlier, info, weight = stages.sum_losses(
-            refined.kd_parts, outliers, found.parts, teacher.shape, prefix
+            refined.kd_parts,
+            outliers,
+            None if found is None else found.parts,
+            teacher.shape,
+            prefix,
         )
     return ForwardOutput(
         kd=kd,
@@ -162,8 +166,8 @@ def losses_forward(
         outlier_weight=weight,
         columns=refined.columns,
         residual=_or_empty(refined.residual, kd, kept_dtype(product, acc)),
-        gram_columns=_or_empty(found.columns, kd, gram_dtype),
-        d_target=_or_empty(found.d_target, kd, gram_dtype),
+        gram_columns=_or_empty(None if found is None else found.columns, kd, gram_dtype),
+        d_target=_or_empty(None if found is None else found.d_target, kd, gram_dtype),
     )
 
 

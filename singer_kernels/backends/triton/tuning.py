@@ -9,6 +9,7 @@ same file.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -92,7 +93,7 @@ def _fastest(
     times: dict[Config, float] = {}
     for config in candidates(first):
         try:
-            times[config] = measure(lambda config=config: attempt(config))
+            times[config] = measure(functools.partial(attempt, config))
         except (OutOfResources, PTXASError):  # it does not fit on this device
             continue
     return min(times, key=lambda config: times[config])

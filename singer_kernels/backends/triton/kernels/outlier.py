@@ -52,13 +52,11 @@ def outlier_fwd_kernel(
     if ACC == tl.float64:
         keys = norms.to(tl.int64, bitcast=True)
         last = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-        BITS: tl.constexpr = 63
     else:
         keys = norms.to(tl.int32, bitcast=True)
         last = tl.full((), 0x7FFFFFFF, tl.int32)
-        BITS: tl.constexpr = 31
     keys = tl.where(in_range & (norms == norms), keys, last)
-    low_key = _kth_smallest(keys, rank_below, BITS)
+    low_key = _kth_smallest(keys, rank_below, 63 if ACC == tl.float64 else 31)
     through = tl.sum((keys <= low_key).to(tl.int32))
     next_key = tl.min(tl.where(keys > low_key, keys, last))
     share = number(weight, ACC) + weight_rest

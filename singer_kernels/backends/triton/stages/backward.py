@@ -85,7 +85,8 @@ def run_backward(
     options = arithmetic.options(rank)
     d_hidden = turned = d_student = None
     kept = acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
-    back_strides = upstream.refined.stride()[:2] if has_refined else (0, 0)
+    back_strides = (0, 0) if upstream.refined is None else upstream.refined.stride()[:2]
+    student_strides = (0, 0) if student is None else student.stride()[:2]
     if needs_down or (needs_up and has_turned):
         d_hidden = new((images, patches, rank), dtype=kept)
         turned = new((images, patches, rank), dtype=kept)
@@ -146,7 +147,7 @@ def run_backward(
             down_parts,
             up_parts,
             *teacher.stride()[:2],
-            *(student.stride()[:2] if has_kd else (0, 0)),
+            *student_strides,
             *back_strides,
             images * tokens,
             tokens,
@@ -165,14 +166,15 @@ def run_backward(
         )
         return down_parts, up_parts
 
-    sizes = (images, tokens, width, has_kd, has_turned, has_refined)
-    sizes += (needs_student, needs_down, needs_up)
-    down_parts, up_parts = arithmetic.run("backward_tokens", rank, by_tokens, *sizes)
+    flags = (has_kd, has_turned, has_refined, needs_student, needs_down, needs_up)
+    down_parts, up_parts = arithmetic.run(
+        "backward_tokens", rank, by_tokens, images, tokens, width, *flags
+    )
     if not (needs_down or needs_up):
         return d_student, None, None
     d_down = new((width, rank), dtype=down_dtype) if needs_down else None
     d_up = new((rank, width), dtype=up_dtype) if needs_up else None
-    splits = len(down_parts if up_parts is None else up_parts)
+    splits = next(len(parts) for parts in (down_parts, up_parts) if parts is not None)
     columns_each = max(16, 1024 // block_r)
     sum_parts_kernel[(triton.cdiv(width, columns_each), 2)](
         down_parts,

@@ -181,16 +181,14 @@ def run_gram(
 
     stores = needs_columns or needs_target
     stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
-    difference = None
-    if stores:
-        stored = arithmetic.acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
-        difference = new((images, patches, stride), dtype=stored)
+    kept = arithmetic.acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
+    difference = new((images, patches, stride) if stores else (0,), dtype=kept)
 
-    def by_pairs(config: configs.Config) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def by_pairs(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
         tiles = triton.cdiv(patches, config.rows)
         parts = new((images, tiles, tiles))
-        slopes = new((images, tiles, patches)) if stores else None
-        target_slopes = new((images, tiles, patches)) if needs_target else None
+        slopes = new((images, tiles, patches) if stores else (0,))
+        target_slopes = new((images, tiles, patches) if needs_target else (0,))
         for mode in given.modes:
             gram_pairs_kernel[(tiles, tiles, images)](
                 *given.pointers(),
@@ -214,10 +212,13 @@ def run_gram(
 
     key = (images, *sizes, given.mode, stores, needs_target)
     parts, slopes, target_slopes = arithmetic.run("gram_pairs", rank, by_pairs, *key)
-    turned = d_target = None
+    gram_columns: Tensor | None = None
+    d_target: Tensor | None = None
     if needs_columns:
         out = new(columns.shape, dtype=columns_dtype)
-        turned = _apply(difference, slopes, given.norms, columns, out, arithmetic, negative=False)
+        gram_columns = _apply(
+            difference, slopes, given.norms, columns, out, arithmetic, negative=False
+        )
     if needs_target:
         out = new((images, patches, width), dtype=d_target_dtype)
         patch_rows = given.target[:, prefix:]
@@ -230,7 +231,7 @@ def run_gram(
             arithmetic,
             negative=True,
         )
-    return Gram(parts, turned, d_target)
+    return Gram(parts, gram_columns, d_target)
 
 
 def mean_of_parts(parts: Tensor, norms: Tensor) -> Tensor:
