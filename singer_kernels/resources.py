@@ -1,8 +1,8 @@
 """``python -m singer_kernels.resources``: what each Triton kernel takes of a GPU, without a GPU.
 
 Every kernel is compiled ahead of time for each architecture, as the launches of real calls would
-have it compiled: registers per thread, bytes of stack (spills), shared memory, and whether the
-matrix unit is used. ``--json`` prints the same as JSON.
+have it compiled: registers per thread, bytes of stack (spills), shared memory, whether the matrix
+unit is used, and accesses to memory that are no vectors. ``--json`` prints the same as JSON.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Usage(NamedTuple):
         spills: bytes of stack per thread.
         shared: bytes of shared memory per program.
         matrix: the matrix unit's instruction, or "" if there is none.
+        narrow: loads and stores of two bytes or less: features should go in vectors of 16.
     """
 
     arch: int
@@ -94,6 +95,7 @@ class Usage(NamedTuple):
     spills: int
     shared: int
     matrix: str
+    narrow: int
 
 
 def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -295,6 +297,7 @@ def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
         stack + local,
         compiled.metadata.shared,
         next((name for name in _MATRIX_INSTRUCTIONS if name in compiled.asm["ptx"]), ""),
+        len(re.findall(r"(?:ld|st)\.global[\w.:]*\.[bu](?:8|16)\b", compiled.asm["ptx"])),
     )
 
 

@@ -65,6 +65,11 @@ def test_products_use_the_matrix_unit(usages):
         assert usage.registers >= 16, usage
 
 
+def test_features_are_read_and_written_in_vectors(usages):
+    # But where the adapter is so wide that a tile of features has one number for each thread.
+    assert [usage for usage in usages if usage.narrow > 0 and usage.rank <= 128] == []
+
+
 def test_hopper_and_later_use_their_own_instruction(usages):
     for arch, instruction in ((90, "wgmma.mma_async"), (100, "tcgen05.mma")):
         chosen = [
