@@ -60,6 +60,8 @@ def errors(case, dtypes, autocast):
 def test_no_less_accurate_than_the_reference(
     name, make, shape, dtypes, autocast, product, monkeypatch
 ):
+    if name == "triton" and shape.width == 192 and make is not outlier_case:
+        shape = Shape(1, 1, 70, 72, 16)  # two tiles of 64 in every size, for the interpreter's sake
     case = random_case(shape, 0.9, with_target=True) if make == "target" else make(shape, 0.9)
     case = case.rounded(*dtypes)
     found = {}
