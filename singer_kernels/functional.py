@@ -141,7 +141,6 @@ def gram_loss(
     problem = Problem(
         images=tokens.shape[0],
         patches=tokens.shape[1] - prefix,
-        width=tokens.shape[2],
         rank=0,
         acc=accumulation_dtype(tokens, target),
         product=product_dtype(tokens, target),

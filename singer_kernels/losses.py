@@ -96,7 +96,6 @@ def fused_losses(
     problem = Problem(
         images=teacher.shape[0],
         patches=teacher.shape[1] - prefix,
-        width=teacher.shape[2],
         rank=down.shape[1],
         acc=accumulation_dtype(*inputs),
         product=product_dtype(*inputs[1:]),

@@ -13,7 +13,6 @@ class Problem(NamedTuple):
     Attributes:
         images: B.
         patches: P.
-        width: D.
         rank: r; 0 where there is no adapter.
         acc: the accumulation dtype, float64 or float32.
         product: the dtype of the products' operands.
@@ -21,7 +20,6 @@ class Problem(NamedTuple):
 
     images: int
     patches: int
-    width: int
     rank: int
     acc: torch.dtype
     product: torch.dtype

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords:  # they run compiled kernels on CUDA tensors, and nothing else
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

@@ -166,7 +166,7 @@ def test_a_second_stream():
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes a second CUDA device")
 def test_tensors_on_another_device_than_the_current_one():
     case = make("random", STEP[0])
     inputs = {
@@ -262,7 +262,7 @@ def test_more_than_2_to_the_31_elements(patches):
     width, rank = 1024, 16
     images = 2**31 // ((patches + 1) * width) + 2
     if torch.cuda.get_device_properties(0).total_memory < 48 * 2**30:
-        pytest.skip("less than 48 GiB")
+        pytest.skip("features of 2^31 entries and their gradients take 48 GiB of device memory")
     shape = (images, patches + 1, width)
     generator = torch.Generator("cuda").manual_seed(0)
     teacher = torch.randn(shape, generator=generator, device="cuda", dtype=BF16)
@@ -337,7 +337,10 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None,
+    reason="compute-sanitizer, of the CUDA toolkit, is not installed",
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     command = [

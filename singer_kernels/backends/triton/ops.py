@@ -25,7 +25,7 @@ _FORWARD = (
 _BACKWARD = (
     "triton_losses_backward("
     "Tensor? student, Tensor teacher, Tensor up, Tensor columns, Tensor? gram_columns, "
-    "Tensor? residual, Tensor norms, Tensor threshold, Tensor outlier_weight, "
+    "Tensor? residual, Tensor? norms, Tensor? threshold, Tensor? outlier_weight, "
     "Tensor? d_kd, Tensor? d_outlier, Tensor? d_info, Tensor? d_refined, "
     "SymInt num_prefix_tokens, ScalarType acc, ScalarType product, "
     "ScalarType? student_dtype, ScalarType? down_dtype, ScalarType? up_dtype) -> "
@@ -217,9 +217,9 @@ def losses_backward(
     columns: Tensor,
     gram_columns: Tensor | None,
     residual: Tensor | None,
-    norms: Tensor,
-    threshold: Tensor,
-    outlier_weight: Tensor,
+    norms: Tensor | None,
+    threshold: Tensor | None,
+    outlier_weight: Tensor | None,
     d_kd: Tensor | None,
     d_outlier: Tensor | None,
     d_info: Tensor | None,
@@ -267,9 +267,9 @@ def _losses_backward_fake(
     columns: Tensor,
     gram_columns: Tensor | None,
     residual: Tensor | None,
-    norms: Tensor,
-    threshold: Tensor,
-    outlier_weight: Tensor,
+    norms: Tensor | None,
+    threshold: Tensor | None,
+    outlier_weight: Tensor | None,
     d_kd: Tensor | None,
     d_outlier: Tensor | None,
     d_info: Tensor | None,

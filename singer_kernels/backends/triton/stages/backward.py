@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.triton import configs
@@ -40,9 +39,9 @@ def run_backward(
     columns: Tensor,
     gram_columns: Tensor | None,
     residual: Tensor | None,
-    norms: Tensor,
-    threshold: Tensor,
-    outlier_weight: Tensor,
+    norms: Tensor | None,
+    threshold: Tensor | None,
+    outlier_weight: Tensor | None,
     upstream: Upstream,
     prefix: int,
     arithmetic: Arithmetic,
@@ -59,7 +58,7 @@ def run_backward(
         columns: ``[H | Z]``, ``[B, P, 2r]``.
         gram_columns: ``X [H | Z]``; needed with ``upstream.info``.
         residual: ``(F̂ − S) Wuᵀ``, ``[B, P, r]``; needed with ``upstream.kd``.
-        norms: n, ``[B, P]``.
+        norms: n, ``[B, P]``; needed with ``upstream.outlier``, as are the next two.
         threshold: q, ``[B]``.
         outlier_weight: 2 / count.
         upstream: the gradients that come back.
@@ -84,12 +83,11 @@ def run_backward(
     new = teacher.new_empty
     options = arithmetic.options(rank)
     d_hidden = turned = d_student = None
-    kept = acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
     back_strides = (0, 0) if upstream.refined is None else upstream.refined.stride()[:2]
     student_strides = (0, 0) if student is None else student.stride()[:2]
     if needs_down or (needs_up and has_turned):
-        d_hidden = new((images, patches, rank), dtype=kept)
-        turned = new((images, patches, rank), dtype=kept)
+        d_hidden = new((images, patches, rank), dtype=arithmetic.kept)
+        turned = new((images, patches, rank), dtype=arithmetic.kept)
 
         def by_rows(config: configs.Config) -> None:
             backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](

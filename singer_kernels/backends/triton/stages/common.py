@@ -13,6 +13,7 @@ from torch import Tensor
 
 from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.kernels.language import INTERPRETED
+from singer_kernels.backends.triton.ops import kept_dtype
 
 Result = TypeVar("Result")
 
@@ -36,6 +37,11 @@ class Arithmetic(NamedTuple):
         """The operands' dtype in a kernel, by its name."""
         dtype = torch.float32 if self.product == torch.float16 else self.product
         return str(dtype).removeprefix("torch.")
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What products are stored in between kernels; float16 would lose their range."""
+        return kept_dtype(self.product, self.acc)
 
     def precision(self, rank: int) -> str:
         """Return how float32 operands are multiplied: by three TF32 products, where they fit.

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.triton import configs
@@ -181,8 +180,7 @@ def run_gram(
 
     stores = needs_columns or needs_target
     stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
-    kept = arithmetic.acc if arithmetic.operand != tl.bfloat16 else torch.bfloat16
-    difference = new((images, patches, stride) if stores else (0,), dtype=kept)
+    difference = new((images, patches, stride) if stores else (0,), dtype=arithmetic.kept)
 
     def by_pairs(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
         tiles = triton.cdiv(patches, config.rows)
