@@ -74,9 +74,9 @@ def _device_reason(device_type: str, index: int | None) -> str | None:
     return None
 
 
-# torch.compile can't trace a look at the device: it is to call this and keep the answer. The mark is
-# what torch.compiler.assume_constant_result sets; calling that would import the compiler now, a
-# second at every import of this package. (torch gives functions no such attribute: type: ignore.)
+# torch.compile can't trace a look at the device: it is to call this, and keep the answer.
+# torch.compiler.assume_constant_result sets this mark, but would import the compiler now.
+# mypy knows of no such attribute of a function.
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
