@@ -19,12 +19,14 @@ CPU tensors, float64 ones too: for tests.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 
+from singer_kernels.backends import autograd
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.triton.autograd import fused_losses, gram_loss
+from singer_kernels.backends.triton import ops as _ops  # noqa: F401  it registers the operators
 
 __all__ = [
     "fused_losses",
@@ -37,6 +39,8 @@ __all__ = [
     "unsupported_reason",
 ]
 
+fused_losses = partial(autograd.fused_losses, backend="triton")
+gram_loss = partial(autograd.gram_loss, backend="triton")
 # These pieces are bound by memory, and one or two ATen calls each.
 refine = reference_backend.refine
 token_norms = reference_backend.token_norms

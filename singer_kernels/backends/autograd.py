@@ -1,4 +1,4 @@
-"""The losses as differentiable functions around the registered operators."""
+"""The losses as differentiable functions around the operators of a backend with kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor
 from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
 from singer_kernels.backends.gradients import gram_loss_backward, scaled_patches
 from singer_kernels.backends.once import refuse_twice
-from singer_kernels.backends.triton import ops
+from singer_kernels.backends.operators import ForwardOutput
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import FusedLossesOutput
+
+
+def _operator(backend: str, name: str) -> Any:
+    return getattr(torch.ops.singer_kernels, f"{backend}_{name}")
 
 
 class _FusedLosses(torch.autograd.Function):
@@ -29,6 +33,7 @@ class _FusedLosses(torch.autograd.Function):
         num_prefix_tokens: int,
         return_refined: bool,
         tracks_gradients: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         target = teacher if gram_target is None else gram_target
         acc = accumulation_dtype(student, teacher, down, up, target)
@@ -40,8 +45,8 @@ class _FusedLosses(torch.autograd.Function):
         needs_adapter = needs_down or needs_up
         with no_autocast(teacher.device.type):
             rounded_up = up.to(product).contiguous()
-            found = ops.ForwardOutput(
-                *torch.ops.singer_kernels.triton_losses_forward(
+            found = ForwardOutput(
+                *_operator(backend, "losses_forward")(
                     student,
                     teacher,
                     down.to(product).contiguous(),
@@ -60,7 +65,7 @@ class _FusedLosses(torch.autograd.Function):
                 )
             )
         ctx.set_materialize_grads(False)
-        ctx.options = (acc, product, num_prefix_tokens, down.dtype, up.dtype)
+        ctx.options = (acc, product, num_prefix_tokens, down.dtype, up.dtype, backend)
         needs_rows = needs_student or needs_adapter
         ctx.save_for_backward(
             saved(student, needs_rows),
@@ -101,7 +106,7 @@ class _FusedLosses(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
         student, down, up, gram_target = grads
-        return student, None, down, up, gram_target, None, None, None, None, None
+        return student, None, down, up, gram_target, None, None, None, None, None, None
 
 
 def _backward(
@@ -114,7 +119,7 @@ def _backward(
 ) -> list[Tensor | None]:
     student, teacher, _, up, gram_target, rounded_up, columns, residual = kept[:8]
     norms, threshold, outlier_weight, gram_columns, d_target = kept[8:]
-    acc, product, prefix, down_dtype, up_dtype = ctx.options
+    acc, product, prefix, down_dtype, up_dtype, backend = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
     grad_target = None
     if needs_target and d_info is not None:
@@ -127,7 +132,7 @@ def _backward(
     needs_down, needs_up = needs_down and any(reaches), needs_up and any(reaches)
     if not (needs_student or needs_down or needs_up):
         return [None, None, None, grad_target]
-    d_student, d_down, d_up = torch.ops.singer_kernels.triton_losses_backward(
+    d_student, d_down, d_up = _operator(backend, "losses_backward")(
         student,
         teacher,
         up if rounded_up is None else rounded_up,
@@ -167,8 +172,9 @@ def fused_losses(
     quantile: float,
     num_prefix_tokens: int,
     return_refined: bool,
+    backend: str,
 ) -> FusedLossesOutput:
-    """See :func:`singer_kernels.reference.fused_losses`."""
+    """Compute the losses with a backend's operators; else as the reference's ``fused_losses``."""
     out = _FusedLosses.apply(
         student,
         teacher,
@@ -180,6 +186,7 @@ def fused_losses(
         num_prefix_tokens,
         return_refined,
         torch.is_grad_enabled(),
+        backend,
     )
     return FusedLossesOutput(*out)
 
@@ -187,13 +194,18 @@ def fused_losses(
 class _GramLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int, tracks_gradients: bool
+        ctx: Any,
+        tokens: Tensor,
+        target: Tensor,
+        num_prefix_tokens: int,
+        tracks_gradients: bool,
+        backend: str,
     ) -> Tensor:
         acc = accumulation_dtype(tokens, target)
         product = acc if acc == torch.float64 else product_dtype(tokens, target)
         needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
         with no_autocast(tokens.device.type):
-            loss, *units = torch.ops.singer_kernels.triton_gram_loss(
+            loss, *units = _operator(backend, "gram_loss")(
                 tokens, target, num_prefix_tokens, *needs, acc, product
             )
         ctx.prefix = num_prefix_tokens
@@ -203,10 +215,12 @@ class _GramLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return gram_loss_backward(ctx, upstream)
+        return *gram_loss_backward(ctx, upstream), None
 
 
-def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
-    """See :func:`singer_kernels.reference.gram_loss`."""
+def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, backend: str) -> Tensor:
+    """Compute the Gram loss with a backend's operator; else as the reference's ``gram_loss``."""
     tracks_gradients = torch.is_grad_enabled()
-    return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients))
+    return cast(
+        "Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients, backend)
+    )

@@ -1,0 +1,100 @@
+// Checks of what the operators are handed: every error names the argument.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace singer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename Shape>
+std::string shape_text(const Shape& shape) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i == 0 ? "" : ", ") << shape[i];
+  text << ")";
+  return text.str();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// A dense floating tensor on the device of `like` with that many dimensions.
+inline void check_tensor(const char* name, const Tensor& tensor, int64_t dims, const Tensor& like) {
+  int32_t layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor");
+  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
+                  ": expected float64, float32, bfloat16 or float16");
+  STD_TORCH_CHECK(tensor.dim() == dims, name, ": got ", tensor.dim(), " dimensions, expected ",
+                  dims);
+  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.is_cuda() == like.is_cuda() &&
+                      tensor.get_device_index() == like.get_device_index(),
+                  name, ": expected the device of the teacher or tokens");
+}
+
+inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                        const Tensor& like) {
+  check_tensor(name, tensor, static_cast<int64_t>(shape.size()), like);
+  const auto got = shape_of(tensor);
+  STD_TORCH_CHECK(got == shape, name, ": got shape ", shape_text(got), ", expected ",
+                  shape_text(shape));
+}
+
+// What one kernel leaves for another: contiguous, and in one dtype.
+inline void check_kept(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                       ScalarType dtype, const Tensor& like) {
+  check_shape(name, tensor, shape, like);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected the accumulation dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline void check_kept(const char* name, const std::optional<Tensor>& tensor,
+                       const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like,
+                       bool is_needed) {
+  STD_TORCH_CHECK(!is_needed || tensor.has_value(), name, ": got None, expected a tensor");
+  if (tensor.has_value()) check_kept(name, *tensor, shape, dtype, like);
+}
+
+inline void check_acc(ScalarType acc) {
+  STD_TORCH_CHECK(acc == ScalarType::Float || acc == ScalarType::Double,
+                  "acc: expected float32 or float64");
+}
+
+inline void check_product(const char* name, ScalarType product) {
+  STD_TORCH_CHECK(is_supported(product), name,
+                  ": expected float64, float32, bfloat16 or float16");
+}
+
+// [B, T, D] without a size 0, and at least one patch.
+inline void check_tokens(const char* name, const Tensor& tokens, int64_t prefix) {
+  check_tensor(name, tokens, 3, tokens);
+  STD_TORCH_CHECK(tokens.numel() > 0, name, ": got the empty shape ",
+                  shape_text(shape_of(tokens)));
+  STD_TORCH_CHECK(prefix >= 0 && prefix < tokens.size(1), "num_prefix_tokens: got ", prefix,
+                  ", expected 0 to ", tokens.size(1) - 1);
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
+                         ScalarType dtype) {
+  const std::vector<int64_t> sizes(shape);
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+}
+
+}  // namespace singer

@@ -1,0 +1,79 @@
+// The inner loops of the CPU kernels, compiled for several vector widths; `loops<T>()` picks the
+// widest that this processor has.
+#pragma once
+
+#include <cstdint>
+
+#include "math/backward.h"
+#include "math/gram.h"
+
+namespace singer::cpu {
+
+// The dtypes that rows are read from and written to, numbered as torch numbers them.
+enum class Dtype : int32_t { kHalf = 5, kFloat = 6, kDouble = 7, kBFloat16 = 15 };
+
+template <typename T>
+struct RowSums {
+  T refined;   // sum of F^ squared
+  T plain;     // sum of F squared
+  T residual;  // sum of (F^ - S) squared
+};
+
+template <typename T>
+struct GramSums {
+  T squares;       // sum of E^2
+  T slope;         // sum of E G
+  T target_slope;  // sum of E G_R
+};
+
+template <typename T>
+struct Loops {
+  // What the loops were compiled for.
+  const char* name;
+
+  // out = in, rounded to `rounding` on the way.
+  void (*read)(const void* in, Dtype dtype, int64_t stride, int64_t count, Dtype rounding, T* out);
+
+  void (*write)(const T* in, Dtype dtype, int64_t count, void* out);
+
+  // refined = delta + plain, in place; residual = refined - student, unless it is null.
+  RowSums<T> (*refine)(T* delta, const T* plain, const T* student, int64_t count, T* residual);
+
+  T (*sum_of_squares)(const T* row, int64_t count);
+
+  // sum of (a - b)^2
+  T (*squared_distance)(const T* a, const T* b, int64_t count);
+
+  // products becomes E = G - G_R. G = products inverse inverse_columns; G_R is made likewise of
+  // `others` or, with `is_identity`, of products - others. slopes += E G and target_slopes += E G_R
+  // (unless null), column by column.
+  GramSums<T> (*gram)(T* products, const T* others, bool is_identity, T inverse, T target_inverse,
+                      const T* inverses, const T* target_inverses, int64_t count, T* slopes,
+                      T* target_slopes);
+
+  // total += part
+  void (*add)(const T* part, int64_t count, T* total);
+
+  // out = factor in
+  void (*scale)(const T* in, T factor, int64_t count, T* out);
+
+  // out = latent - half / 2
+  void (*subtract_half)(const T* latent, const T* half, int64_t count, T* out);
+
+  // out = X C of one row: see gram_gradient.
+  void (*gram_gradient)(const T* turned, const T* columns, T inverse, T radial, T scale,
+                        int64_t count, T* out);
+
+  // refined = delta + plain, in place; out = scale (student - refined), where student is not null.
+  void (*student_gradient)(T* delta, const T* plain, const T* student, T scale, int64_t count,
+                           T* out);
+
+  // out = d_info turned + coefficient column + kd residual + back; a null term is left out.
+  void (*column_gradient)(const T* turned, T d_info, const T* column, T coefficient,
+                          const T* residual, T kd, const T* back, int64_t count, T* out);
+};
+
+template <typename T>
+const Loops<T>& loops();
+
+}  // namespace singer::cpu

@@ -1,0 +1,385 @@
+// The operators on the CPU. Their schemas stand in singer_kernels/backends/operators.py.
+#include <tuple>
+
+#include "cpu/stages.h"
+
+namespace singer::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename T>
+const T* data_or_null(const Optional& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// An upstream gradient, [] of any dtype, in the accumulation dtype.
+template <typename T>
+struct Scalar {
+  T value = 0;
+  const T* address = nullptr;
+
+  explicit Scalar(const Optional& tensor) {
+    if (!tensor.has_value()) return;
+    const Dtype dtype = dtype_of(tensor->scalar_type());
+    loops<T>().read(tensor->const_data_ptr(), dtype, 1, 1, dtype, &value);
+    address = &value;
+  }
+  Scalar(const Scalar&) = delete;
+};
+
+template <typename T>
+double total(const T* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
+}
+
+// H L^T + L H^T = F^ F^^T - F F^T, with L = Z - H M / 2 and M = Wu Wu^T: [H | L] and [L | H].
+template <typename T>
+struct Identity {
+  Scratch<T> overlap, half, factors;
+  Matrix<T> left, right;
+
+  Identity(const Tensor& like, const Matrix<const T>& up, int64_t patches)
+      : overlap(like, up.rows * up.rows),
+        half(like, patches * up.rows),
+        factors(like, 4 * patches * up.rows),
+        left{factors.data(), patches, 2 * up.rows, 2 * up.rows},
+        right{factors.data() + 2 * patches * up.rows, patches, 2 * up.rows, 2 * up.rows} {
+    if (patches == 0) return;
+    multiply(up, up.transposed(), Matrix<T>{overlap.data(), up.rows, up.rows, up.rows});
+  }
+
+  void set(const Matrix<const T>& columns) const {
+    const int64_t rank = columns.columns / 2;
+    const Matrix<const T> hidden{columns.data, columns.rows, rank, columns.row_stride};
+    const Matrix<T> product{half.data(), columns.rows, rank, rank};
+    multiply(hidden, Matrix<const T>{overlap.data(), rank, rank, rank}, product);
+    parallel(columns.rows, 4 * rank, [&](int64_t i) {
+      const T* row = columns.row(i);
+      T *ahead = left.row(i), *behind = right.row(i);
+      loops<T>().subtract_half(row + rank, product.row(i), rank, behind);
+      std::copy(row, row + rank, behind + rank);
+      std::copy(row, row + rank, ahead);
+      std::copy(behind, behind + rank, ahead + rank);
+    });
+  }
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                           Tensor, Tensor>;
+
+template <typename T>
+Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down, const Tensor& up,
+                const Optional& gram_target, bool gram, double quantile, const Sizes& sizes,
+                bool has_refined, bool has_residual, bool has_gram_columns, bool has_d_target,
+                ScalarType product, ScalarType gram_product) {
+  constexpr ScalarType acc = scalar_type<T>();
+  const int64_t images = sizes.images, patches = sizes.patches();
+  const int64_t width = sizes.width, rank = sizes.rank;
+  const auto optional_tensor = [&](bool wanted, std::initializer_list<int64_t> shape,
+                                   ScalarType dtype) {
+    return wanted ? new_tensor(teacher, shape, dtype) : new_tensor(teacher, {0}, dtype);
+  };
+  const Tensor kd = new_tensor(teacher, {}, acc), outlier_loss = new_tensor(teacher, {}, acc);
+  const Tensor info = gram ? new_tensor(teacher, {}, acc) : new_tensor(teacher, {0}, acc);
+  const Tensor refined = optional_tensor(has_refined, {images, sizes.tokens, width},
+                                         teacher.scalar_type());
+  const Tensor norms = new_tensor(teacher, {images, patches}, acc);
+  const Tensor threshold = new_tensor(teacher, {images}, acc);
+  const Tensor weight = new_tensor(teacher, {}, acc);
+  const Tensor columns = new_tensor(teacher, {images, patches, 2 * rank}, acc);
+  const Tensor residual = optional_tensor(has_residual, {images, patches, rank}, acc);
+  const Tensor gram_columns = optional_tensor(has_gram_columns, {images, patches, 2 * rank}, acc);
+  const Tensor d_target = optional_tensor(has_d_target, {images, patches, width}, acc);
+
+  const Scratch<T> down_buffer(teacher, width * rank), up_buffer(teacher, rank * width);
+  const Scratch<T> plain_norms(teacher, images * patches);
+  const Scratch<T> kd_parts(teacher, images * sizes.tokens), parts(teacher, 2 * images);
+  const Matrix<T> all_columns{data_of<T>(columns), images * patches, 2 * rank, 2 * rank};
+  const RefineCall<T> call{
+      sizes,
+      TokenRows<T>(student),
+      TokenRows<T>(teacher),
+      TokenRows<T>(teacher, dtype_of(product)),
+      dense<T>(down, down_buffer),
+      dense<T>(up, up_buffer),
+      all_columns,
+      {has_residual ? data_of<T>(residual) : nullptr, images * patches, rank, rank},
+      data_of<T>(norms),
+      plain_norms.data(),
+      kd_parts.data(),
+      has_refined ? data_of<char>(refined) : nullptr,
+      dtype_of(teacher.scalar_type())};
+  const RefineScratch<T> scratch(teacher, call);
+  refine_prefix(call, teacher);
+
+  // A Gram matrix needs all rows of an image at once.
+  const int64_t together = gram ? std::max(patches, kChunkRows) : kChunkRows;
+  const auto groups = chunks_of(images, patches, together);
+  int64_t most = 0;
+  for (const Chunk& group : groups) most = std::max(most, group.count);
+  const Scratch<T> whole(teacher, most * width);
+  // Of the plain teacher F F^T follows from F^ F^^T, where that is the smaller product.
+  const bool is_identity = gram && !gram_target.has_value() && 2 * rank < width;
+  const bool has_target = gram && !is_identity;
+  const Identity<T> identity(teacher, call.up, is_identity ? patches : 0);
+  const TokenRows<T> target(gram_target.has_value() ? *gram_target : teacher,
+                            dtype_of(gram_product));
+  const Scratch<T> target_rows(teacher, has_target ? patches * width : 0);
+  const Scratch<T> target_norms(teacher, gram_target.has_value() ? patches : 0);
+  const GramScratch<T> gram_scratch(teacher, gram ? patches : 0,
+                                    has_gram_columns ? 2 * rank : 0, has_d_target ? width : 0);
+  double squares = 0;
+  for (const Chunk& group : groups) {
+    for (int64_t start = 0; start < group.count; start += kChunkRows) {
+      const Chunk chunk{group.first + start, std::min(kChunkRows, group.count - start)};
+      refine(call, chunk, scratch, Matrix<T>{whole.data() + start * width, chunk.count, width, width});
+    }
+    for (int64_t start = 0; gram && start < group.count; start += patches) {
+      const int64_t first = group.first + start;
+      const Matrix<const T> image_columns = all_columns.from(first, patches);
+      GramCall<T> image{};
+      image.rows = {whole.data() + start * width, patches, width, width};
+      image.norms = call.norms + first;
+      image.target_norms = call.plain_norms + first;
+      if (is_identity) {
+        identity.set(image_columns);
+        image.target = identity.left;
+        image.right = identity.right;
+      } else {
+        image.target =
+            gather(target, Chunk{first, patches}, patches, sizes.prefix, width, target_rows.data());
+      }
+      if (gram_target.has_value()) {
+        row_norms(image.target, target_norms.data());
+        image.target_norms = target_norms.data();
+      }
+      if (has_gram_columns) {
+        image.columns = image_columns;
+        image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
+                              2 * rank};
+      }
+      if (has_d_target) {
+        image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
+      }
+      image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
+      squares += cpu::gram(image, gram_scratch);
+    }
+  }
+  outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),
+                         parts.data(), parts.data() + images});
+
+  const double entries = static_cast<double>(images) * sizes.tokens * width;
+  const double count = std::max(total(parts.data() + images, images), 1.0);
+  *data_of<T>(kd) = static_cast<T>(total(kd_parts.data(), images * sizes.tokens) / entries);
+  *data_of<T>(outlier_loss) = static_cast<T>(total(parts.data(), images) / count);
+  *data_of<T>(weight) = static_cast<T>(2 / count);
+  if (gram) {
+    *data_of<T>(info) = static_cast<T>(squares / (static_cast<double>(images) * patches * patches));
+  }
+  return {kd,     outlier_loss, info,     refined,      norms,   threshold,
+          weight, columns,      residual, gram_columns, d_target};
+}
+
+Outputs losses_forward(Tensor student, Tensor teacher, Tensor down, Tensor up,
+                       Optional gram_target, bool gram, double quantile, int64_t prefix,
+                       bool has_refined, bool has_residual, bool has_gram_columns,
+                       bool has_d_target, ScalarType acc, ScalarType product,
+                       ScalarType gram_product) {
+  check_cpu("teacher", teacher);
+  check_tokens("teacher", teacher, prefix);
+  const auto shape = shape_of(teacher);
+  check_shape("student", student, shape, teacher);
+  check_tensor("down", down, 2, teacher);
+  const int64_t rank = down.size(1);
+  STD_TORCH_CHECK(rank > 0, "down: got rank 0, expected at least 1");
+  check_shape("down", down, {shape[2], rank}, teacher);
+  check_shape("up", up, {rank, shape[2]}, teacher);
+  if (gram_target.has_value()) check_shape("gram_target", *gram_target, shape, teacher);
+  STD_TORCH_CHECK(gram || !(gram_target.has_value() || has_gram_columns || has_d_target),
+                  "gram: got False, expected True with a target or gradients of its own");
+  STD_TORCH_CHECK(!has_d_target || gram_target.has_value(),
+                  "gram_target: got None, expected a tensor with has_d_target");
+  STD_TORCH_CHECK(quantile >= 0 && quantile <= 1, "quantile: got ", quantile, ", expected 0 to 1");
+  check_acc(acc);
+  check_product("product", product);
+  check_product("gram_product", gram_product);
+  const Sizes sizes{shape[0], shape[1], prefix, shape[2], rank};
+  const auto run = acc == ScalarType::Double ? forward<double> : forward<float>;
+  return run(student, teacher, down, up, gram_target, gram, quantile, sizes, has_refined,
+             has_residual, has_gram_columns, has_d_target, product, gram_product);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename T>
+Gradients run_backward(const Optional& student, const Tensor& teacher, const Tensor& up,
+                       const Tensor& columns, const Optional& gram_columns,
+                       const Optional& residual, const Optional& norms, const Optional& threshold,
+                       const Optional& outlier_weight, const Optional& d_kd,
+                       const Optional& d_outlier, const Optional& d_info,
+                       const Optional& d_refined, const Sizes& sizes, ScalarType product,
+                       std::optional<ScalarType> student_dtype,
+                       std::optional<ScalarType> down_dtype, std::optional<ScalarType> up_dtype) {
+  constexpr ScalarType acc = scalar_type<T>();
+  const bool reaches = d_kd.has_value() || d_outlier.has_value() || d_info.has_value() ||
+                       d_refined.has_value();
+  const Scratch<T> up_buffer(teacher, sizes.rank * sizes.width);
+  const Scalar<T> kd(d_kd), outlier_loss(d_outlier), info(d_info);
+  BackwardCall<T> call{sizes,
+                       std::nullopt,
+                       TokenRows<T>(teacher),
+                       TokenRows<T>(teacher, dtype_of(product)),
+                       dense<T>(up, up_buffer),
+                       {data_of<T>(columns), sizes.images * sizes.patches(), 2 * sizes.rank,
+                        2 * sizes.rank},
+                       data_or_null<T>(gram_columns),
+                       data_or_null<T>(residual),
+                       data_or_null<T>(norms),
+                       data_or_null<T>(threshold),
+                       data_or_null<T>(outlier_weight),
+                       kd.address,
+                       outlier_loss.address,
+                       info.address,
+                       std::nullopt,
+                       nullptr,
+                       Dtype::kFloat,
+                       std::nullopt,
+                       std::nullopt};
+  if (d_kd.has_value()) call.student.emplace(*student);
+  if (d_refined.has_value()) call.d_refined.emplace(*d_refined);
+  Tensor d_student = new_tensor(columns, {0}, acc), d_down = d_student, d_up = d_student;
+  if (student_dtype.has_value() && d_kd.has_value()) {
+    d_student = new_tensor(teacher, {sizes.images, sizes.tokens, sizes.width}, *student_dtype);
+    call.d_student = data_of<char>(d_student);
+    call.d_student_dtype = dtype_of(*student_dtype);
+  }
+  if (down_dtype.has_value() && reaches) {
+    d_down = new_tensor(teacher, {sizes.width, sizes.rank}, *down_dtype);
+    call.d_down = d_down;
+  }
+  if (up_dtype.has_value() && reaches) {
+    d_up = new_tensor(teacher, {sizes.rank, sizes.width}, *up_dtype);
+    call.d_up = d_up;
+  }
+  if (call.d_student != nullptr || call.d_down.has_value() || call.d_up.has_value()) {
+    backward(call, teacher);
+  }
+  return {d_student, d_down, d_up};
+}
+
+Gradients losses_backward(Optional student, Tensor teacher, Tensor up, Tensor columns,
+                          Optional gram_columns, Optional residual, Optional norms,
+                          Optional threshold, Optional outlier_weight, Optional d_kd,
+                          Optional d_outlier, Optional d_info, Optional d_refined, int64_t prefix,
+                          ScalarType acc, ScalarType product,
+                          std::optional<ScalarType> student_dtype,
+                          std::optional<ScalarType> down_dtype,
+                          std::optional<ScalarType> up_dtype) {
+  check_cpu("teacher", teacher);
+  check_tokens("teacher", teacher, prefix);
+  check_acc(acc);
+  check_product("product", product);
+  for (const auto& dtype : {student_dtype, down_dtype, up_dtype}) {
+    if (dtype.has_value()) check_product("a gradient's dtype", *dtype);
+  }
+  const auto shape = shape_of(teacher);
+  check_tensor("up", up, 2, teacher);
+  const int64_t rank = up.size(0), patches = shape[1] - prefix;
+  STD_TORCH_CHECK(rank > 0, "up: got rank 0, expected at least 1");
+  check_shape("up", up, {rank, shape[2]}, teacher);
+  check_kept("columns", columns, {shape[0], patches, 2 * rank}, acc, teacher);
+  STD_TORCH_CHECK(!d_kd.has_value() || student.has_value(),
+                  "student: got None, expected a tensor with d_kd");
+  if (student.has_value()) check_shape("student", *student, shape, teacher);
+  check_kept("gram_columns", gram_columns, {shape[0], patches, 2 * rank}, acc, teacher,
+             d_info.has_value());
+  check_kept("residual", residual, {shape[0], patches, rank}, acc, teacher,
+             d_kd.has_value() && down_dtype.has_value());
+  const bool has_outlier = d_outlier.has_value();
+  check_kept("norms", norms, {shape[0], patches}, acc, teacher, has_outlier);
+  check_kept("threshold", threshold, {shape[0]}, acc, teacher, has_outlier);
+  check_kept("outlier_weight", outlier_weight, {}, acc, teacher, has_outlier);
+  if (d_kd.has_value()) check_shape("d_kd", *d_kd, {}, teacher);
+  if (d_outlier.has_value()) check_shape("d_outlier", *d_outlier, {}, teacher);
+  if (d_info.has_value()) check_shape("d_info", *d_info, {}, teacher);
+  if (d_refined.has_value()) check_shape("d_refined", *d_refined, shape, teacher);
+  const Sizes sizes{shape[0], shape[1], prefix, shape[2], rank};
+  const auto run = acc == ScalarType::Double ? run_backward<double> : run_backward<float>;
+  return run(student, teacher, up, columns, gram_columns, residual, norms, threshold,
+             outlier_weight, d_kd, d_outlier, d_info, d_refined, sizes, product, student_dtype,
+             down_dtype, up_dtype);
+}
+
+template <typename T>
+Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t prefix,
+                        bool has_d_tokens, bool has_d_target, ScalarType product) {
+  constexpr ScalarType acc = scalar_type<T>();
+  const int64_t images = tokens.size(0), patches = tokens.size(1) - prefix, width = tokens.size(2);
+  const auto gradient = [&](bool wanted) {
+    return wanted ? new_tensor(tokens, {images, patches, width}, acc)
+                  : new_tensor(tokens, {0}, acc);
+  };
+  const Tensor loss = new_tensor(tokens, {}, acc);
+  const Tensor d_tokens = gradient(has_d_tokens), d_target = gradient(has_d_target);
+  const TokenRows<T> rows(tokens, dtype_of(product)), target_rows(target, dtype_of(product));
+  const Scratch<T> buffer(tokens, patches * width), target_buffer(tokens, patches * width);
+  const Scratch<T> norms(tokens, 2 * patches);
+  const GramScratch<T> scratch(tokens, patches, has_d_tokens ? width : 0,
+                               has_d_target ? width : 0);
+  double squares = 0;
+  for (int64_t image = 0; image < images; ++image) {
+    const Chunk chunk{image * patches, patches};
+    GramCall<T> call{};
+    call.rows = gather(rows, chunk, patches, prefix, width, buffer.data());
+    call.target = gather(target_rows, chunk, patches, prefix, width, target_buffer.data());
+    row_norms(call.rows, norms.data());
+    row_norms(call.target, norms.data() + patches);
+    call.norms = norms.data();
+    call.target_norms = norms.data() + patches;
+    if (has_d_tokens) {
+      call.columns = call.rows;
+      call.gram_columns = {data_of<T>(d_tokens) + chunk.first * width, patches, width, width};
+    }
+    if (has_d_target) {
+      call.d_target = {data_of<T>(d_target) + chunk.first * width, patches, width, width};
+    }
+    call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
+    squares += cpu::gram(call, scratch);
+  }
+  const double entries = static_cast<double>(images) * patches * patches;
+  *data_of<T>(loss) = static_cast<T>(squares / entries);
+  return {loss, d_tokens, d_target};
+}
+
+Gradients gram_loss(Tensor tokens, Tensor target, int64_t prefix, bool has_d_tokens,
+                    bool has_d_target, ScalarType acc, ScalarType product) {
+  check_cpu("tokens", tokens);
+  check_tokens("tokens", tokens, prefix);
+  check_shape("target", target, shape_of(tokens), tokens);
+  check_acc(acc);
+  check_product("product", product);
+  const auto run = acc == ScalarType::Double ? run_gram_loss<double> : run_gram_loss<float>;
+  return run(tokens, target, prefix, has_d_tokens, has_d_target, product);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(singer_kernels, CPU, library) {
+  library.impl("cpu_losses_forward", TORCH_BOX(&losses_forward));
+  library.impl("cpu_losses_backward", TORCH_BOX(&losses_backward));
+  library.impl("cpu_gram_loss", TORCH_BOX(&gram_loss));
+}
+
+}  // namespace singer::cpu

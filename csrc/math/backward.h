@@ -1,0 +1,25 @@
+// Stage `backward`: dS = a (S - F^), dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T, V = X H + c H.
+#pragma once
+
+#include "math/portable.h"
+
+namespace singer {
+
+// a = 2 / (B T D), times the upstream gradient.
+template <typename T>
+SINGER_FN T kd_scale(int64_t images, int64_t tokens, int64_t width, T upstream) {
+  return upstream * (T(2) / (static_cast<T>(images * tokens) * static_cast<T>(width)));
+}
+
+template <typename T>
+SINGER_FN T student_gradient(T student, T refined, T scale) {
+  return scale * (student - refined);
+}
+
+// One entry of V or, without the KD term, of dH: `turned` of X [H | Z], `column` of [H | Z].
+template <typename T>
+SINGER_FN T column_gradient(T turned, T column, T d_info, T coefficient) {
+  return d_info * turned + coefficient * column;
+}
+
+}  // namespace singer

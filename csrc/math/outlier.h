@@ -1,0 +1,83 @@
+// Stage `outlier`: a quantile by bitwise selection, and the coefficient of the gradient.
+#pragma once
+
+#include "math/portable.h"
+
+namespace singer {
+
+// Norms are not negative, so that their bit patterns are ordered as they are.
+template <typename T>
+struct KeyOf;
+
+template <>
+struct KeyOf<float> {
+  using type = uint32_t;
+  static constexpr int bits = 31;
+};
+
+template <>
+struct KeyOf<double> {
+  using type = uint64_t;
+  static constexpr int bits = 63;
+};
+
+template <typename T>
+using Key = typename KeyOf<T>::type;
+
+// The key of a NaN, and of what is no norm: after every other.
+template <typename T>
+SINGER_FN Key<T> last_key() {
+  return ~Key<T>(0) >> 1;
+}
+
+template <typename T>
+SINGER_FN Key<T> norm_key(T norm) {
+  return norm == norm ? bits_as<Key<T>>(norm) : last_key<T>();
+}
+
+// The k-th smallest key (from 0), built from its highest bit: the largest v with at most k keys
+// below v. `count_below(v)` returns how many keys are.
+template <typename T, typename CountBelow>
+SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
+  Key<T> value = 0;
+  for (int bit = KeyOf<T>::bits - 1; bit >= 0; --bit) {
+    const Key<T> candidate = value | (Key<T>(1) << bit);
+    if (count_below(candidate) <= k) value = candidate;
+  }
+  return value;
+}
+
+// gamma (P - 1) in whole and rest, rounded as torch.quantile rounds it in that dtype.
+template <typename T>
+struct Rank {
+  int64_t below;
+  double share;
+
+  SINGER_FN static Rank of(double gamma, int64_t patches) {
+    const T rank = static_cast<T>(gamma) * static_cast<T>(patches - 1);
+    const T whole = std::floor(rank);
+    return {static_cast<int64_t>(whole), static_cast<double>(rank - whole)};
+  }
+};
+
+// lerp(low, high, share), from the nearer end, as torch.lerp has it.
+template <typename T>
+SINGER_FN T interpolate(T low, T high, T share) {
+  const T gap = high - low;
+  return share < T(0.5) ? low + share * gap : high - gap * (T(1) - share);
+}
+
+// (n - q)+ ; what is not finite lies above any threshold.
+template <typename T>
+SINGER_FN bool is_outlier(T norm, T threshold) {
+  return !(norm <= threshold && is_finite(norm));
+}
+
+// c = w (n - q)+ / n, with w = 2 / count times the upstream gradient.
+template <typename T>
+SINGER_FN T outlier_coefficient(T norm, T threshold, T weight) {
+  if (norm == T(0) || !is_outlier(norm, threshold)) return T(0);
+  return weight * (norm - threshold) / norm;
+}
+
+}  // namespace singer
