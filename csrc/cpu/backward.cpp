@@ -1,8 +1,6 @@
 // Stage `backward`: dS, and the sums over patches dWd = F^T dH, dWu = V^T F^ + H^T (Y - dS).
 #include "math/backward.h"
 
-#include <numeric>
-
 #include "cpu/stages.h"
 #include "math/outlier.h"
 
@@ -10,162 +8,218 @@ namespace singer::cpu {
 
 namespace {
 
+// Patches whose share of dWd and dWu is added at once.
+constexpr int64_t kChunkPatches = 5 * kRunRows;
+
 template <typename T>
-void write_matrix(const Matrix<T>& matrix, const Tensor& out) {
+void write_matrix(const Matrix<const T>& matrix, const Tensor& out) {
   const Dtype dtype = dtype_of(out.scalar_type());
   char* data = static_cast<char*>(out.mutable_data_ptr());
-  parallel(matrix.rows, matrix.columns, [&](int64_t i) {
-    loops<T>().write(matrix.row(i), dtype, matrix.columns,
-                     data + i * matrix.columns * size_of(dtype));
+  parallel_ranges(matrix.rows, matrix.columns, [&](int64_t begin, int64_t end) {
+    const Scratch<T> buffer(matrix.columns);
+    for (int64_t i = begin; i < end; ++i) {
+      loops<T>().read(matrix.row(i), dtype_of(scalar_type<T>()), matrix.column_stride,
+                      matrix.columns, dtype_of(scalar_type<T>()), buffer.data());
+      loops<T>().write(buffer.data(), dtype, matrix.columns,
+                       data + i * matrix.columns * size_of(dtype));
+    }
   });
-}
-
-// total += a b, by way of `part`.
-template <typename A, typename B, typename T>
-void multiply_add(const Matrix<A>& a, const Matrix<B>& b, const Matrix<T>& part,
-                  const Matrix<T>& total) {
-  multiply(a, b, part);
-  parallel(total.rows, total.columns,
-           [&](int64_t i) { loops<T>().add(part.row(i), total.columns, total.row(i)); });
 }
 
 template <typename T>
-void subtract(const Matrix<T>& part, const Matrix<T>& total) {
-  parallel(total.rows, total.columns, [&](int64_t i) {
-    T* out = total.row(i);
-    const T* in = part.row(i);
-    for (int64_t j = 0; j < total.columns; ++j) out[j] -= in[j];
+class Backward {
+ public:
+  explicit Backward(const BackwardCall<T>& call)
+      : call_(call),
+        sizes_(call.sizes),
+        has_kd_(call.d_kd != nullptr),
+        has_back_(call.d_refined.has_value()),
+        has_turned_(call.d_outlier != nullptr || call.d_info != nullptr),
+        needs_down_(call.d_down.has_value()),
+        needs_up_(call.d_up.has_value()),
+        needs_refined_(has_kd_ || (needs_up_ && has_turned_)),
+        alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
+        chunk_(std::min(kChunkPatches, sizes_.images * sizes_.patches())),
+        plain_(needs_down_ ? chunk_ * sizes_.width : 0),
+        refined_(needs_refined_ ? chunk_ * sizes_.width : 0),
+        pulled_(has_kd_ ? chunk_ * sizes_.width : 0),
+        back_(has_back_ ? chunk_ * sizes_.width : 0) {}
+
+  void prefix() const;
+  void patches() const;
+
+ private:
+  // The chunk's rows as one matrix: where they lie, or in `buffer`.
+  Matrix<const T> whole(const TokenRows<T>& rows, const Run& chunk, const T* buffer) const {
+    const int64_t patches = sizes_.patches(), image = chunk.first / patches;
+    if ((chunk.first + chunk.count - 1) / patches == image) {
+      const auto direct =
+          rows.in_place(image, sizes_.prefix + chunk.first % patches, chunk.count);
+      if (direct.data != nullptr) return direct;
+    }
+    return {buffer, chunk.count, sizes_.width, sizes_.width};
+  }
+
+  struct Factors {
+    const Packed<T>&hidden, &d_hidden, &turned;  // H, dH and V of a chunk
+  };
+
+  void rows(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+            const Scratch<T>& row_buffer) const;
+  void write_student(const T* row, int64_t image, int64_t token) const {
+    loops<T>().write(row, call_.d_student_dtype, sizes_.width,
+                     call_.d_student + (image * sizes_.tokens + token) * sizes_.width *
+                                           size_of(call_.d_student_dtype));
+  }
+
+  const BackwardCall<T>& call_;
+  const Sizes& sizes_;
+  bool has_kd_, has_back_, has_turned_, needs_down_, needs_up_;
+  bool needs_refined_;  // by dS and, through V, by dWu
+  T alpha_;
+  int64_t chunk_;
+  Scratch<T> plain_, refined_, pulled_, back_;  // F, F^, dS and Y of a chunk
+};
+
+template <typename T>
+void Backward<T>::prefix() const {
+  const int64_t width = sizes_.width, count = sizes_.images * sizes_.prefix;
+  if (call_.d_student == nullptr) return;
+  parallel_ranges(count, 4 * width, [&](int64_t begin, int64_t end) {
+    const Scratch<T> buffer(4 * width);
+    T *refined = buffer.data() + 2 * width, *out = refined + width;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / sizes_.prefix, token = i % sizes_.prefix;
+      const T* teacher = call_.teacher.row(image, token, buffer.data());
+      const T* student = call_.student->row(image, token, buffer.data() + width);
+      std::fill(refined, refined + width, T(0));
+      loops<T>().student_gradient(refined, teacher, student, alpha_, width, out);
+      write_student(out, image, token);
+    }
   });
+}
+
+// What each row of a run gives by itself: dS, dH and V.
+template <typename T>
+void Backward<T>::rows(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+                       const Scratch<T>& row_buffer) const {
+  const Loops<T>& loop = loops<T>();
+  const int64_t width = sizes_.width, rank = sizes_.rank, patches = sizes_.patches();
+  const int64_t image = run.first / patches, start = sizes_.prefix + run.first % patches;
+  const int64_t place = run.first - chunk.first;
+  const Matrix<const T> columns = call_.columns.from(run.first, run.count);
+  const Matrix<const T> hidden{columns.data, run.count, rank, columns.row_stride};
+  const Matrix<T> refined{refined_.data() + place * width, run.count, width, width};
+  const Matrix<T> back{back_.data() + place * width, run.count, width, width};
+  T* buffer = row_buffer.data();
+  T* d_hidden = buffer + 2 * width;
+  T* turned = d_hidden + kRunRows * rank;
+  const Matrix<T> from_back{turned + kRunRows * rank, run.count, rank, rank};
+  for (int64_t i = 0; has_back_ && i < run.count; ++i) {
+    const T* row = call_.d_refined->row(image, start + i, back.row(i));
+    if (row != back.row(i)) std::copy(row, row + width, back.row(i));
+  }
+  if (has_back_ && needs_down_) call_.up_transposed.multiply(back, from_back);
+  if (needs_refined_) call_.up.multiply(hidden, refined);
+  const T weight =
+      call_.d_outlier == nullptr ? T(0) : *call_.outlier_weight * *call_.d_outlier;
+  const T d_info = call_.d_info == nullptr ? T(0) : *call_.d_info;
+  for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t patch = run.first + i, token = start + i;
+    if (gathers) {
+      T* plain = plain_.data() + (place + i) * width;
+      const T* row = call_.operand.row(image, token, plain);
+      if (row != plain) std::copy(row, row + width, plain);
+    }
+    if (needs_refined_) {
+      T* pulled = has_kd_ ? pulled_.data() + (place + i) * width : nullptr;
+      loop.student_gradient(refined.row(i), call_.teacher.row(image, token, buffer),
+                            has_kd_ ? call_.student->row(image, token, buffer + width) : nullptr,
+                            alpha_, width, pulled);
+      if (call_.d_student != nullptr) write_student(pulled, image, token);
+    }
+    T coefficient = 0;
+    if (call_.d_outlier != nullptr) {
+      coefficient = outlier_coefficient(call_.norms[patch], call_.threshold[image], weight);
+    }
+    const T* row = columns.row(i);
+    const T* gram_row = call_.d_info == nullptr ? nullptr : call_.gram_columns + patch * 2 * rank;
+    if (needs_up_ && has_turned_) {
+      loop.column_gradient(gram_row, d_info, row, coefficient, nullptr, T(0), nullptr, rank,
+                           turned + i * rank);
+    }
+    if (needs_down_) {
+      loop.column_gradient(gram_row == nullptr ? nullptr : gram_row + rank, d_info, row + rank,
+                           coefficient, has_kd_ ? call_.residual + patch * rank : nullptr, alpha_,
+                           has_back_ ? from_back.row(i) : nullptr, rank, d_hidden + i * rank);
+    }
+  }
+  if (needs_down_) factors.d_hidden.set({d_hidden, run.count, rank, rank}, place);
+  if (needs_up_ && has_turned_) factors.turned.set({turned, run.count, rank, rank}, place);
+  if (needs_up_ && (has_kd_ || has_back_)) factors.hidden.set(hidden, place);
+}
+
+template <typename T>
+void Backward<T>::patches() const {
+  const int64_t width = sizes_.width, rank = sizes_.rank, total = sizes_.images * sizes_.patches();
+  const Scratch<T> sums(2 * width * rank);
+  const Matrix<T> d_down{sums.data(), width, rank, rank};
+  const Matrix<T> d_up{sums.data() + width * rank, width, rank, rank};  // transposed
+  for (int64_t first = 0; first < total; first += chunk_) {
+    const Run chunk{first, std::min(chunk_, total - first)};
+    const Packed<T> hidden(chunk.count, rank), d_hidden(chunk.count, rank),
+        turned(chunk.count, rank);
+    const Factors factors{hidden, d_hidden, turned};
+    const auto plain = whole(call_.operand, chunk, plain_.data());
+    const bool gathers = needs_down_ && plain.data == plain_.data();
+    const auto runs = runs_of(chunk.first, chunk.count, sizes_.patches(), kRunRows);
+    parallel_ranges(static_cast<int64_t>(runs.size()), width * rank,
+                    [&](int64_t begin, int64_t end) {
+      const Scratch<T> buffer(2 * width + 3 * kRunRows * rank);
+      for (int64_t i = begin; i < end; ++i) rows(runs[i], chunk, gathers, factors, buffer);
+    });
+    if (!(needs_down_ || needs_up_)) continue;
+    constexpr int64_t kColumnsAtOnce = kRunRows;
+    const int64_t parts = (width + kColumnsAtOnce - 1) / kColumnsAtOnce;
+    const bool adds = first > 0;
+    parallel(parts, kColumnsAtOnce * rank * chunk.count, [&](int64_t part) {
+      const int64_t start = part * kColumnsAtOnce;
+      const int64_t count = std::min(kColumnsAtOnce, width - start);
+      const auto columns_of = [&](const Scratch<T>& of) {
+        return Matrix<const T>{of.data(), chunk.count, width, width}.transposed().from(start,
+                                                                                       count);
+      };
+      if (needs_down_) {
+        d_hidden.multiply(plain.transposed().from(start, count), d_down.from(start, count), adds);
+      }
+      if (!needs_up_) return;
+      const Matrix<T> own = d_up.from(start, count);
+      bool adds_here = adds;
+      if (has_turned_) {
+        turned.multiply(columns_of(refined_), own, adds_here);
+        adds_here = true;
+      }
+      if (has_back_) {
+        hidden.multiply(columns_of(back_), own, adds_here);
+        adds_here = true;
+      }
+      if (has_kd_) hidden.multiply(columns_of(pulled_), own, adds_here, T(-1));
+    });
+  }
+  if (needs_down_) write_matrix<T>(d_down, *call_.d_down);
+  if (needs_up_) write_matrix<T>(d_up.transposed(), *call_.d_up);
 }
 
 }  // namespace
 
 template <typename T>
-void backward_prefix(const BackwardCall<T>& call, const Tensor& like) {
-  const Sizes& sizes = call.sizes;
-  const int64_t width = sizes.width, count = sizes.images * sizes.prefix;
-  if (count == 0 || call.d_student == nullptr) return;
-  const Loops<T>& loop = loops<T>();
-  const Scratch<T> buffer(like, 4 * count * width);
-  const T alpha = kd_scale(sizes.images, sizes.tokens, width, *call.d_kd);
-  parallel(count, 4 * width, [&](int64_t i) {
-    const int64_t image = i / sizes.prefix, token = i % sizes.prefix;
-    T* rows = buffer.data() + 4 * i * width;
-    const T* teacher = call.teacher.row(image, token, rows);
-    const T* student = call.student->row(image, token, rows + width);
-    T *refined = rows + 2 * width, *out = rows + 3 * width;
-    std::fill(refined, refined + width, T(0));
-    loop.student_gradient(refined, teacher, student, alpha, width, out);
-    loop.write(out, call.d_student_dtype, width,
-               call.d_student +
-                   (image * sizes.tokens + token) * width * size_of(call.d_student_dtype));
-  });
+void backward(const BackwardCall<T>& call) {
+  const Backward<T> stage(call);
+  stage.prefix();
+  stage.patches();
 }
 
-template <typename T>
-void backward(const BackwardCall<T>& call, const Tensor& like) {
-  const Sizes& sizes = call.sizes;
-  const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
-  const Loops<T>& loop = loops<T>();
-  const bool has_kd = call.d_kd != nullptr, has_back = call.d_refined.has_value();
-  const bool has_turned = call.d_outlier != nullptr || call.d_info != nullptr;
-  const bool needs_down = call.d_down.has_value(), needs_up = call.d_up.has_value();
-  // F^ is read by dS and, through V, by dWu; Y - dS by dWu alone.
-  const bool needs_refined = has_kd || (needs_up && has_turned);
-  const T alpha = has_kd ? kd_scale(sizes.images, sizes.tokens, width, *call.d_kd) : T(0);
-  const T weight = call.d_outlier == nullptr ? T(0) : *call.outlier_weight * *call.d_outlier;
-  const T d_info = call.d_info == nullptr ? T(0) : *call.d_info;
-
-  const int64_t area = kChunkRows * width;
-  const bool buffers_student = has_kd && !call.student->is_direct();
-  const Scratch<T> plain(like, area), refined(like, needs_refined ? area : 0);
-  const Scratch<T> exact(like, call.operand.is_rounded() && needs_refined ? area : 0);
-  const Scratch<T> student(like, buffers_student ? area : 0);
-  const Scratch<T> pulled(like, has_kd ? area : 0), back(like, has_back ? area : 0);
-  const Scratch<T> d_hidden(like, kChunkRows * rank), turned(like, kChunkRows * rank);
-  const Scratch<T> through_up(like, has_back ? kChunkRows * rank : 0);
-  const Scratch<T> sums(like, 3 * width * rank);
-  const Matrix<T> d_down{sums.data(), width, rank, rank};
-  const Matrix<T> d_up{sums.data() + width * rank, rank, width, width};
-  T* part = sums.data() + 2 * width * rank;
-  std::fill(sums.data(), part, T(0));
-  backward_prefix(call, like);
-
-  for (const Chunk& chunk : chunks_of(sizes.images, patches, kChunkRows)) {
-    const int64_t count = chunk.count;
-    const Matrix<const T> columns = call.columns.from(chunk.first, count);
-    const Matrix<const T> hidden{columns.data, count, rank, columns.row_stride};
-    const auto operand = gather(call.operand, chunk, patches, sizes.prefix, width, plain.data());
-    const Matrix<T> whole{refined.data(), count, width, width};
-    const Matrix<T> pull{pulled.data(), count, width, width};
-    const Matrix<T> returned{back.data(), count, width, width};
-    const Matrix<T> inner{d_hidden.data(), count, rank, rank};
-    const Matrix<T> turn{turned.data(), count, rank, rank};
-    const Matrix<T> from_back{through_up.data(), count, rank, rank};
-    if (has_back) {
-      parallel(count, width, [&](int64_t i) {
-        const int64_t patch = chunk.first + i;
-        T* out = returned.row(i);
-        const T* row =
-            call.d_refined->row(patch / patches, sizes.prefix + patch % patches, out);
-        if (row != out) std::copy(row, row + width, out);
-      });
-      if (needs_down) multiply(returned, call.up.transposed(), from_back);
-    }
-    if (needs_refined) multiply(hidden, call.up, whole);
-    parallel(count, 3 * width, [&](int64_t i) {
-      const int64_t patch = chunk.first + i, image = patch / patches;
-      const int64_t token = sizes.prefix + patch % patches;
-      if (needs_refined) {
-        const T* teacher = operand.row(i);
-        if (call.operand.is_rounded()) {
-          teacher = call.teacher.row(image, token, exact.data() + i * width);
-        }
-        const T* row =
-            has_kd ? call.student->row(image, token, student.data() + i * width) : nullptr;
-        loop.student_gradient(whole.row(i), teacher, row, alpha, width,
-                              has_kd ? pull.row(i) : nullptr);
-        if (call.d_student != nullptr) {
-          loop.write(pull.row(i), call.d_student_dtype, width,
-                     call.d_student + (image * sizes.tokens + token) * width *
-                                          size_of(call.d_student_dtype));
-        }
-      }
-      T coefficient = 0;
-      if (call.d_outlier != nullptr) {
-        coefficient = outlier_coefficient(call.norms[patch], call.threshold[image], weight);
-      }
-      const T* row = columns.row(i);
-      const T* turned_row =
-          call.d_info == nullptr ? nullptr : call.gram_columns + patch * 2 * rank;
-      if (needs_up && has_turned) {
-        loop.column_gradient(turned_row, d_info, row, coefficient, nullptr, T(0), nullptr, rank,
-                             turn.row(i));
-      }
-      if (needs_down) {
-        loop.column_gradient(turned_row == nullptr ? nullptr : turned_row + rank, d_info,
-                             row + rank, coefficient,
-                             has_kd ? call.residual + patch * rank : nullptr, alpha,
-                             has_back ? from_back.row(i) : nullptr, rank, inner.row(i));
-      }
-    });
-    if (needs_down) {
-      multiply_add(operand.transposed(), inner, Matrix<T>{part, width, rank, rank}, d_down);
-    }
-    if (!needs_up) continue;
-    const Matrix<T> up_part{part, rank, width, width};
-    if (has_turned) multiply_add(turn.transposed(), whole, up_part, d_up);
-    if (has_back) multiply_add(hidden.transposed(), returned, up_part, d_up);
-    if (has_kd) {
-      multiply(hidden.transposed(), pull, up_part);
-      subtract(up_part, d_up);
-    }
-  }
-  if (needs_down) write_matrix(d_down, *call.d_down);
-  if (needs_up) write_matrix(d_up, *call.d_up);
-}
-
-template void backward(const BackwardCall<float>&, const Tensor&);
-template void backward(const BackwardCall<double>&, const Tensor&);
+template void backward(const BackwardCall<float>&);
+template void backward(const BackwardCall<double>&);
 
 }  // namespace singer::cpu

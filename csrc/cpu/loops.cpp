@@ -9,7 +9,12 @@
 namespace singer::cpu {
 namespace {
 namespace baseline {
+#define SINGER_BYTES 16
+#define SINGER_ROWS 4
+#include "cpu/products_body.h"
 #include "cpu/loops_body.h"
+#undef SINGER_BYTES
+#undef SINGER_ROWS
 }  // namespace baseline
 }  // namespace
 }  // namespace singer::cpu
@@ -20,7 +25,12 @@ namespace baseline {
 namespace singer::cpu {
 namespace {
 namespace avx2 {
+#define SINGER_BYTES 32
+#define SINGER_ROWS 6
+#include "cpu/products_body.h"
 #include "cpu/loops_body.h"
+#undef SINGER_BYTES
+#undef SINGER_ROWS
 }  // namespace avx2
 }  // namespace
 }  // namespace singer::cpu
@@ -31,7 +41,12 @@ namespace avx2 {
 namespace singer::cpu {
 namespace {
 namespace avx512 {
+#define SINGER_BYTES 64
+#define SINGER_ROWS 12
+#include "cpu/products_body.h"
 #include "cpu/loops_body.h"
+#undef SINGER_BYTES
+#undef SINGER_ROWS
 }  // namespace avx512
 }  // namespace
 }  // namespace singer::cpu

@@ -31,6 +31,15 @@ struct Loops {
   // What the loops were compiled for.
   const char* name;
 
+  // Products: a right factor is packed by blocks of `block` columns, then multiplied.
+  // See products_body.h.
+  int64_t block;
+  void (*pack)(const T* in, int64_t row_stride, int64_t column_stride, int64_t rows,
+               int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride);
+  void (*multiply)(const T* a, int64_t row_stride, int64_t depth_stride, int64_t rows,
+                   int64_t depth, const T* packed, int64_t block_stride, int64_t columns, bool adds,
+                   T factor, T* out, int64_t out_stride);
+
   // out = in, rounded to `rounding` on the way.
   void (*read)(const void* in, Dtype dtype, int64_t stride, int64_t count, Dtype rounding, T* out);
 
@@ -45,14 +54,9 @@ struct Loops {
   T (*squared_distance)(const T* a, const T* b, int64_t count);
 
   // products becomes E = G - G_R. G = products inverse inverse_columns; G_R is made likewise of
-  // `others` or, with `is_identity`, of products - others. slopes += E G and target_slopes += E G_R
-  // (unless null), column by column.
+  // `others` or, with `is_identity`, of products - others.
   GramSums<T> (*gram)(T* products, const T* others, bool is_identity, T inverse, T target_inverse,
-                      const T* inverses, const T* target_inverses, int64_t count, T* slopes,
-                      T* target_slopes);
-
-  // total += part
-  void (*add)(const T* part, int64_t count, T* total);
+                      const T* inverses, const T* target_inverses, int64_t count);
 
   // out = factor in
   void (*scale)(const T* in, T factor, int64_t count, T* out);

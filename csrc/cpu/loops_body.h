@@ -137,42 +137,22 @@ struct Body {
 
   static GramSums<T> gram(T* products, const T* others, bool is_identity, T inverse,
                           T target_inverse, const T* inverses, const T* target_inverses,
-                          int64_t count, T* slopes, T* target_slopes) {
+                          int64_t count) {
     T squares = 0, slope = 0, target_slope = 0;
-    // Of products and others, by one rule: others + sign products is the target's product.
+    // Of products and others, by one rule.
     const T kept = is_identity ? T(1) : T(0), sign = is_identity ? T(-1) : T(1);
-    if (slopes == nullptr) {
 #pragma omp simd reduction(+ : squares, slope, target_slope)
-      for (int64_t j = 0; j < count; ++j) {
-        const T cosine = products[j] * (inverse * inverses[j]);
-        const T other = kept * products[j] + sign * others[j];
-        const T target_cosine = other * (target_inverse * target_inverses[j]);
-        const T difference = cosine - target_cosine;
-        products[j] = difference;
-        squares += difference * difference;
-        slope += difference * cosine;
-        target_slope += difference * target_cosine;
-      }
-    } else {
-#pragma omp simd reduction(+ : squares, slope, target_slope)
-      for (int64_t j = 0; j < count; ++j) {
-        const T cosine = products[j] * (inverse * inverses[j]);
-        const T other = kept * products[j] + sign * others[j];
-        const T target_cosine = other * (target_inverse * target_inverses[j]);
-        const T difference = cosine - target_cosine;
-        products[j] = difference;
-        squares += difference * difference;
-        slope += difference * cosine;
-        target_slope += difference * target_cosine;
-        slopes[j] += difference * cosine;
-        target_slopes[j] += difference * target_cosine;
-      }
+    for (int64_t j = 0; j < count; ++j) {
+      const T cosine = products[j] * (inverse * inverses[j]);
+      const T other = kept * products[j] + sign * others[j];
+      const T target_cosine = other * (target_inverse * target_inverses[j]);
+      const T difference = cosine - target_cosine;
+      products[j] = difference;
+      squares += difference * difference;
+      slope += difference * cosine;
+      target_slope += difference * target_cosine;
     }
     return {squares, slope, target_slope};
-  }
-
-  static void add(const T* part, int64_t count, T* total) {
-    for (int64_t i = 0; i < count; ++i) total[i] += part[i];
   }
 
   static void scale(const T* in, T factor, int64_t count, T* out) {
@@ -221,13 +201,15 @@ struct Body {
 template <typename T>
 const Loops<T>& table(const char* name) {
   static const Loops<T> result{name,
+                               Product<T>::kColumns,
+                               Product<T>::pack,
+                               Product<T>::multiply,
                                Body<T>::read,
                                Body<T>::write,
                                Body<T>::refine,
                                Body<T>::sum_of_squares,
                                Body<T>::squared_distance,
                                Body<T>::gram,
-                               Body<T>::add,
                                Body<T>::scale,
                                Body<T>::subtract_half,
                                Body<T>::gram_gradient,

@@ -44,37 +44,42 @@ void check_cpu(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
 }
 
-// H L^T + L H^T = F^ F^^T - F F^T, with L = Z - H M / 2 and M = Wu Wu^T: [H | L] and [L | H].
+// H L^T + L H^T = F^ F^^T - F F^T, with L = Z - H M / 2 and M = Wu Wu^T, of one image: [H | L] and
+// [L | H].
 template <typename T>
 struct Identity {
-  Scratch<T> overlap, half, factors;
+  Scratch<T> factors;
   Matrix<T> left, right;
 
-  Identity(const Tensor& like, const Matrix<const T>& up, int64_t patches)
-      : overlap(like, up.rows * up.rows),
-        half(like, patches * up.rows),
-        factors(like, 4 * patches * up.rows),
-        left{factors.data(), patches, 2 * up.rows, 2 * up.rows},
-        right{factors.data() + 2 * patches * up.rows, patches, 2 * up.rows, 2 * up.rows} {
-    if (patches == 0) return;
-    multiply(up, up.transposed(), Matrix<T>{overlap.data(), up.rows, up.rows, up.rows});
-  }
-
-  void set(const Matrix<const T>& columns) const {
+  Identity(const Matrix<const T>& columns, const Packed<T>& overlap)
+      : factors(2 * columns.rows * columns.columns),
+        left{factors.data(), columns.rows, columns.columns, columns.columns},
+        right{factors.data() + columns.rows * columns.columns, columns.rows, columns.columns,
+              columns.columns} {
     const int64_t rank = columns.columns / 2;
-    const Matrix<const T> hidden{columns.data, columns.rows, rank, columns.row_stride};
+    const Scratch<T> half(columns.rows * rank);
     const Matrix<T> product{half.data(), columns.rows, rank, rank};
-    multiply(hidden, Matrix<const T>{overlap.data(), rank, rank, rank}, product);
-    parallel(columns.rows, 4 * rank, [&](int64_t i) {
+    overlap.multiply({columns.data, columns.rows, rank, columns.row_stride}, product);
+    for (int64_t i = 0; i < columns.rows; ++i) {
       const T* row = columns.row(i);
       T *ahead = left.row(i), *behind = right.row(i);
       loops<T>().subtract_half(row + rank, product.row(i), rank, behind);
       std::copy(row, row + rank, behind + rank);
       std::copy(row, row + rank, ahead);
       std::copy(behind, behind + rank, ahead + rank);
-    });
+    }
   }
 };
+
+// M = Wu Wu^T, packed.
+template <typename T>
+Packed<T> overlap_of(const Matrix<const T>& up, bool is_needed) {
+  if (!is_needed) return Packed<T>(0, 0);
+  const Scratch<T> data(up.rows * up.rows);
+  const Matrix<T> overlap{data.data(), up.rows, up.rows, up.rows};
+  Packed<T>(up.transposed()).multiply(up, overlap);
+  return Packed<T>(overlap);
+}
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                            Tensor, Tensor>;
@@ -103,17 +108,19 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   const Tensor gram_columns = optional_tensor(has_gram_columns, {images, patches, 2 * rank}, acc);
   const Tensor d_target = optional_tensor(has_d_target, {images, patches, width}, acc);
 
-  const Scratch<T> down_buffer(teacher, width * rank), up_buffer(teacher, rank * width);
-  const Scratch<T> plain_norms(teacher, images * patches);
-  const Scratch<T> kd_parts(teacher, images * sizes.tokens), parts(teacher, 2 * images);
+  const Scratch<T> down_buffer(width * rank), up_buffer(rank * width);
+  const Scratch<T> plain_norms(images * patches), kd_parts(images * sizes.tokens);
+  const Scratch<T> parts(2 * images);
+  const Matrix<const T> wide_up = dense<T>(up, up_buffer);
   const Matrix<T> all_columns{data_of<T>(columns), images * patches, 2 * rank, 2 * rank};
   const RefineCall<T> call{
       sizes,
       TokenRows<T>(student),
       TokenRows<T>(teacher),
       TokenRows<T>(teacher, dtype_of(product)),
-      dense<T>(down, down_buffer),
-      dense<T>(up, up_buffer),
+      Packed<T>(dense<T>(down, down_buffer)),
+      Packed<T>(wide_up),
+      Packed<T>(wide_up.transposed()),
       all_columns,
       {has_residual ? data_of<T>(residual) : nullptr, images * patches, rank, rank},
       data_of<T>(norms),
@@ -121,61 +128,64 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
       kd_parts.data(),
       has_refined ? data_of<char>(refined) : nullptr,
       dtype_of(teacher.scalar_type())};
-  const RefineScratch<T> scratch(teacher, call);
-  refine_prefix(call, teacher);
+  refine_prefix(call);
 
-  // A Gram matrix needs all rows of an image at once.
-  const int64_t together = gram ? std::max(patches, kChunkRows) : kChunkRows;
-  const auto groups = chunks_of(images, patches, together);
-  int64_t most = 0;
-  for (const Chunk& group : groups) most = std::max(most, group.count);
-  const Scratch<T> whole(teacher, most * width);
   // Of the plain teacher F F^T follows from F^ F^^T, where that is the smaller product.
   const bool is_identity = gram && !gram_target.has_value() && 2 * rank < width;
-  const bool has_target = gram && !is_identity;
-  const Identity<T> identity(teacher, call.up, is_identity ? patches : 0);
+  const Packed<T> overlap = overlap_of(wide_up, is_identity);
   const TokenRows<T> target(gram_target.has_value() ? *gram_target : teacher,
                             dtype_of(gram_product));
-  const Scratch<T> target_rows(teacher, has_target ? patches * width : 0);
-  const Scratch<T> target_norms(teacher, gram_target.has_value() ? patches : 0);
-  const GramScratch<T> gram_scratch(teacher, gram ? patches : 0,
-                                    has_gram_columns ? 2 * rank : 0, has_d_target ? width : 0);
-  double squares = 0;
-  for (const Chunk& group : groups) {
-    for (int64_t start = 0; start < group.count; start += kChunkRows) {
-      const Chunk chunk{group.first + start, std::min(kChunkRows, group.count - start)};
-      refine(call, chunk, scratch, Matrix<T>{whole.data() + start * width, chunk.count, width, width});
+  std::vector<double> squares(images, 0.0);
+  const auto match = [&](int64_t image, const Matrix<const T>& rows) {
+    const int64_t first = image * patches;
+    const Scratch<T> target_rows(is_identity ? 0 : patches * width);
+    const Scratch<T> target_norms(gram_target.has_value() ? patches : 0);
+    const Matrix<const T> image_columns = all_columns.from(first, patches);
+    const Identity<T> identity(is_identity ? image_columns : Matrix<const T>{}, overlap);
+    GramCall<T> of_image{};
+    of_image.rows = rows;
+    of_image.norms = call.norms + first;
+    of_image.target_norms = call.plain_norms + first;
+    if (is_identity) {
+      of_image.target = identity.left;
+      of_image.right = identity.right;
+    } else {
+      of_image.target =
+          gather(target, Run{first, patches}, patches, sizes.prefix, width, target_rows.data());
     }
-    for (int64_t start = 0; gram && start < group.count; start += patches) {
-      const int64_t first = group.first + start;
-      const Matrix<const T> image_columns = all_columns.from(first, patches);
-      GramCall<T> image{};
-      image.rows = {whole.data() + start * width, patches, width, width};
-      image.norms = call.norms + first;
-      image.target_norms = call.plain_norms + first;
-      if (is_identity) {
-        identity.set(image_columns);
-        image.target = identity.left;
-        image.right = identity.right;
+    if (gram_target.has_value()) {
+      row_norms(of_image.target, target_norms.data());
+      of_image.target_norms = target_norms.data();
+    }
+    if (has_gram_columns) {
+      of_image.columns = image_columns;
+      of_image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
+                               2 * rank};
+    }
+    if (has_d_target) {
+      of_image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
+    }
+    of_image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
+    squares[image] = cpu::gram(of_image);
+  };
+  if (gram) {
+    // As many images at once as there are threads: F^ is kept no longer than its Gram matrix.
+    const int64_t together = std::min<int64_t>(images, torch::stable::get_num_threads());
+    const Scratch<T> whole(together * patches * width);
+    for (int64_t start = 0; start < images; start += together) {
+      const int64_t count = std::min(together, images - start);
+      const Matrix<T> rows{whole.data(), count * patches, width, width};
+      refine(call, start * patches, count * patches, rows);
+      // One image alone is shared by all threads within.
+      const auto match_one = [&](int64_t i) { match(start + i, rows.from(i * patches, patches)); };
+      if (count < together) {
+        for (int64_t i = 0; i < count; ++i) match_one(i);
       } else {
-        image.target =
-            gather(target, Chunk{first, patches}, patches, sizes.prefix, width, target_rows.data());
+        parallel(count, patches * patches * width, match_one);
       }
-      if (gram_target.has_value()) {
-        row_norms(image.target, target_norms.data());
-        image.target_norms = target_norms.data();
-      }
-      if (has_gram_columns) {
-        image.columns = image_columns;
-        image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
-                              2 * rank};
-      }
-      if (has_d_target) {
-        image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
-      }
-      image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-      squares += cpu::gram(image, gram_scratch);
     }
+  } else {
+    refine(call, 0, images * patches, Matrix<T>{});
   }
   outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),
                          parts.data(), parts.data() + images});
@@ -186,7 +196,8 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   *data_of<T>(outlier_loss) = static_cast<T>(total(parts.data(), images) / count);
   *data_of<T>(weight) = static_cast<T>(2 / count);
   if (gram) {
-    *data_of<T>(info) = static_cast<T>(squares / (static_cast<double>(images) * patches * patches));
+    *data_of<T>(info) = static_cast<T>(total(squares.data(), images) /
+                                        (static_cast<double>(images) * patches * patches));
   }
   return {kd,     outlier_loss, info,     refined,      norms,   threshold,
           weight, columns,      residual, gram_columns, d_target};
@@ -235,13 +246,15 @@ Gradients run_backward(const Optional& student, const Tensor& teacher, const Ten
   constexpr ScalarType acc = scalar_type<T>();
   const bool reaches = d_kd.has_value() || d_outlier.has_value() || d_info.has_value() ||
                        d_refined.has_value();
-  const Scratch<T> up_buffer(teacher, sizes.rank * sizes.width);
+  const Scratch<T> up_buffer(sizes.rank * sizes.width);
+  const Matrix<const T> wide_up = dense<T>(up, up_buffer);
   const Scalar<T> kd(d_kd), outlier_loss(d_outlier), info(d_info);
   BackwardCall<T> call{sizes,
                        std::nullopt,
                        TokenRows<T>(teacher),
                        TokenRows<T>(teacher, dtype_of(product)),
-                       dense<T>(up, up_buffer),
+                       Packed<T>(wide_up),
+                       d_refined.has_value() ? Packed<T>(wide_up.transposed()) : Packed<T>(0, 0),
                        {data_of<T>(columns), sizes.images * sizes.patches(), 2 * sizes.rank,
                         2 * sizes.rank},
                        data_or_null<T>(gram_columns),
@@ -274,7 +287,7 @@ Gradients run_backward(const Optional& student, const Tensor& teacher, const Ten
     call.d_up = d_up;
   }
   if (call.d_student != nullptr || call.d_down.has_value() || call.d_up.has_value()) {
-    backward(call, teacher);
+    backward(call);
   }
   return {d_student, d_down, d_up};
 }
@@ -334,29 +347,26 @@ Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t pref
   const Tensor loss = new_tensor(tokens, {}, acc);
   const Tensor d_tokens = gradient(has_d_tokens), d_target = gradient(has_d_target);
   const TokenRows<T> rows(tokens, dtype_of(product)), target_rows(target, dtype_of(product));
-  const Scratch<T> buffer(tokens, patches * width), target_buffer(tokens, patches * width);
-  const Scratch<T> norms(tokens, 2 * patches);
-  const GramScratch<T> scratch(tokens, patches, has_d_tokens ? width : 0,
-                               has_d_target ? width : 0);
+  const Scratch<T> buffer(patches * width), target_buffer(patches * width), norms(2 * patches);
   double squares = 0;
   for (int64_t image = 0; image < images; ++image) {
-    const Chunk chunk{image * patches, patches};
+    const Run run{image * patches, patches};
     GramCall<T> call{};
-    call.rows = gather(rows, chunk, patches, prefix, width, buffer.data());
-    call.target = gather(target_rows, chunk, patches, prefix, width, target_buffer.data());
+    call.rows = gather(rows, run, patches, prefix, width, buffer.data());
+    call.target = gather(target_rows, run, patches, prefix, width, target_buffer.data());
     row_norms(call.rows, norms.data());
     row_norms(call.target, norms.data() + patches);
     call.norms = norms.data();
     call.target_norms = norms.data() + patches;
     if (has_d_tokens) {
       call.columns = call.rows;
-      call.gram_columns = {data_of<T>(d_tokens) + chunk.first * width, patches, width, width};
+      call.gram_columns = {data_of<T>(d_tokens) + run.first * width, patches, width, width};
     }
     if (has_d_target) {
-      call.d_target = {data_of<T>(d_target) + chunk.first * width, patches, width, width};
+      call.d_target = {data_of<T>(d_target) + run.first * width, patches, width, width};
     }
     call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-    squares += cpu::gram(call, scratch);
+    squares += cpu::gram(call);
   }
   const double entries = static_cast<double>(images) * patches * patches;
   *data_of<T>(loss) = static_cast<T>(squares / entries);

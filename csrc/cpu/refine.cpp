@@ -2,69 +2,97 @@
 #include "cpu/stages.h"
 
 namespace singer::cpu {
+namespace {
+
+// A thread's buffers, for one run; a row that can be used where it lies needs none.
+template <typename T>
+struct Buffers {
+  explicit Buffers(const RefineCall<T>& call, bool keeps_refined)
+      : area(kRunRows * call.sizes.width),
+        plain(area),
+        refined(keeps_refined ? 0 : area),
+        exact(call.operand.is_rounded() ? call.sizes.width : 0),
+        student(call.sizes.width),
+        residual(call.residual.data == nullptr ? 0 : area) {}
+
+  int64_t area;
+  Scratch<T> plain, refined, exact, student, residual;
+};
 
 template <typename T>
-RefineScratch<T>::RefineScratch(const Tensor& like, const RefineCall<T>& call)
-    : plain(like, kChunkRows * call.sizes.width),
-      exact(like, call.operand.is_rounded() ? kChunkRows * call.sizes.width : 0),
-      student(like, call.student.is_direct() ? 0 : kChunkRows * call.sizes.width),
-      residual(like, call.residual.data == nullptr ? 0 : kChunkRows * call.sizes.width) {}
-
-template <typename T>
-void refine(const RefineCall<T>& call, const Chunk& chunk, const RefineScratch<T>& scratch,
-            const Matrix<T>& refined) {
+void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refined,
+                const Buffers<T>& buffers) {
   const Sizes& sizes = call.sizes;
   const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
+  const int64_t image = run.first / patches, start = sizes.prefix + run.first % patches;
   const Loops<T>& loop = loops<T>();
   const auto plain =
-      gather(call.operand, chunk, patches, sizes.prefix, width, scratch.plain.data());
-  const Matrix<T> columns = call.columns.from(chunk.first, chunk.count);
-  const Matrix<T> hidden{columns.data, chunk.count, rank, columns.row_stride};
-  const Matrix<T> latent{columns.data + rank, chunk.count, rank, columns.row_stride};
-  multiply(plain, call.down, hidden);
-  multiply(hidden, call.up, refined);
+      gather(call.operand, run, patches, sizes.prefix, width, buffers.plain.data());
+  const Matrix<T> columns = call.columns.from(run.first, run.count);
+  const Matrix<T> hidden{columns.data, run.count, rank, columns.row_stride};
+  const Matrix<T> latent{columns.data + rank, run.count, rank, columns.row_stride};
   const bool has_residual = call.residual.data != nullptr;
-  parallel(chunk.count, 3 * width, [&](int64_t i) {
-    const int64_t patch = chunk.first + i, image = patch / patches;
-    const int64_t token = sizes.prefix + patch % patches;
-    const T* student = call.student.row(image, token, scratch.student.data() + i * width);
+  call.down.multiply(plain, hidden);
+  call.up.multiply(hidden, refined);
+  for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t token = start + i, row = image * sizes.tokens + token;
+    const T* student = call.student.row(image, token, buffers.student.data());
     const T* teacher = plain.row(i);
     if (call.operand.is_rounded()) {
-      teacher = call.teacher.row(image, token, scratch.exact.data() + i * width);
+      teacher = call.teacher.row(image, token, buffers.exact.data());
     }
-    T* residual = has_residual ? scratch.residual.data() + i * width : nullptr;
+    T* residual = has_residual ? buffers.residual.data() + i * width : nullptr;
     const RowSums<T> sums = loop.refine(refined.row(i), teacher, student, width, residual);
-    call.norms[patch] = std::sqrt(sums.refined);
-    call.plain_norms[patch] = std::sqrt(sums.plain);
-    call.kd_parts[image * sizes.tokens + token] = sums.residual;
+    call.norms[run.first + i] = std::sqrt(sums.refined);
+    call.plain_norms[run.first + i] = std::sqrt(sums.plain);
+    call.kd_parts[row] = sums.residual;
     if (call.refined != nullptr) {
-      const int64_t offset = (image * sizes.tokens + token) * width * size_of(call.refined_dtype);
-      loop.write(refined.row(i), call.refined_dtype, width, call.refined + offset);
+      loop.write(refined.row(i), call.refined_dtype, width,
+                 call.refined + row * width * size_of(call.refined_dtype));
     }
-  });
-  multiply(refined, call.up.transposed(), latent);
+  }
+  call.up_transposed.multiply(refined, latent);
   if (has_residual) {
-    const Matrix<const T> residual{scratch.residual.data(), chunk.count, width, width};
-    multiply(residual, call.up.transposed(), call.residual.from(chunk.first, chunk.count));
+    call.up_transposed.multiply(Matrix<const T>{buffers.residual.data(), run.count, width, width},
+                                call.residual.from(run.first, run.count));
   }
 }
 
+}  // namespace
+
 template <typename T>
-void refine_prefix(const RefineCall<T>& call, const Tensor& like) {
+void refine(const RefineCall<T>& call, int64_t first, int64_t count, const Matrix<T>& refined) {
+  const auto runs = runs_of(first, count, call.sizes.patches(), kRunRows);
+  const int64_t width = call.sizes.width, total = static_cast<int64_t>(runs.size());
+  const bool keeps_refined = refined.data != nullptr;
+  parallel_ranges(total, width * call.sizes.rank, [&](int64_t begin, int64_t end) {
+    const Buffers<T> buffers(call, keeps_refined);
+    for (int64_t i = begin; i < end; ++i) {
+      const Run& run = runs[i];
+      const Matrix<T> own{buffers.refined.data(), run.count, width, width};
+      refine_run(call, run, keeps_refined ? refined.from(run.first - first, run.count) : own,
+                 buffers);
+    }
+  });
+}
+
+template <typename T>
+void refine_prefix(const RefineCall<T>& call) {
   const Sizes& sizes = call.sizes;
   const int64_t width = sizes.width, count = sizes.images * sizes.prefix;
-  if (count == 0) return;
   const Loops<T>& loop = loops<T>();
-  const Scratch<T> buffer(like, 2 * count * width);
-  parallel(count, 2 * width, [&](int64_t i) {
-    const int64_t image = i / sizes.prefix, token = i % sizes.prefix;
-    const int64_t row = image * sizes.tokens + token;
-    const T* teacher = call.teacher.row(image, token, buffer.data() + 2 * i * width);
-    const T* student = call.student.row(image, token, buffer.data() + (2 * i + 1) * width);
-    call.kd_parts[row] = loop.squared_distance(teacher, student, width);
-    if (call.refined != nullptr) {
-      loop.write(teacher, call.refined_dtype, width,
-                 call.refined + row * width * size_of(call.refined_dtype));
+  parallel_ranges(count, 2 * width, [&](int64_t begin, int64_t end) {
+    const Scratch<T> buffer(2 * width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / sizes.prefix, token = i % sizes.prefix;
+      const int64_t row = image * sizes.tokens + token;
+      const T* teacher = call.teacher.row(image, token, buffer.data());
+      const T* student = call.student.row(image, token, buffer.data() + width);
+      call.kd_parts[row] = loop.squared_distance(teacher, student, width);
+      if (call.refined != nullptr) {
+        loop.write(teacher, call.refined_dtype, width,
+                   call.refined + row * width * size_of(call.refined_dtype));
+      }
     }
   });
 }
@@ -76,11 +104,9 @@ void row_norms(const Matrix<const T>& rows, T* norms) {
   });
 }
 
-#define SINGER_INSTANTIATE(T)                                                             \
-  template struct RefineScratch<T>;                                                       \
-  template void refine(const RefineCall<T>&, const Chunk&, const RefineScratch<T>&,       \
-                       const Matrix<T>&);                                                 \
-  template void refine_prefix(const RefineCall<T>&, const Tensor&);                       \
+#define SINGER_INSTANTIATE(T)                                                         \
+  template void refine(const RefineCall<T>&, int64_t, int64_t, const Matrix<T>&);     \
+  template void refine_prefix(const RefineCall<T>&);                                  \
   template void row_norms(const Matrix<const T>&, T*);
 SINGER_INSTANTIATE(float)
 SINGER_INSTANTIATE(double)

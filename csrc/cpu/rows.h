@@ -2,7 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "checks.h"
@@ -32,29 +33,39 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
-// Calls `body(i)` for every i below count, on all threads; `cost` in numbers touched per i.
+// Calls `body(begin, end)` for parts of the indices below count, on all threads; `cost` in numbers
+// touched per index.
 template <typename Body>
-void parallel(int64_t count, int64_t cost, const Body& body) {
+void parallel_ranges(int64_t count, int64_t cost, const Body& body) {
   constexpr int64_t kLeastCost = 16384;
   const int64_t grain = std::max<int64_t>(1, kLeastCost / std::max<int64_t>(cost, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Calls `body(i)` for every index below count, likewise.
+template <typename Body>
+void parallel(int64_t count, int64_t cost, const Body& body) {
+  parallel_ranges(count, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
   });
 }
 
-// Memory of a call's own.
+// Memory of a call's own, on a border of cache lines.
 template <typename T>
 class Scratch {
  public:
-  Scratch(const Tensor& like, int64_t count)
-      : tensor_(new_tensor(like, {std::max<int64_t>(count, 0)}, scalar_type<T>())),
-        data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
+  explicit Scratch(int64_t count)
+      : data_(count == 0 ? nullptr
+                         : static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
 
-  T* data() const { return data_; }
+  T* data() const { return data_.get(); }
 
  private:
-  Tensor tensor_;
-  T* data_;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<T, Free> data_;
 };
 
 // A matrix somewhere in memory: `rows` x `columns`, strides in numbers.
@@ -71,28 +82,41 @@ struct Matrix {
   T* row(int64_t index) const { return data + index * row_stride; }
 };
 
+// A right factor of products, packed by blocks of columns.
 template <typename T>
-Tensor view(const Matrix<T>& matrix) {
-  const std::array<int64_t, 2> sizes{matrix.rows, matrix.columns};
-  const std::array<int64_t, 2> strides{matrix.row_stride, matrix.column_stride};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      const_cast<void*>(static_cast<const void*>(matrix.data)), 2, sizes.data(), strides.data(), 0,
-      sizeof(T) == sizeof(double) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+class Packed {
+ public:
+  Packed(int64_t rows, int64_t columns)
+      : rows_(rows),
+        columns_(columns),
+        blocks_((columns + loops<T>().block - 1) / loops<T>().block),
+        data_(rows * blocks_ * loops<T>().block) {}
 
-// out = a b, by torch's library.
-template <typename A, typename B, typename T>
-void multiply(const Matrix<A>& a, const Matrix<B>& b, const Matrix<T>& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(a)),
-                                    torch::stable::detail::from(view(b)),
-                                    torch::stable::detail::from(view(out))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to free
-}
+  explicit Packed(const Matrix<const T>& factor) : Packed(factor.rows, factor.columns) {
+    parallel(blocks_, rows_ * loops<T>().block,
+             [&](int64_t block) { set(factor, 0, block, block + 1); });
+  }
+
+  int64_t blocks() const { return blocks_; }
+
+  // Sets the rows from `first` on.
+  void set(const Matrix<const T>& part, int64_t first, int64_t begin, int64_t end) const {
+    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, columns_, begin, end,
+                    data_.data() + first * loops<T>().block, rows_ * loops<T>().block);
+  }
+  void set(const Matrix<const T>& part, int64_t first) const { set(part, first, 0, blocks_); }
+
+  // out = factor a b or, with `adds`, out += it; b is this.
+  void multiply(const Matrix<const T>& a, const Matrix<T>& out, bool adds = false,
+                T factor = T(1)) const {
+    loops<T>().multiply(a.data, a.row_stride, a.column_stride, a.rows, a.columns, data_.data(),
+                        rows_ * loops<T>().block, columns_, adds, factor, out.data, out.row_stride);
+  }
+
+ private:
+  int64_t rows_, columns_, blocks_;
+  Scratch<T> data_;
+};
 
 // The rows of a tensor [B, T, D] of any dtype and strides, read in the accumulation dtype.
 template <typename T>
@@ -147,54 +171,40 @@ class TokenRows {
   bool is_rounded_, is_direct_;
 };
 
-// A run of patches that is worked on at once: whole images, or rows of one image.
-struct Chunk {
-  int64_t first, count;  // patches, counted over all images
-
-  int64_t image(int64_t patches) const { return first / patches; }
-  bool is_in_one_image(int64_t patches) const {
-    return first / patches == (first + count - 1) / patches;
-  }
+// Where a run of patches lies; patches are counted over all images.
+struct Run {
+  int64_t first, count;
 };
 
-// The chunks of all patches: of several small images, or of equal parts of a large one.
-inline std::vector<Chunk> chunks_of(int64_t images, int64_t patches, int64_t most) {
-  std::vector<Chunk> chunks;
-  if (patches >= most) {
-    const int64_t parts = (patches + most - 1) / most, step = (patches + parts - 1) / parts;
-    for (int64_t image = 0; image < images; ++image) {
-      for (int64_t start = 0; start < patches; start += step) {
-        chunks.push_back({image * patches + start, std::min(step, patches - start)});
-      }
-    }
-    return chunks;
+// The runs of so many patches, or fewer, from `first` on that no image's border cuts.
+inline std::vector<Run> runs_of(int64_t first, int64_t count, int64_t patches, int64_t most) {
+  std::vector<Run> runs;
+  for (const int64_t end = first + count; first < end;) {
+    const int64_t rest = patches - first % patches;
+    const int64_t parts = (rest + most - 1) / most;
+    const int64_t length = std::min((rest + parts - 1) / parts, end - first);
+    runs.push_back({first, length});
+    first += length;
   }
-  const int64_t together = most / patches;
-  for (int64_t image = 0; image < images; image += together) {
-    chunks.push_back({image * patches, std::min(together, images - image) * patches});
-  }
-  return chunks;
+  return runs;
 }
 
-// The patches of a chunk as a matrix: in place, or gathered into `buffer`.
+// A run of patches, all of one image, as a matrix: in place, or read into `buffer`.
 template <typename T>
-Matrix<const T> gather(const TokenRows<T>& rows, const Chunk& chunk, int64_t patches,
-                       int64_t prefix, int64_t width, T* buffer) {
-  if (chunk.is_in_one_image(patches)) {
-    const auto direct =
-        rows.in_place(chunk.image(patches), prefix + chunk.first % patches, chunk.count);
-    if (direct.data != nullptr) return direct;
-  }
-  parallel(chunk.count, width, [&](int64_t i) {
-    const int64_t patch = chunk.first + i;
+Matrix<const T> gather(const TokenRows<T>& rows, const Run& run, int64_t patches, int64_t prefix,
+                       int64_t width, T* buffer) {
+  const int64_t image = run.first / patches, token = prefix + run.first % patches;
+  const auto direct = rows.in_place(image, token, run.count);
+  if (direct.data != nullptr) return direct;
+  for (int64_t i = 0; i < run.count; ++i) {
     T* out = buffer + i * width;
-    const T* row = rows.row(patch / patches, prefix + patch % patches, out);
+    const T* row = rows.row(image, token + i, out);
     if (row != out) std::copy(row, row + width, out);
-  });
-  return {buffer, chunk.count, width, width};
+  }
+  return {buffer, run.count, width, width};
 }
 
-// A small matrix, contiguous, in the accumulation dtype.
+// A small matrix in the accumulation dtype, contiguous in `buffer`.
 template <typename T>
 Matrix<const T> dense(const Tensor& tensor, const Scratch<T>& buffer) {
   const int64_t rows = tensor.size(0), columns = tensor.size(1);

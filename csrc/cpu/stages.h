@@ -5,8 +5,9 @@
 
 namespace singer::cpu {
 
-// Rows that are worked on at once: with their products they stay in a core's cache.
-constexpr int64_t kChunkRows = 256;
+// Rows that a thread works on at once, so that they stay in its cache: a multiple of the heights of
+// a product's tiles (4, 6 and 12).
+constexpr int64_t kRunRows = 48;
 
 struct Sizes {
   int64_t images, tokens, prefix, width, rank;
@@ -18,35 +19,29 @@ struct Sizes {
 template <typename T>
 struct RefineCall {
   Sizes sizes;
-  TokenRows<T> student;        // S
-  TokenRows<T> teacher;        // F
-  TokenRows<T> operand;        // F as the products take it
-  Matrix<const T> down, up;    // Wd, [D, r]; Wu, [r, D]
-  Matrix<T> columns;           // out: [H | Z], [B P, 2r]
-  Matrix<T> residual;          // out: (F^ - S) Wu^T, [B P, r]; without data: not wanted
-  T* norms;                    // out: n, [B P]
-  T* plain_norms;              // out: norms of F, [B P]
-  T* kd_parts;                 // out: sums of (F^ - S)^2, [B T]
-  char* refined;               // out: F^, [B, T, D]; null: not wanted
+  TokenRows<T> student;      // S
+  TokenRows<T> teacher;      // F
+  TokenRows<T> operand;      // F as the products take it
+  Packed<T> down;            // Wd, [D, r]
+  Packed<T> up;              // Wu, [r, D]
+  Packed<T> up_transposed;   // Wu^T, [D, r]
+  Matrix<T> columns;         // out: [H | Z], [B P, 2r]
+  Matrix<T> residual;        // out: (F^ - S) Wu^T, [B P, r]; without data: not wanted
+  T* norms;                  // out: n, [B P]
+  T* plain_norms;            // out: norms of F, [B P]
+  T* kd_parts;               // out: sums of (F^ - S)^2, [B T]
+  char* refined;             // out: F^, [B, T, D]; null: not wanted
   Dtype refined_dtype;
 };
 
-// Buffers of one chunk.
+// H, Z, norms and the KD sums of the patches from `first` on; F^ goes to `refined`, or nowhere if
+// that has no data.
 template <typename T>
-struct RefineScratch {
-  RefineScratch(const Tensor& like, const RefineCall<T>& call);
-
-  Scratch<T> plain, exact, student, residual;
-};
-
-// H, Z, norms and the KD sums of a run of patches; `refined` receives their F^.
-template <typename T>
-void refine(const RefineCall<T>& call, const Chunk& chunk, const RefineScratch<T>& scratch,
-            const Matrix<T>& refined);
+void refine(const RefineCall<T>& call, int64_t first, int64_t count, const Matrix<T>& refined);
 
 // The KD sums of the prefix tokens, where F^ = F.
 template <typename T>
-void refine_prefix(const RefineCall<T>& call, const Tensor& like);
+void refine_prefix(const RefineCall<T>& call);
 
 template <typename T>
 struct OutlierCall {
@@ -64,29 +59,20 @@ void outlier(const OutlierCall<T>& call);
 // What the stage `gram` reads and writes, for one image.
 template <typename T>
 struct GramCall {
-  Matrix<const T> rows;         // F^, [P, D]
-  const T* norms;               // [P]
-  Matrix<const T> target;       // R, [P, D]; or, with `right`, the left factor of F^ F^^T - F F^T
-  const T* target_norms;        // [P]
-  Matrix<const T> right;        // its right factor, [P, 2r]; without data: R is given
-  Matrix<const T> columns;      // C, [P, m]; without data: no gradient is wanted
-  Matrix<T> gram_columns;       // out: X C
-  Matrix<T> d_target;           // out: the gradient of R, [P, D]; without data: not wanted
-  T scale;                      // 4 / (B P^2)
-};
-
-template <typename T>
-struct GramScratch {
-  GramScratch(const Tensor& like, int64_t patches, int64_t columns, int64_t target_columns);
-
-  int64_t panel;  // rows at once
-  Scratch<T> products, others, vectors, row_sums;
-  Scratch<T> scaled, turned, scaled_target, turned_target, part;
+  Matrix<const T> rows;     // F^, [P, D]
+  const T* norms;           // [P]
+  Matrix<const T> target;   // R, [P, D]; or, with `right`, the left factor of F^ F^^T - F F^T
+  Matrix<const T> right;    // its right factor, [P, 2r]; without data: R is given
+  const T* target_norms;    // [P]
+  Matrix<const T> columns;  // C, [P, m]; without data: no gradient is wanted
+  Matrix<T> gram_columns;   // out: X C
+  Matrix<T> d_target;       // out: the gradient of R, [P, D]; without data: not wanted
+  T scale;                  // 4 / (B P^2)
 };
 
 // Returns the sum of E^2.
 template <typename T>
-double gram(const GramCall<T>& call, const GramScratch<T>& scratch);
+double gram(const GramCall<T>& call);
 
 // What the stage `backward` reads and writes; a null pointer is a term that is not there.
 template <typename T>
@@ -95,7 +81,8 @@ struct BackwardCall {
   std::optional<TokenRows<T>> student;    // S
   TokenRows<T> teacher;                   // F
   TokenRows<T> operand;                   // F as the products take it
-  Matrix<const T> up;                     // Wu, [r, D]
+  Packed<T> up;                           // Wu, [r, D]
+  Packed<T> up_transposed;                // Wu^T, [D, r]; only with `d_refined`
   Matrix<const T> columns;                // [H | Z], [B P, 2r]
   const T* gram_columns;                  // X [H | Z], [B P, 2r]
   const T* residual;                      // (F^ - S) Wu^T, [B P, r]
@@ -113,9 +100,9 @@ struct BackwardCall {
 };
 
 template <typename T>
-void backward(const BackwardCall<T>& call, const Tensor& like);
+void backward(const BackwardCall<T>& call);
 
-// norms of rows
+// The norms of a matrix's rows.
 template <typename T>
 void row_norms(const Matrix<const T>& rows, T* norms);
 
