@@ -47,14 +47,17 @@ SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
   return value;
 }
 
-// gamma (P - 1) in whole and rest, rounded as torch.quantile rounds it in that dtype.
+// gamma (P - 1) in whole and rest, rounded as torch.quantile rounds it in that dtype. The product
+// is taken in float64, where it is exact for float32: a compiler may fuse a float32 one with the
+// subtraction and so leave its rounding out.
 template <typename T>
 struct Rank {
   int64_t below;
   double share;
 
   SINGER_FN static Rank of(double gamma, int64_t patches) {
-    const T rank = static_cast<T>(gamma) * static_cast<T>(patches - 1);
+    const double factor = static_cast<double>(static_cast<T>(gamma));
+    const T rank = static_cast<T>(factor * static_cast<double>(patches - 1));
     const T whole = std::floor(rank);
     return {static_cast<int64_t>(whole), static_cast<double>(rank - whole)};
   }

@@ -149,3 +149,10 @@ def gradient_bounds(
         down=SLACK * (down.sum(axis=0) + u_adapter * np.abs(exact_gradients.down)),
         up=SLACK * (up.sum(axis=0) + u_adapter * np.abs(exact_gradients.up)),
     )
+
+
+def cancellation(case):
+    """Return by how much the adapter takes the largest token down: rounding of sums grows by it."""
+    refined = truth.refine(case.teacher, case.down, case.up, case.prefix)
+    largest, left = (np.linalg.norm(x, axis=-1).max() for x in (case.teacher, refined))
+    return largest / left if largest > 10 * left else 0.0

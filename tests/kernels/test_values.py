@@ -186,7 +186,7 @@ def test_the_float32_threshold_is_that_of_torch_quantile(backend, count, gamma):
     none = torch.zeros(4, 1)
     out = fused_losses(tokens, tokens, none, none.T, quantile=gamma, num_prefix_tokens=0)
     expected = torch.quantile(out.norms, gamma, dim=1)
-    if backend != "triton":  # the others call it
+    if backend in ("torch", "reference"):  # they call it
         assert torch.equal(out.threshold, expected)
         return
     # Releases of torch differ in whether the rank, up to P, and the interpolation are rounded.
