@@ -35,57 +35,85 @@ void apply(const Matrix<const T>& difference, const Packed<T>& scaled,
   }
 }
 
+// What all rows of one image's E are made with.
+template <typename T>
+struct Prepared {
+  explicit Prepared(const GramCall<T>& of)
+      : call(of),
+        is_identity(of.right.data != nullptr),
+        inverses(of.rows.rows),
+        target_inverses(of.rows.rows),
+        right(of.rows.transposed()),
+        other_right((is_identity ? of.right : of.target).transposed()),
+        scaled(pack_scaled(of.columns, reciprocals(of.norms, inverses))),
+        scaled_target(pack_scaled(of.d_target.data == nullptr ? Matrix<const T>{} : of.target,
+                                  reciprocals(of.target_norms, target_inverses))) {}
+
+  const T* reciprocals(const T* norms, const Scratch<T>& out) const {
+    for (int64_t i = 0; i < call.rows.rows; ++i) out.data()[i] = reciprocal_norm(norms[i]);
+    return out.data();
+  }
+
+  const GramCall<T>& call;
+  bool is_identity;
+  Scratch<T> inverses, target_inverses;
+  Packed<T> right, other_right, scaled, scaled_target;
+};
+
+// Rows of E from `run.first` on, and what follows from them; returns the sum of their squares.
+// `panel` holds twice their numbers, `sums` two for each row.
+template <typename T>
+double rows(const Prepared<T>& image, const Run& run, T* panel, T* sums) {
+  const GramCall<T>& call = image.call;
+  const auto [first, count] = run;
+  const int64_t patches = call.rows.rows;
+  const Matrix<T> products{panel, count, patches, patches};
+  const Matrix<T> others{panel + count * patches, count, patches, patches};
+  T *slopes = sums, *target_slopes = sums + count;
+  image.right.multiply(call.rows.from(first, count), products);
+  image.other_right.multiply(call.target.from(first, count), others);
+  double squares = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const GramSums<T> found =
+        loops<T>().gram(products.row(i), others.row(i), image.is_identity,
+                        image.inverses.data()[first + i], image.target_inverses.data()[first + i],
+                        image.inverses.data(), image.target_inverses.data(), patches);
+    squares += static_cast<double>(found.squares);
+    slopes[i] = found.slope;
+    target_slopes[i] = found.target_slope;
+  }
+  if (call.columns.data != nullptr) {
+    apply<T>(products, image.scaled, call.columns, call.norms, slopes, call.scale, first,
+             call.gram_columns);
+  }
+  if (call.d_target.data != nullptr) {  // E is G - G_R: from the target's side the sign is -1
+    apply<T>(products, image.scaled_target, call.target, call.target_norms, target_slopes,
+             -call.scale, first, call.d_target);
+  }
+  return squares;
+}
+
 }  // namespace
 
 template <typename T>
-double gram(const GramCall<T>& call) {
-  const int64_t patches = call.rows.rows;
-  const bool is_identity = call.right.data != nullptr;
-  const bool has_columns = call.columns.data != nullptr, has_target = call.d_target.data != nullptr;
-  const Scratch<T> inverses(patches), target_inverses(patches);
-  for (int64_t i = 0; i < patches; ++i) {
-    inverses.data()[i] = reciprocal_norm(call.norms[i]);
-    target_inverses.data()[i] = reciprocal_norm(call.target_norms[i]);
-  }
-  const Packed<T> right(call.rows.transposed());
-  const Packed<T> other_right((is_identity ? call.right : call.target).transposed());
-  const Packed<T> scaled = pack_scaled(call.columns, inverses.data());
-  const Packed<T> scaled_target =
-      pack_scaled(has_target ? call.target : Matrix<const T>{}, target_inverses.data());
+double gram(const std::vector<GramCall<T>>& calls) {
+  const int64_t images = static_cast<int64_t>(calls.size()), patches = calls[0].rows.rows;
+  const int64_t cost = patches * calls[0].rows.columns;
+  std::vector<std::unique_ptr<Prepared<T>>> prepared(images);
+  parallel(images, cost, [&](int64_t i) { prepared[i] = std::make_unique<Prepared<T>>(calls[i]); });
   const auto runs = runs_of(0, patches, patches, kRunRows);
-  std::vector<double> squares(runs.size(), 0.0);
-  parallel_ranges(static_cast<int64_t>(runs.size()), patches * call.rows.columns,
-                  [&](int64_t begin, int64_t end) {
+  const int64_t of_image = static_cast<int64_t>(runs.size());
+  std::vector<double> squares(images * of_image, 0.0);
+  parallel_ranges(images * of_image, kRunRows * cost, [&](int64_t begin, int64_t end) {
     const Scratch<T> panel(2 * kRunRows * patches), sums(2 * kRunRows);
-    T *slopes = sums.data(), *target_slopes = sums.data() + kRunRows;
-    for (int64_t index = begin; index < end; ++index) {
-      const auto [first, count] = runs[index];
-      const Matrix<T> products{panel.data(), count, patches, patches};
-      const Matrix<T> others{panel.data() + kRunRows * patches, count, patches, patches};
-      right.multiply(call.rows.from(first, count), products);
-      other_right.multiply(call.target.from(first, count), others);
-      for (int64_t i = 0; i < count; ++i) {
-        const GramSums<T> found = loops<T>().gram(
-            products.row(i), others.row(i), is_identity, inverses.data()[first + i],
-            target_inverses.data()[first + i], inverses.data(), target_inverses.data(), patches);
-        squares[index] += static_cast<double>(found.squares);
-        slopes[i] = found.slope;
-        target_slopes[i] = found.target_slope;
-      }
-      if (has_columns) {
-        apply<T>(products, scaled, call.columns, call.norms, slopes, call.scale, first,
-                 call.gram_columns);
-      }
-      if (has_target) {  // E is G - G_R: from the target's side the sign is the other
-        apply<T>(products, scaled_target, call.target, call.target_norms, target_slopes,
-                 -call.scale, first, call.d_target);
-      }
+    for (int64_t i = begin; i < end; ++i) {
+      squares[i] = rows(*prepared[i / of_image], runs[i % of_image], panel.data(), sums.data());
     }
   });
   return std::accumulate(squares.begin(), squares.end(), 0.0);
 }
 
-template double gram(const GramCall<float>&);
-template double gram(const GramCall<double>&);
+template double gram(const std::vector<GramCall<float>>&);
+template double gram(const std::vector<GramCall<double>>&);
 
 }  // namespace singer::cpu

@@ -1,6 +1,9 @@
 // The loops, once per vector width, and the choice among them.
 #include "cpu/loops.h"
 
+#include <cstdlib>
+#include <string>
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SINGER_WIDE_LOOPS
 #endif
@@ -56,30 +59,48 @@ namespace avx512 {
 namespace singer::cpu {
 namespace {
 
-template <typename T>
-const Loops<T>& widest() {
+// The widest that the processor has or, for tests, that SINGER_CPU_VECTORS allows.
+const char* widest() {
+  const char* wanted = std::getenv("SINGER_CPU_VECTORS");
+  const std::string most = wanted == nullptr ? "" : wanted;
 #ifdef SINGER_WIDE_LOOPS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::table<T>("avx512");
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::table<T>("avx2");
-  }
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (most == "baseline") return "baseline";
+  if (has_avx512 && most != "avx2") return "avx512";
+  if (has_avx2) return "avx2";
 #endif
-  return baseline::table<T>("baseline");
+  return "baseline";
+}
+
+template <typename T>
+const Loops<T>& chosen() {
+#ifdef SINGER_WIDE_LOOPS
+  const std::string name = widest();
+  if (name == "avx512") return avx512::table<T>();
+  if (name == "avx2") return avx2::table<T>();
+#endif
+  return baseline::table<T>();
 }
 
 }  // namespace
 
 template <typename T>
 const Loops<T>& loops() {
-  static const Loops<T>& chosen = widest<T>();
-  return chosen;
+  static const Loops<T>& result = chosen<T>();
+  return result;
 }
 
 template const Loops<float>& loops<float>();
 template const Loops<double>& loops<double>();
 
 }  // namespace singer::cpu
+
+// The vectors that the loops were chosen for; for introspection.
+extern "C" __attribute__((visibility("default"))) const char* singer_cpu_vectors() {
+  static const char* const name = singer::cpu::widest();
+  return name;
+}

@@ -28,9 +28,6 @@ struct GramSums {
 
 template <typename T>
 struct Loops {
-  // What the loops were compiled for.
-  const char* name;
-
   // Products: a right factor is packed by blocks of `block` columns, then multiplied.
   // See products_body.h.
   int64_t block;

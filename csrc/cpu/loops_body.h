@@ -199,9 +199,8 @@ struct Body {
 };
 
 template <typename T>
-const Loops<T>& table(const char* name) {
-  static const Loops<T> result{name,
-                               Product<T>::kColumns,
+const Loops<T>& table() {
+  static const Loops<T> result{Product<T>::kColumns,
                                Product<T>::pack,
                                Product<T>::multiply,
                                Body<T>::read,

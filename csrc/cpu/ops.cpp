@@ -44,18 +44,20 @@ void check_cpu(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
 }
 
-// H L^T + L H^T = F^ F^^T - F F^T, with L = Z - H M / 2 and M = Wu Wu^T, of one image: [H | L] and
-// [L | H].
+// What F^ F^^T of one image is compared with: R, or the factors of F^ F^^T - F F^T = H L^T + L H^T,
+// with L = Z - H M / 2 and M = Wu Wu^T.
 template <typename T>
-struct Identity {
-  Scratch<T> factors;
-  Matrix<T> left, right;
+struct GramTarget {
+  Scratch<T> data, norms;
+  Matrix<T> left, right;   // [H | L] and [L | H]
+  Matrix<const T> rows;    // or R itself
 
-  Identity(const Matrix<const T>& columns, const Packed<T>& overlap)
-      : factors(2 * columns.rows * columns.columns),
-        left{factors.data(), columns.rows, columns.columns, columns.columns},
-        right{factors.data() + columns.rows * columns.columns, columns.rows, columns.columns,
-              columns.columns} {
+  GramTarget(const Matrix<const T>& columns, const Packed<T>& overlap)
+      : data(2 * columns.rows * columns.columns),
+        norms(0),
+        left{data.data(), columns.rows, columns.columns, columns.columns},
+        right(left.from(0, columns.rows)) {
+    right.data += columns.rows * columns.columns;
     const int64_t rank = columns.columns / 2;
     const Scratch<T> half(columns.rows * rank);
     const Matrix<T> product{half.data(), columns.rows, rank, rank};
@@ -68,6 +70,14 @@ struct Identity {
       std::copy(row, row + rank, ahead);
       std::copy(behind, behind + rank, ahead + rank);
     }
+  }
+
+  GramTarget(const TokenRows<T>& tokens, int64_t image, const Sizes& sizes)
+      : data(sizes.patches() * sizes.width), norms(sizes.patches()), left{}, right{} {
+    const int64_t patches = sizes.patches();
+    rows = gather(tokens, Run{image * patches, patches}, patches, sizes.prefix, sizes.width,
+                  data.data());
+    row_norms(rows, norms.data());
   }
 };
 
@@ -135,58 +145,45 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   const Packed<T> overlap = overlap_of(wide_up, is_identity);
   const TokenRows<T> target(gram_target.has_value() ? *gram_target : teacher,
                             dtype_of(gram_product));
-  std::vector<double> squares(images, 0.0);
-  const auto match = [&](int64_t image, const Matrix<const T>& rows) {
-    const int64_t first = image * patches;
-    const Scratch<T> target_rows(is_identity ? 0 : patches * width);
-    const Scratch<T> target_norms(gram_target.has_value() ? patches : 0);
-    const Matrix<const T> image_columns = all_columns.from(first, patches);
-    const Identity<T> identity(is_identity ? image_columns : Matrix<const T>{}, overlap);
-    GramCall<T> of_image{};
-    of_image.rows = rows;
-    of_image.norms = call.norms + first;
-    of_image.target_norms = call.plain_norms + first;
-    if (is_identity) {
-      of_image.target = identity.left;
-      of_image.right = identity.right;
-    } else {
-      of_image.target =
-          gather(target, Run{first, patches}, patches, sizes.prefix, width, target_rows.data());
-    }
-    if (gram_target.has_value()) {
-      row_norms(of_image.target, target_norms.data());
-      of_image.target_norms = target_norms.data();
-    }
-    if (has_gram_columns) {
-      of_image.columns = image_columns;
-      of_image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
-                               2 * rank};
-    }
-    if (has_d_target) {
-      of_image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
-    }
-    of_image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-    squares[image] = cpu::gram(of_image);
-  };
-  if (gram) {
-    // As many images at once as there are threads: F^ is kept no longer than its Gram matrix.
-    const int64_t together = std::min<int64_t>(images, torch::stable::get_num_threads());
-    const Scratch<T> whole(together * patches * width);
-    for (int64_t start = 0; start < images; start += together) {
-      const int64_t count = std::min(together, images - start);
-      const Matrix<T> rows{whole.data(), count * patches, width, width};
-      refine(call, start * patches, count * patches, rows);
-      // One image alone is shared by all threads within.
-      const auto match_one = [&](int64_t i) { match(start + i, rows.from(i * patches, patches)); };
-      if (count < together) {
-        for (int64_t i = 0; i < count; ++i) match_one(i);
+  double squares = 0;
+  // As many images at once as there are threads: F^ is kept no longer than its Gram matrix.
+  const int64_t together = std::min<int64_t>(images, torch::stable::get_num_threads());
+  const Scratch<T> whole(gram ? together * patches * width : 0);
+  for (int64_t start = 0; gram && start < images; start += together) {
+    const int64_t count = std::min(together, images - start);
+    const Matrix<T> rows{whole.data(), count * patches, width, width};
+    refine(call, start * patches, count * patches, rows);
+    std::vector<std::unique_ptr<GramTarget<T>>> targets(count);
+    std::vector<GramCall<T>> calls(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (start + i) * patches;
+      const Matrix<const T> image_columns = all_columns.from(first, patches);
+      GramCall<T>& of_image = calls[i];
+      of_image.rows = rows.from(i * patches, patches);
+      of_image.norms = call.norms + first;
+      of_image.target_norms = call.plain_norms + first;
+      if (is_identity) {
+        targets[i] = std::make_unique<GramTarget<T>>(image_columns, overlap);
+        of_image.target = targets[i]->left;
+        of_image.right = targets[i]->right;
       } else {
-        parallel(count, patches * patches * width, match_one);
+        targets[i] = std::make_unique<GramTarget<T>>(target, start + i, sizes);
+        of_image.target = targets[i]->rows;
+        if (gram_target.has_value()) of_image.target_norms = targets[i]->norms.data();
       }
+      if (has_gram_columns) {
+        of_image.columns = image_columns;
+        of_image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
+                                 2 * rank};
+      }
+      if (has_d_target) {
+        of_image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
+      }
+      of_image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
     }
-  } else {
-    refine(call, 0, images * patches, Matrix<T>{});
+    squares += cpu::gram(calls);
   }
+  if (!gram) refine(call, 0, images * patches, Matrix<T>{});
   outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),
                          parts.data(), parts.data() + images});
 
@@ -196,8 +193,7 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   *data_of<T>(outlier_loss) = static_cast<T>(total(parts.data(), images) / count);
   *data_of<T>(weight) = static_cast<T>(2 / count);
   if (gram) {
-    *data_of<T>(info) = static_cast<T>(total(squares.data(), images) /
-                                        (static_cast<double>(images) * patches * patches));
+    *data_of<T>(info) = static_cast<T>(squares / (static_cast<double>(images) * patches * patches));
   }
   return {kd,     outlier_loss, info,     refined,      norms,   threshold,
           weight, columns,      residual, gram_columns, d_target};
@@ -347,26 +343,25 @@ Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t pref
   const Tensor loss = new_tensor(tokens, {}, acc);
   const Tensor d_tokens = gradient(has_d_tokens), d_target = gradient(has_d_target);
   const TokenRows<T> rows(tokens, dtype_of(product)), target_rows(target, dtype_of(product));
-  const Scratch<T> buffer(patches * width), target_buffer(patches * width), norms(2 * patches);
+  const Sizes sizes{images, tokens.size(1), prefix, width, 0};
   double squares = 0;
   for (int64_t image = 0; image < images; ++image) {
-    const Run run{image * patches, patches};
+    const GramTarget<T> own(rows, image, sizes), other(target_rows, image, sizes);
+    const int64_t first = image * patches;
     GramCall<T> call{};
-    call.rows = gather(rows, run, patches, prefix, width, buffer.data());
-    call.target = gather(target_rows, run, patches, prefix, width, target_buffer.data());
-    row_norms(call.rows, norms.data());
-    row_norms(call.target, norms.data() + patches);
-    call.norms = norms.data();
-    call.target_norms = norms.data() + patches;
+    call.rows = own.rows;
+    call.target = other.rows;
+    call.norms = own.norms.data();
+    call.target_norms = other.norms.data();
     if (has_d_tokens) {
       call.columns = call.rows;
-      call.gram_columns = {data_of<T>(d_tokens) + run.first * width, patches, width, width};
+      call.gram_columns = {data_of<T>(d_tokens) + first * width, patches, width, width};
     }
     if (has_d_target) {
-      call.d_target = {data_of<T>(d_target) + run.first * width, patches, width, width};
+      call.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
     }
     call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-    squares += cpu::gram(call);
+    squares += cpu::gram(std::vector<GramCall<T>>{call});
   }
   const double entries = static_cast<double>(images) * patches * patches;
   *data_of<T>(loss) = static_cast<T>(squares / entries);

@@ -70,9 +70,9 @@ struct GramCall {
   T scale;                  // 4 / (B P^2)
 };
 
-// Returns the sum of E^2.
+// Returns the sum of E^2 over images, at least one, of one size.
 template <typename T>
-double gram(const GramCall<T>& call);
+double gram(const std::vector<GramCall<T>>& calls);
 
 // What the stage `backward` reads and writes; a null pointer is a term that is not there.
 template <typename T>
