@@ -1,4 +1,4 @@
-"""``python -m singer_kernels.info``: versions, devices, and each backend with why it is off."""
+"""``python -m singer_kernels.info``: versions, the compiled extension, devices, backends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from singer_kernels import __version__, backends
+from singer_kernels import __version__, backends, extension
 
 
 def _version(distribution: str) -> str:
@@ -30,12 +30,21 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
 
 
+def _extension() -> list[str]:
+    reason = extension.load()
+    entries: dict[str, str | None] = {**extension.install_record()}
+    entries |= {"vectors": extension.vectors()} if reason is None else {}
+    entries |= extension.build_report() or {}
+    lines = [f"extension       {'loaded' if reason is None else f'off: {reason}'}"]
+    return lines + [f"  {name:<18}  {value or '-'}" for name, value in entries.items()]
+
+
 def report() -> str:
     """Return what this machine offers, as lines of text.
 
     Returns:
-        Versions, then for each device the backends that can run on it, and the reason for each
-        that can't.
+        Versions; whether the compiled extension is loaded, or why not, and how it was built; then
+        for each device the backends that can run on it, and the reason for each that can't.
     """
     lines = [
         f"singer_kernels  {__version__}",
@@ -45,6 +54,7 @@ def report() -> str:
     ]
     forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     lines.append(f"{backends.ENVIRONMENT_VARIABLE}  {forced or 'not set'}")
+    lines += _extension()
     for device in _devices():
         lines.append(f"{device}: {_device_name(device)}")
         for name in backends.names():

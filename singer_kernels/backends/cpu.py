@@ -1,13 +1,16 @@
 """The backend ``"cpu"``: the compiled extension's kernels for the CPU.
 
-Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``): the patches are worked on in chunks
-that stay in a core's cache, the Gram matrices in panels of their upper half, and neither F̂ nor a
-P × P matrix is kept for the backward. Dense products are torch's library's; the rest is one pass
-over each chunk, in the widest vectors that the processor has.
+Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``), in the widest vectors that the
+processor has, products included. A thread takes some rows through all products of a stage while
+they are in its cache; no P × P matrix is ever whole, and F̂ is not kept for the backward, which
+computes it again.
 
-Products take float32 operands, or float64, for features of any dtype. Where they are to be
-narrower (under autocast, or for narrow inputs), the features and the adapter are rounded to that
-dtype first; what is computed on the way (H, F̂, the Gram matrices) is not.
+Sums and products are float32, or float64, for features of any dtype. Where products are to be
+narrower (under autocast), the features and the adapter are rounded to that dtype first; what is
+computed on the way (H, F̂, the Gram matrices) is not.
+
+The same input gives the same bits on any number of threads; processors with vectors of another
+width round differently.
 
 Source: derived from SiNGER (arXiv 2509.20986), section 3.
 """
@@ -34,10 +37,14 @@ outlier_loss = reference_backend.outlier_loss
 kd_loss = reference_backend.kd_loss
 
 
-def _extension_reason() -> str | None:
-    """Return why the extension isn't loaded, or None."""
+def _extension_reason(asked: bool) -> str | None:
+    """Return why the extension can't or, unless it was asked for, should not be used, or None."""
     reason = extension.load()
-    return None if reason is None else f"the compiled extension is {reason}"
+    if reason is not None:
+        return f"the compiled extension is {reason}"
+    if not asked and extension.vectors() == "baseline":
+        return "only with AVX2 or AVX-512 is it known to be faster than the backend 'torch'"
+    return None
 
 
 # As in the backend "triton": torch.compile is to call this, not to trace it.
@@ -48,7 +55,7 @@ def unavailable_reason(device: torch.device, asked: bool) -> str | None:
     """See :class:`singer_kernels.backends.Backend`."""
     if device.type != "cpu":
         return f"it needs a CPU, not {device.type}"
-    return _extension_reason()
+    return _extension_reason(asked)
 
 
 def unsupported_reason(problem: Problem) -> str | None:

@@ -1,0 +1,6 @@
+"""Adds the compiled extension to what pyproject.toml says; see build_backend/."""
+
+from setuptools import setup
+from singer_build.command import Build, BuildKernels, Distribution
+
+setup(distclass=Distribution, cmdclass={"build": Build, "build_kernels": BuildKernels})

@@ -1,0 +1,98 @@
+"""The compiled extension: loading it, and why it is not there. Importing this loads nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_ops.so"
+RECORD = Path(__file__).parent / "_install.json"
+
+VECTORS_VARIABLE = "SINGER_CPU_VECTORS"
+VECTORS = ("baseline", "avx2", "avx512")
+
+_outcomes: dict[Path, str | None] = {}  # the library to why it can't be used; None: it is loaded
+
+
+def install_record() -> dict[str, str]:
+    """Return what the build was asked for, what it built, and why not more.
+
+    Returns:
+        ``requested``, ``built`` (``none``, ``cpu`` or ``cuda``) and ``reason``; empty if nothing
+        was recorded, as in a source tree that was never installed.
+    """
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in record.items()} if isinstance(record, dict) else {}
+
+
+def _why_missing() -> str:
+    record = install_record()
+    if not record:
+        return f"not built: nothing was installed into {LIBRARY.parent}"
+    if record.get("built") in ("cpu", "cuda"):
+        return f"missing: it was built, but {LIBRARY} is not there"
+    return f"not built: {record.get('reason') or 'no reason was recorded'}"
+
+
+def _load() -> str | None:
+    if not LIBRARY.is_file():
+        return _why_missing()
+    wanted = os.environ.get(VECTORS_VARIABLE)
+    if wanted and wanted not in VECTORS:
+        expected = ", ".join(VECTORS)
+        return f"not loaded: {VECTORS_VARIABLE}: got {wanted!r}, expected one of {expected}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except Exception as error:
+        cause = error.__cause__ or error
+        return f"not loadable: {' '.join(str(cause).split()) or type(cause).__name__}"
+    return None
+
+
+def load() -> str | None:
+    """Load the extension's operators, once.
+
+    Returns:
+        None if they are loaded, else why not, in one line. It never raises.
+    """
+    if LIBRARY not in _outcomes:
+        _outcomes[LIBRARY] = _load()
+    return _outcomes[LIBRARY]
+
+
+def build_report() -> dict[str, str | None] | None:
+    """Return how the extension was built.
+
+    Returns:
+        ``compiler``, C++ ``standard``, ``flags``, ``cuda`` and ``cuda_architectures`` (None: built
+        without), ``torch``, ``target_abi``, and ``hash``, a SHA-256 over sources and flags; None
+        where there is no such report.
+    """
+    try:
+        return dict(importlib.import_module("singer_kernels._build").report())
+    except Exception:  # an ImportError, or whatever a broken file makes of it
+        return None
+
+
+def vectors() -> str | None:
+    """Return the vectors that the CPU kernels use here: the widest that the processor has.
+
+    ``SINGER_CPU_VECTORS`` set to a narrower one, before the first call, takes that instead.
+
+    Returns:
+        ``avx512``, ``avx2`` or ``baseline`` (those of every processor of the kind); None where the
+        extension can't be loaded.
+    """
+    if load() is not None:
+        return None
+    name = ctypes.CDLL(str(LIBRARY)).singer_cpu_vectors
+    name.restype = ctypes.c_char_p
+    return str(name().decode())

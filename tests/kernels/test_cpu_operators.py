@@ -1,0 +1,243 @@
+"""The compiled CPU operators by themselves: no input from Python may crash the process.
+
+Each call either raises or returns what the fake implementation says; nothing else may happen.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from singer_kernels import backends
+
+REASON = backends.unavailable_reason("cpu", torch.device("cpu"))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ACC = [torch.float32, torch.float64]
+ODD_DTYPES = [*DTYPES, torch.int64, torch.bool, torch.complex64]
+
+# Sizes that fit are likely, those that don't happen now and then.
+SIZES = st.integers(1, 6)
+ODD = st.integers(0, 19)
+
+
+@st.composite
+def tensors(draw, shape):
+    """A tensor of about that shape: any dtype, strides, and, seldom, something wrong with it."""
+    shape = list(shape)
+    wrong = draw(ODD)
+    if wrong == 0 and shape:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 7))
+    elif wrong == 1:
+        shape = shape[:-1] if draw(st.booleans()) else [*shape, 1]
+    dtype = draw(st.sampled_from(ODD_DTYPES if draw(ODD) == 0 else DTYPES))
+    layout = draw(st.integers(0, 4))
+    if layout == 1 and len(shape) > 1:  # transposed
+        return torch.ones(shape[::-1], dtype=dtype).permute(*range(len(shape) - 1, -1, -1))
+    if layout == 2:  # every second entry
+        return torch.ones([2 * size for size in shape], dtype=dtype)[
+            (slice(None, None, 2),) * len(shape)
+        ]
+    if layout == 3:  # no strides at all
+        return torch.ones([1] * len(shape), dtype=dtype).expand(shape)
+    if layout == 4 and draw(ODD) == 0:
+        return torch.ones(shape, dtype=torch.float32).to_sparse()
+    tensor = torch.ones(shape, dtype=dtype)
+    if tensor.is_floating_point() and tensor.numel() and draw(ODD) < 3:
+        tensor.view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf"), 0.0, 1e30]))
+    return tensor
+
+
+def kept(draw, shape, acc):
+    """What an earlier kernel left: seldom of another dtype or shape, or not there."""
+    wrong = draw(ODD)
+    if wrong == 0:
+        return draw(tensors(shape))
+    return None if wrong == 1 else torch.ones(shape, dtype=acc)
+
+
+def or_none(draw, strategy):
+    return draw(strategy) if draw(st.booleans()) else None
+
+
+@st.composite
+def calls(draw):
+    """An operator's name and its arguments."""
+    images, prefix, patches = draw(SIZES), draw(st.integers(0, 2)), draw(SIZES)
+    if draw(ODD) == 0:
+        patches = 50  # more than a run of rows
+    width, rank, acc = draw(SIZES), draw(SIZES), draw(st.sampled_from(ACC))
+    if draw(ODD) == 0:
+        width, rank = 67, 35  # more than a block of columns, and not a multiple of one
+    shape = (images, prefix + patches, width)
+    if draw(ODD) == 0:
+        prefix = draw(st.sampled_from([-1, prefix + patches, 2**40]))
+    if draw(ODD) == 0:
+        acc = draw(st.sampled_from(ODD_DTYPES))
+    product = draw(st.sampled_from(DTYPES if draw(ODD) else ODD_DTYPES))
+    some_acc = acc if acc in ACC else torch.float32
+    name = draw(st.sampled_from(["losses_forward", "losses_backward", "gram_loss"]))
+    flags = [draw(st.booleans()) for _ in range(4)]
+    if name == "gram_loss":
+        return name, (draw(tensors(shape)), draw(tensors(shape)), prefix, *flags[:2], acc, product)
+    if name == "losses_forward":
+        gram = draw(st.booleans())
+        quantile = draw(st.sampled_from([0.0, 0.5, 0.97, 1.0, -1.0, float("nan")]))
+        target = or_none(draw, tensors(shape)) if gram or draw(ODD) == 0 else None
+        if draw(ODD):  # as Python asks for them
+            flags[2] &= gram
+            flags[3] = flags[3] and target is not None
+        return name, (
+            draw(tensors(shape)),
+            draw(tensors(shape)),
+            draw(tensors((width, rank))),
+            draw(tensors((rank, width))),
+            target,
+            gram,
+            quantile,
+            prefix,
+            *flags,
+            acc,
+            product,
+            draw(st.sampled_from(DTYPES)),
+        )
+    pairs = (images, patches)
+    dtypes = [or_none(draw, st.sampled_from(DTYPES)) for _ in range(3)]
+    return name, (
+        draw(tensors(shape)) if draw(ODD) else None,
+        draw(tensors(shape)),
+        draw(tensors((rank, width))),
+        kept(draw, (*pairs, 2 * rank), some_acc),
+        kept(draw, (*pairs, 2 * rank), some_acc),
+        kept(draw, (*pairs, rank), some_acc),
+        kept(draw, pairs, some_acc),
+        kept(draw, (images,), some_acc),
+        kept(draw, (), some_acc),
+        *(or_none(draw, tensors(())) for _ in range(3)),
+        or_none(draw, tensors(shape)),
+        prefix,
+        acc,
+        product,
+        *dtypes,
+    )
+
+
+def shapes_of(outputs):
+    return [(tuple(out.shape), out.dtype) for out in outputs]
+
+
+OUTCOMES = {"returned": 0, "raised": 0}
+
+
+@settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(calls())
+def check_one(call):
+    name, arguments = call
+    operator = getattr(torch.ops.singer_kernels, f"cpu_{name}")
+    try:
+        outputs = operator(*arguments)
+    except (RuntimeError, TypeError, NotImplementedError):
+        OUTCOMES["raised"] += 1
+        return
+    OUTCOMES["returned"] += 1
+    with FakeTensorMode() as mode:
+        expected = operator(
+            *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments)
+        )
+    assert shapes_of(outputs) == shapes_of(expected)
+
+
+def test_two_thousand_calls_raise_or_return():
+    OUTCOMES.update(returned=0, raised=0)
+    check_one()
+    # Neither all calls rejected nor none: both halves of the code are reached.
+    assert min(OUTCOMES.values()) >= 400, OUTCOMES
+
+
+WIDTHS = """
+import torch
+from singer_kernels import extension
+from singer_kernels import fused_losses, reference
+
+assert extension.load() is None
+assert extension.vectors() == {width!r}, extension.vectors()
+generator = torch.Generator().manual_seed(0)
+for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+    # No size is a multiple of any vector or tile.
+    student, teacher, target = (
+        torch.randn(3, 1 + 61, 131, generator=generator, dtype=dtype) for _ in range(3)
+    )
+    down = torch.randn(131, 37, generator=generator, dtype=dtype) / 131**0.5
+    up = 0.1 * torch.randn(37, 131, generator=generator, dtype=dtype)
+    found = []
+    for backend in ("reference", "cpu"):
+        leaves = [x.clone().requires_grad_() for x in (student, down, up, target)]
+        out = fused_losses(
+            leaves[0], teacher, *leaves[1:3], gram_target=leaves[3], return_refined=True,
+            backend=backend,
+        )
+        loss = out.kd + out.outlier + out.info + (out.refined * target).mean()
+        found.append([out.kd, out.outlier, out.info, *torch.autograd.grad(loss, leaves)])
+    for expected, actual in zip(*found, strict=True):
+        assert (expected - actual).abs().max() <= limit * expected.abs().max()
+"""
+
+
+@pytest.mark.parametrize("width", ["baseline", "avx2", "avx512"])
+def test_every_vector_width(width):
+    from singer_kernels import extension
+
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(width) > order.index(extension.vectors()):
+        pytest.skip(f"the processor has no {width}")
+    done = subprocess.run(
+        [sys.executable, "-c", WIDTHS.format(width=width)],
+        env={"SINGER_CPU_VECTORS": width, "OMP_NUM_THREADS": "2", "PATH": ""},
+        cwd=Path(extension.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_vector_width_is_named(monkeypatch):
+    from singer_kernels import extension
+
+    monkeypatch.setattr(extension, "_outcomes", {})
+    monkeypatch.setenv("SINGER_CPU_VECTORS", "wide")
+    assert "SINGER_CPU_VECTORS: got 'wide', expected one of baseline" in str(extension.load())
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("patches", [5, 300])
+def test_the_number_of_threads_changes_no_bit(patches, prefix):
+    from singer_kernels import fused_losses
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, prefix + patches, 40, generator=generator) for _ in range(2))
+    down, up = (0.3 * torch.randn(s, generator=generator) for s in ((40, 6), (6, 40)))
+    leaves = [x.requires_grad_() for x in (student, down, up)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = fused_losses(student, teacher, down, up, num_prefix_tokens=prefix, backend="cpu")
+            losses = (out.kd, out.outlier, out.info)
+            found.append([*losses, *torch.autograd.grad(sum(losses), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
