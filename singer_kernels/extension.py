@@ -85,7 +85,7 @@ def build_report() -> dict[str, str | None] | None:
 def vectors() -> str | None:
     """Return the vectors that the CPU kernels use here: the widest that the processor has.
 
-    ``SINGER_CPU_VECTORS`` set to a narrower one, before the first call, takes that instead.
+    ``SINGER_CPU_VECTORS`` set to a narrower one, before Python starts, takes that instead.
 
     Returns:
         ``avx512``, ``avx2`` or ``baseline`` (those of every processor of the kind); None where the
@@ -96,3 +96,15 @@ def vectors() -> str | None:
     name = ctypes.CDLL(str(LIBRARY)).singer_cpu_vectors
     name.restype = ctypes.c_char_p
     return str(name().decode())
+
+
+def has_kernels(name: str, device_type: str) -> bool:
+    """Return whether an operator has a compiled kernel for a type of device.
+
+    Args:
+        name: the operator's, such as ``cuda_refine``.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    load()
+    key = device_type.upper()
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"singer_kernels::{name}", key))

@@ -8,8 +8,8 @@ namespace singer::cpu {
 
 namespace {
 
-// Patches whose share of dWd and dWu is added at once.
-constexpr int64_t kChunkPatches = 5 * kRunRows;
+// Columns of F and F^ that one thread takes at once in the products of dWd and dWu.
+constexpr int64_t kColumnsAtOnce = 48;
 
 template <typename T>
 void write_matrix(const Matrix<const T>& matrix, const Tensor& out) {
@@ -18,6 +18,7 @@ void write_matrix(const Matrix<const T>& matrix, const Tensor& out) {
   parallel_ranges(matrix.rows, matrix.columns, [&](int64_t begin, int64_t end) {
     const Scratch<T> buffer(matrix.columns);
     for (int64_t i = begin; i < end; ++i) {
+      // Only to take the stride out.
       loops<T>().read(matrix.row(i), dtype_of(scalar_type<T>()), matrix.column_stride,
                       matrix.columns, dtype_of(scalar_type<T>()), buffer.data());
       loops<T>().write(buffer.data(), dtype, matrix.columns,
@@ -39,7 +40,7 @@ class Backward {
         needs_up_(call.d_up.has_value()),
         needs_refined_(has_kd_ || (needs_up_ && has_turned_)),
         alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
-        chunk_(std::min(kChunkPatches, sizes_.images * sizes_.patches())),
+        chunk_(std::min(kGroupRows, sizes_.images * sizes_.patches())),
         plain_(needs_down_ ? chunk_ * sizes_.width : 0),
         refined_(needs_refined_ ? chunk_ * sizes_.width : 0),
         pulled_(has_kd_ ? chunk_ * sizes_.width : 0),
@@ -64,8 +65,8 @@ class Backward {
     const Packed<T>&hidden, &d_hidden, &turned;  // H, dH and V of a chunk
   };
 
-  void rows(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
-            const Scratch<T>& row_buffer) const;
+  void row_gradients(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+                     const Scratch<T>& row_buffer) const;
   void write_student(const T* row, int64_t image, int64_t token) const {
     loops<T>().write(row, call_.d_student_dtype, sizes_.width,
                      call_.d_student + (image * sizes_.tokens + token) * sizes_.width *
@@ -101,11 +102,10 @@ void Backward<T>::prefix() const {
 
 // What each row of a run gives by itself: dS, dH and V.
 template <typename T>
-void Backward<T>::rows(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
-                       const Scratch<T>& row_buffer) const {
+void Backward<T>::row_gradients(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+                                const Scratch<T>& row_buffer) const {
   const Loops<T>& loop = loops<T>();
   const int64_t width = sizes_.width, rank = sizes_.rank, patches = sizes_.patches();
-  const int64_t image = run.first / patches, start = sizes_.prefix + run.first % patches;
   const int64_t place = run.first - chunk.first;
   const Matrix<const T> columns = call_.columns.from(run.first, run.count);
   const Matrix<const T> hidden{columns.data, run.count, rank, columns.row_stride};
@@ -116,7 +116,9 @@ void Backward<T>::rows(const Run& run, const Run& chunk, bool gathers, const Fac
   T* turned = d_hidden + kRunRows * rank;
   const Matrix<T> from_back{turned + kRunRows * rank, run.count, rank, rank};
   for (int64_t i = 0; has_back_ && i < run.count; ++i) {
-    const T* row = call_.d_refined->row(image, start + i, back.row(i));
+    const int64_t patch = run.first + i;
+    const T* row = call_.d_refined->row(patch / patches, sizes_.prefix + patch % patches,
+                                        back.row(i));
     if (row != back.row(i)) std::copy(row, row + width, back.row(i));
   }
   if (has_back_ && needs_down_) call_.up_transposed.multiply(back, from_back);
@@ -125,7 +127,8 @@ void Backward<T>::rows(const Run& run, const Run& chunk, bool gathers, const Fac
       call_.d_outlier == nullptr ? T(0) : *call_.outlier_weight * *call_.d_outlier;
   const T d_info = call_.d_info == nullptr ? T(0) : *call_.d_info;
   for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t patch = run.first + i, token = start + i;
+    const int64_t patch = run.first + i, image = patch / patches;
+    const int64_t token = sizes_.prefix + patch % patches;
     if (gathers) {
       T* plain = plain_.data() + (place + i) * width;
       const T* row = call_.operand.row(image, token, plain);
@@ -173,13 +176,12 @@ void Backward<T>::patches() const {
     const auto plain = whole(call_.operand, chunk, plain_.data());
     const bool gathers = needs_down_ && plain.data == plain_.data();
     const auto runs = runs_of(chunk.first, chunk.count, sizes_.patches(), kRunRows);
-    parallel_ranges(static_cast<int64_t>(runs.size()), width * rank,
+    parallel_ranges(static_cast<int64_t>(runs.size()), kRunRows * width * rank,
                     [&](int64_t begin, int64_t end) {
       const Scratch<T> buffer(2 * width + 3 * kRunRows * rank);
-      for (int64_t i = begin; i < end; ++i) rows(runs[i], chunk, gathers, factors, buffer);
+      for (int64_t i = begin; i < end; ++i) row_gradients(runs[i], chunk, gathers, factors, buffer);
     });
     if (!(needs_down_ || needs_up_)) continue;
-    constexpr int64_t kColumnsAtOnce = kRunRows;
     const int64_t parts = (width + kColumnsAtOnce - 1) / kColumnsAtOnce;
     const bool adds = first > 0;
     parallel(parts, kColumnsAtOnce * rank * chunk.count, [&](int64_t part) {

@@ -8,7 +8,7 @@
 namespace singer::cpu {
 namespace {
 
-// C with its rows divided by norms, packed.
+// C with its rows divided by norms, packed; empty if there is no C.
 template <typename T>
 Packed<T> pack_scaled(const Matrix<const T>& columns, const T* inverses) {
   if (columns.data == nullptr) return Packed<T>(0, 0);
@@ -41,17 +41,18 @@ struct Prepared {
   explicit Prepared(const GramCall<T>& of)
       : call(of),
         is_identity(of.right.data != nullptr),
-        inverses(of.rows.rows),
-        target_inverses(of.rows.rows),
+        inverses(reciprocals(of.norms, of.rows.rows)),
+        target_inverses(reciprocals(of.target_norms, of.rows.rows)),
         right(of.rows.transposed()),
         other_right((is_identity ? of.right : of.target).transposed()),
-        scaled(pack_scaled(of.columns, reciprocals(of.norms, inverses))),
+        scaled(pack_scaled(of.columns, inverses.data())),
         scaled_target(pack_scaled(of.d_target.data == nullptr ? Matrix<const T>{} : of.target,
-                                  reciprocals(of.target_norms, target_inverses))) {}
+                                  target_inverses.data())) {}
 
-  const T* reciprocals(const T* norms, const Scratch<T>& out) const {
-    for (int64_t i = 0; i < call.rows.rows; ++i) out.data()[i] = reciprocal_norm(norms[i]);
-    return out.data();
+  static Scratch<T> reciprocals(const T* norms, int64_t count) {
+    Scratch<T> result(count);
+    for (int64_t i = 0; i < count; ++i) result.data()[i] = reciprocal_norm(norms[i]);
+    return result;
   }
 
   const GramCall<T>& call;
@@ -63,7 +64,7 @@ struct Prepared {
 // Rows of E from `run.first` on, and what follows from them; returns the sum of their squares.
 // `panel` holds twice their numbers, `sums` two for each row.
 template <typename T>
-double rows(const Prepared<T>& image, const Run& run, T* panel, T* sums) {
+double gram_run(const Prepared<T>& image, const Run& run, T* panel, T* sums) {
   const GramCall<T>& call = image.call;
   const auto [first, count] = run;
   const int64_t patches = call.rows.rows;
@@ -96,24 +97,27 @@ double rows(const Prepared<T>& image, const Run& run, T* panel, T* sums) {
 }  // namespace
 
 template <typename T>
-double gram(const std::vector<GramCall<T>>& calls) {
+void gram(const std::vector<GramCall<T>>& calls, double* squares) {
   const int64_t images = static_cast<int64_t>(calls.size()), patches = calls[0].rows.rows;
   const int64_t cost = patches * calls[0].rows.columns;
   std::vector<std::unique_ptr<Prepared<T>>> prepared(images);
   parallel(images, cost, [&](int64_t i) { prepared[i] = std::make_unique<Prepared<T>>(calls[i]); });
   const auto runs = runs_of(0, patches, patches, kRunRows);
   const int64_t of_image = static_cast<int64_t>(runs.size());
-  std::vector<double> squares(images * of_image, 0.0);
+  std::vector<double> parts(images * of_image);
   parallel_ranges(images * of_image, kRunRows * cost, [&](int64_t begin, int64_t end) {
     const Scratch<T> panel(2 * kRunRows * patches), sums(2 * kRunRows);
     for (int64_t i = begin; i < end; ++i) {
-      squares[i] = rows(*prepared[i / of_image], runs[i % of_image], panel.data(), sums.data());
+      parts[i] = gram_run(*prepared[i / of_image], runs[i % of_image], panel.data(), sums.data());
     }
   });
-  return std::accumulate(squares.begin(), squares.end(), 0.0);
+  for (int64_t image = 0; image < images; ++image) {
+    const auto start = parts.begin() + image * of_image;
+    squares[image] = std::accumulate(start, start + of_image, 0.0);
+  }
 }
 
-template double gram(const std::vector<GramCall<float>>&);
-template double gram(const std::vector<GramCall<double>>&);
+template void gram(const std::vector<GramCall<float>>&, double*);
+template void gram(const std::vector<GramCall<double>>&, double*);
 
 }  // namespace singer::cpu

@@ -9,8 +9,8 @@
 
 namespace singer::cpu {
 
-// The dtypes that rows are read from and written to, numbered as torch numbers them.
-enum class Dtype : int32_t { kHalf = 5, kFloat = 6, kDouble = 7, kBFloat16 = 15 };
+// The dtypes that rows are read from and written to.
+enum class Dtype { kHalf, kFloat, kDouble, kBFloat16 };
 
 template <typename T>
 struct RowSums {

@@ -139,7 +139,7 @@ struct Body {
                           T target_inverse, const T* inverses, const T* target_inverses,
                           int64_t count) {
     T squares = 0, slope = 0, target_slope = 0;
-    // Of products and others, by one rule.
+    // The target's product is others, or products - others.
     const T kept = is_identity ? T(1) : T(0), sign = is_identity ? T(-1) : T(1);
 #pragma omp simd reduction(+ : squares, slope, target_slope)
     for (int64_t j = 0; j < count; ++j) {

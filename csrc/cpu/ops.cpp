@@ -48,38 +48,64 @@ void check_cpu(const char* name, const Tensor& tensor) {
 // with L = Z - H M / 2 and M = Wu Wu^T.
 template <typename T>
 struct GramTarget {
-  Scratch<T> data, norms;
+  Scratch<T> data, own_norms;
+  const T* norms;
   Matrix<T> left, right;   // [H | L] and [L | H]
-  Matrix<const T> rows;    // or R itself
+  Matrix<const T> rows{};  // or R itself
 
-  GramTarget(const Matrix<const T>& columns, const Packed<T>& overlap)
+  GramTarget(const Matrix<const T>& columns, const Packed<T>& overlap, const T* plain_norms)
       : data(2 * columns.rows * columns.columns),
-        norms(0),
+        own_norms(0),
+        norms(plain_norms),
         left{data.data(), columns.rows, columns.columns, columns.columns},
         right(left.from(0, columns.rows)) {
     right.data += columns.rows * columns.columns;
     const int64_t rank = columns.columns / 2;
-    const Scratch<T> half(columns.rows * rank);
-    const Matrix<T> product{half.data(), columns.rows, rank, rank};
-    overlap.multiply({columns.data, columns.rows, rank, columns.row_stride}, product);
-    for (int64_t i = 0; i < columns.rows; ++i) {
-      const T* row = columns.row(i);
-      T *ahead = left.row(i), *behind = right.row(i);
-      loops<T>().subtract_half(row + rank, product.row(i), rank, behind);
-      std::copy(row, row + rank, behind + rank);
-      std::copy(row, row + rank, ahead);
-      std::copy(behind, behind + rank, ahead + rank);
-    }
+    const auto runs = runs_of(0, columns.rows, columns.rows, kRunRows);
+    parallel(static_cast<int64_t>(runs.size()), kRunRows * rank * rank, [&](int64_t index) {
+      const auto [first, count] = runs[index];
+      const Scratch<T> half(count * rank);
+      const Matrix<T> product{half.data(), count, rank, rank};
+      overlap.multiply({columns.row(first), count, rank, columns.row_stride}, product);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* row = columns.row(first + i);
+        T *ahead = left.row(first + i), *behind = right.row(first + i);
+        loops<T>().subtract_half(row + rank, product.row(i), rank, behind);
+        std::copy(row, row + rank, behind + rank);
+        std::copy(row, row + rank, ahead);
+        std::copy(behind, behind + rank, ahead + rank);
+      }
+    });
   }
 
   GramTarget(const TokenRows<T>& tokens, int64_t image, const Sizes& sizes)
-      : data(sizes.patches() * sizes.width), norms(sizes.patches()), left{}, right{} {
+      : data(sizes.patches() * sizes.width), own_norms(sizes.patches()), left{}, right{} {
     const int64_t patches = sizes.patches();
     rows = gather(tokens, Run{image * patches, patches}, patches, sizes.prefix, sizes.width,
                   data.data());
-    row_norms(rows, norms.data());
+    row_norms(rows, own_norms.data());
+    norms = own_norms.data();
   }
 };
+
+template <typename T>
+GramCall<T> call_of(const Matrix<const T>& rows, const T* norms, const GramTarget<T>& target,
+                    int64_t images) {
+  GramCall<T> call{};
+  call.rows = rows;
+  call.norms = norms;
+  call.target = target.rows.data == nullptr ? target.left : target.rows;
+  call.right = target.right;
+  call.target_norms = target.norms;
+  call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(rows.rows) * rows.rows);
+  return call;
+}
+
+template <typename T>
+T mean_square(const std::vector<double>& squares, int64_t patches) {
+  const double entries = static_cast<double>(squares.size()) * patches * patches;
+  return static_cast<T>(total(squares.data(), static_cast<int64_t>(squares.size())) / entries);
+}
 
 // M = Wu Wu^T, packed.
 template <typename T>
@@ -87,9 +113,46 @@ Packed<T> overlap_of(const Matrix<const T>& up, bool is_needed) {
   if (!is_needed) return Packed<T>(0, 0);
   const Scratch<T> data(up.rows * up.rows);
   const Matrix<T> overlap{data.data(), up.rows, up.rows, up.rows};
-  Packed<T>(up.transposed()).multiply(up, overlap);
+  const Packed<T> right(up.transposed());
+  parallel(up.rows, up.rows * up.columns,
+           [&](int64_t i) { right.multiply(up.from(i, 1), overlap.from(i, 1)); });
   return Packed<T>(overlap);
 }
+
+// The choice of what each image's F^ F^^T is compared with.
+template <typename T>
+class GramMatcher {
+ public:
+  GramMatcher(const RefineCall<T>& call, const Optional& gram_target, const Tensor& teacher,
+              const Matrix<const T>& up, bool is_needed)
+      : call_(call),
+        // As it is: F^ isn't rounded either, and one rounded alone would make a loss.
+        target_(gram_target.has_value() ? *gram_target : teacher),
+        takes_identity_(is_needed && !gram_target.has_value() && 2 * up.rows < up.columns),
+        overlap_(overlap_of(up, takes_identity_)) {}
+
+  // Of an image whose patches are refined. Of the plain teacher, F F^T follows from F^ F^^T where
+  // that is the smaller product, unless F^ is so much larger that F would be lost in the difference.
+  std::unique_ptr<GramTarget<T>> target_of(int64_t image) const {
+    constexpr T kMostGrowth = 4;
+    const int64_t patches = call_.sizes.patches(), first = image * patches;
+    bool takes_identity = takes_identity_;
+    for (int64_t i = first; takes_identity && i < first + patches; ++i) {
+      takes_identity = !(call_.norms[i] > kMostGrowth * call_.plain_norms[i]);
+    }
+    if (takes_identity) {
+      return std::make_unique<GramTarget<T>>(call_.columns.from(first, patches), overlap_,
+                                             call_.plain_norms + first);
+    }
+    return std::make_unique<GramTarget<T>>(target_, image, call_.sizes);
+  }
+
+ private:
+  const RefineCall<T>& call_;
+  TokenRows<T> target_;
+  bool takes_identity_;
+  Packed<T> overlap_;
+};
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                            Tensor, Tensor>;
@@ -98,7 +161,7 @@ template <typename T>
 Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down, const Tensor& up,
                 const Optional& gram_target, bool gram, double quantile, const Sizes& sizes,
                 bool has_refined, bool has_residual, bool has_gram_columns, bool has_d_target,
-                ScalarType product, ScalarType gram_product) {
+                ScalarType product) {
   constexpr ScalarType acc = scalar_type<T>();
   const int64_t images = sizes.images, patches = sizes.patches();
   const int64_t width = sizes.width, rank = sizes.rank;
@@ -140,14 +203,10 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
       dtype_of(teacher.scalar_type())};
   refine_prefix(call);
 
-  // Of the plain teacher F F^T follows from F^ F^^T, where that is the smaller product.
-  const bool is_identity = gram && !gram_target.has_value() && 2 * rank < width;
-  const Packed<T> overlap = overlap_of(wide_up, is_identity);
-  const TokenRows<T> target(gram_target.has_value() ? *gram_target : teacher,
-                            dtype_of(gram_product));
-  double squares = 0;
-  // As many images at once as there are threads: F^ is kept no longer than its Gram matrix.
-  const int64_t together = std::min<int64_t>(images, torch::stable::get_num_threads());
+  const GramMatcher<T> matcher(call, gram_target, teacher, wide_up, gram);
+  std::vector<double> squares(images, 0.0);
+  // F^ is kept no longer than its Gram matrix.
+  const int64_t together = std::min(images, std::max<int64_t>(1, kGroupRows / patches));
   const Scratch<T> whole(gram ? together * patches * width : 0);
   for (int64_t start = 0; gram && start < images; start += together) {
     const int64_t count = std::min(together, images - start);
@@ -155,33 +214,21 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
     refine(call, start * patches, count * patches, rows);
     std::vector<std::unique_ptr<GramTarget<T>>> targets(count);
     std::vector<GramCall<T>> calls(count);
-    for (int64_t i = 0; i < count; ++i) {
+    parallel(count, patches * width, [&](int64_t i) {
       const int64_t first = (start + i) * patches;
-      const Matrix<const T> image_columns = all_columns.from(first, patches);
-      GramCall<T>& of_image = calls[i];
-      of_image.rows = rows.from(i * patches, patches);
-      of_image.norms = call.norms + first;
-      of_image.target_norms = call.plain_norms + first;
-      if (is_identity) {
-        targets[i] = std::make_unique<GramTarget<T>>(image_columns, overlap);
-        of_image.target = targets[i]->left;
-        of_image.right = targets[i]->right;
-      } else {
-        targets[i] = std::make_unique<GramTarget<T>>(target, start + i, sizes);
-        of_image.target = targets[i]->rows;
-        if (gram_target.has_value()) of_image.target_norms = targets[i]->norms.data();
-      }
+      targets[i] = matcher.target_of(start + i);
+      calls[i] = call_of<T>(rows.from(i * patches, patches), call.norms + first, *targets[i],
+                            images);
       if (has_gram_columns) {
-        of_image.columns = image_columns;
-        of_image.gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
+        calls[i].columns = all_columns.from(first, patches);
+        calls[i].gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
                                  2 * rank};
       }
       if (has_d_target) {
-        of_image.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
+        calls[i].d_target = {data_of<T>(d_target) + first * width, patches, width, width};
       }
-      of_image.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-    }
-    squares += cpu::gram(calls);
+    });
+    cpu::gram(calls, squares.data() + start);
   }
   if (!gram) refine(call, 0, images * patches, Matrix<T>{});
   outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),
@@ -193,7 +240,7 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   *data_of<T>(outlier_loss) = static_cast<T>(total(parts.data(), images) / count);
   *data_of<T>(weight) = static_cast<T>(2 / count);
   if (gram) {
-    *data_of<T>(info) = static_cast<T>(squares / (static_cast<double>(images) * patches * patches));
+    *data_of<T>(info) = mean_square<T>(squares, patches);
   }
   return {kd,     outlier_loss, info,     refined,      norms,   threshold,
           weight, columns,      residual, gram_columns, d_target};
@@ -225,7 +272,7 @@ Outputs losses_forward(Tensor student, Tensor teacher, Tensor down, Tensor up,
   const Sizes sizes{shape[0], shape[1], prefix, shape[2], rank};
   const auto run = acc == ScalarType::Double ? forward<double> : forward<float>;
   return run(student, teacher, down, up, gram_target, gram, quantile, sizes, has_refined,
-             has_residual, has_gram_columns, has_d_target, product, gram_product);
+             has_residual, has_gram_columns, has_d_target, product);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
@@ -251,8 +298,8 @@ Gradients run_backward(const Optional& student, const Tensor& teacher, const Ten
                        TokenRows<T>(teacher, dtype_of(product)),
                        Packed<T>(wide_up),
                        d_refined.has_value() ? Packed<T>(wide_up.transposed()) : Packed<T>(0, 0),
-                       {data_of<T>(columns), sizes.images * sizes.patches(), 2 * sizes.rank,
-                        2 * sizes.rank},
+                       {static_cast<const T*>(columns.const_data_ptr()),
+                        sizes.images * sizes.patches(), 2 * sizes.rank, 2 * sizes.rank},
                        data_or_null<T>(gram_columns),
                        data_or_null<T>(residual),
                        data_or_null<T>(norms),
@@ -268,7 +315,8 @@ Gradients run_backward(const Optional& student, const Tensor& teacher, const Ten
                        std::nullopt};
   if (d_kd.has_value()) call.student.emplace(*student);
   if (d_refined.has_value()) call.d_refined.emplace(*d_refined);
-  Tensor d_student = new_tensor(columns, {0}, acc), d_down = d_student, d_up = d_student;
+  Tensor d_student = new_tensor(columns, {0}, acc), d_down = new_tensor(columns, {0}, acc),
+         d_up = new_tensor(columns, {0}, acc);
   if (student_dtype.has_value() && d_kd.has_value()) {
     d_student = new_tensor(teacher, {sizes.images, sizes.tokens, sizes.width}, *student_dtype);
     call.d_student = data_of<char>(d_student);
@@ -344,27 +392,28 @@ Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t pref
   const Tensor d_tokens = gradient(has_d_tokens), d_target = gradient(has_d_target);
   const TokenRows<T> rows(tokens, dtype_of(product)), target_rows(target, dtype_of(product));
   const Sizes sizes{images, tokens.size(1), prefix, width, 0};
-  double squares = 0;
-  for (int64_t image = 0; image < images; ++image) {
-    const GramTarget<T> own(rows, image, sizes), other(target_rows, image, sizes);
-    const int64_t first = image * patches;
-    GramCall<T> call{};
-    call.rows = own.rows;
-    call.target = other.rows;
-    call.norms = own.norms.data();
-    call.target_norms = other.norms.data();
-    if (has_d_tokens) {
-      call.columns = call.rows;
-      call.gram_columns = {data_of<T>(d_tokens) + first * width, patches, width, width};
-    }
-    if (has_d_target) {
-      call.d_target = {data_of<T>(d_target) + first * width, patches, width, width};
-    }
-    call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(patches) * patches);
-    squares += cpu::gram(std::vector<GramCall<T>>{call});
+  std::vector<double> squares(images, 0.0);
+  const int64_t together = std::min(images, std::max<int64_t>(1, kGroupRows / patches));
+  for (int64_t start = 0; start < images; start += together) {
+    const int64_t count = std::min(together, images - start);
+    std::vector<std::unique_ptr<GramTarget<T>>> own(count), other(count);
+    std::vector<GramCall<T>> calls(count);
+    parallel(count, patches * width, [&](int64_t i) {
+      own[i] = std::make_unique<GramTarget<T>>(rows, start + i, sizes);
+      other[i] = std::make_unique<GramTarget<T>>(target_rows, start + i, sizes);
+      calls[i] = call_of<T>(own[i]->rows, own[i]->norms, *other[i], images);
+      const int64_t offset = (start + i) * patches * width;
+      if (has_d_tokens) {
+        calls[i].columns = own[i]->rows;
+        calls[i].gram_columns = {data_of<T>(d_tokens) + offset, patches, width, width};
+      }
+      if (has_d_target) {
+        calls[i].d_target = {data_of<T>(d_target) + offset, patches, width, width};
+      }
+    });
+    cpu::gram(calls, squares.data() + start);
   }
-  const double entries = static_cast<double>(images) * patches * patches;
-  *data_of<T>(loss) = static_cast<T>(squares / entries);
+  *data_of<T>(loss) = mean_square<T>(squares, patches);
   return {loss, d_tokens, d_target};
 }
 

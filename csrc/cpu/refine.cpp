@@ -24,7 +24,6 @@ void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refi
                 const Buffers<T>& buffers) {
   const Sizes& sizes = call.sizes;
   const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
-  const int64_t image = run.first / patches, start = sizes.prefix + run.first % patches;
   const Loops<T>& loop = loops<T>();
   const auto plain =
       gather(call.operand, run, patches, sizes.prefix, width, buffers.plain.data());
@@ -35,7 +34,8 @@ void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refi
   call.down.multiply(plain, hidden);
   call.up.multiply(hidden, refined);
   for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t token = start + i, row = image * sizes.tokens + token;
+    const int64_t patch = run.first + i, image = patch / patches;
+    const int64_t token = sizes.prefix + patch % patches, row = image * sizes.tokens + token;
     const T* student = call.student.row(image, token, buffers.student.data());
     const T* teacher = plain.row(i);
     if (call.operand.is_rounded()) {
@@ -43,8 +43,8 @@ void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refi
     }
     T* residual = has_residual ? buffers.residual.data() + i * width : nullptr;
     const RowSums<T> sums = loop.refine(refined.row(i), teacher, student, width, residual);
-    call.norms[run.first + i] = std::sqrt(sums.refined);
-    call.plain_norms[run.first + i] = std::sqrt(sums.plain);
+    call.norms[patch] = std::sqrt(sums.refined);
+    call.plain_norms[patch] = std::sqrt(sums.plain);
     call.kd_parts[row] = sums.residual;
     if (call.refined != nullptr) {
       loop.write(refined.row(i), call.refined_dtype, width,
@@ -65,7 +65,7 @@ void refine(const RefineCall<T>& call, int64_t first, int64_t count, const Matri
   const auto runs = runs_of(first, count, call.sizes.patches(), kRunRows);
   const int64_t width = call.sizes.width, total = static_cast<int64_t>(runs.size());
   const bool keeps_refined = refined.data != nullptr;
-  parallel_ranges(total, width * call.sizes.rank, [&](int64_t begin, int64_t end) {
+  parallel_ranges(total, kRunRows * width * call.sizes.rank, [&](int64_t begin, int64_t end) {
     const Buffers<T> buffers(call, keeps_refined);
     for (int64_t i = begin; i < end; ++i) {
       const Run& run = runs[i];

@@ -33,11 +33,11 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
-// Calls `body(begin, end)` for parts of the indices below count, on all threads; `cost` in numbers
-// touched per index.
+// Calls `body(begin, end)` for parts of the indices below count, on all threads; `cost` is about
+// how many operations an index takes.
 template <typename Body>
 void parallel_ranges(int64_t count, int64_t cost, const Body& body) {
-  constexpr int64_t kLeastCost = 16384;
+  constexpr int64_t kLeastCost = 32768;  // below, a second thread is not worth its start
   const int64_t grain = std::max<int64_t>(1, kLeastCost / std::max<int64_t>(cost, 1));
   torch::stable::parallel_for(0, count, grain, body);
 }
@@ -131,7 +131,7 @@ class TokenRows {
         stride_(tensor.stride(2)),
         width_(tensor.size(2)),
         read_(loops<T>().read) {
-    is_rounded_ = size_of(rounding) < size_of(dtype_);
+    is_rounded_ = rounding != dtype_ && size_of(rounding) <= size_of(dtype_);
     if (!is_rounded_) rounding_ = dtype_;
     is_direct_ = dtype_ == dtype_of(scalar_type<T>()) && !is_rounded_ && stride_ == 1;
   }
@@ -154,8 +154,7 @@ class TokenRows {
 
   // `count` rows of one image as a matrix, if they need no copy; else one without data.
   Matrix<const T> in_place(int64_t image, int64_t token, int64_t count) const {
-    const bool is_matrix = is_direct_ && token_stride_ >= width_;
-    return {is_matrix ? reinterpret_cast<const T*>(address(image, token)) : nullptr, count, width_,
+    return {is_direct_ ? reinterpret_cast<const T*>(address(image, token)) : nullptr, count, width_,
             token_stride_};
   }
 
@@ -176,29 +175,35 @@ struct Run {
   int64_t first, count;
 };
 
-// The runs of so many patches, or fewer, from `first` on that no image's border cuts.
+// The runs of so many patches, or fewer, from `first` on. The border of an image of that size or
+// larger ends a run, so that its rows can be used where they lie.
 inline std::vector<Run> runs_of(int64_t first, int64_t count, int64_t patches, int64_t most) {
   std::vector<Run> runs;
   for (const int64_t end = first + count; first < end;) {
-    const int64_t rest = patches - first % patches;
-    const int64_t parts = (rest + most - 1) / most;
-    const int64_t length = std::min((rest + parts - 1) / parts, end - first);
+    int64_t length = std::min(most, end - first);
+    if (patches >= most) {
+      const int64_t rest = patches - first % patches, parts = (rest + most - 1) / most;
+      length = std::min((rest + parts - 1) / parts, end - first);
+    }
     runs.push_back({first, length});
     first += length;
   }
   return runs;
 }
 
-// A run of patches, all of one image, as a matrix: in place, or read into `buffer`.
+// The patches of a run as a matrix: in place, or read into `buffer`.
 template <typename T>
 Matrix<const T> gather(const TokenRows<T>& rows, const Run& run, int64_t patches, int64_t prefix,
                        int64_t width, T* buffer) {
-  const int64_t image = run.first / patches, token = prefix + run.first % patches;
-  const auto direct = rows.in_place(image, token, run.count);
-  if (direct.data != nullptr) return direct;
+  const int64_t image = run.first / patches;
+  if ((run.first + run.count - 1) / patches == image) {
+    const auto direct = rows.in_place(image, prefix + run.first % patches, run.count);
+    if (direct.data != nullptr) return direct;
+  }
   for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t patch = run.first + i;
     T* out = buffer + i * width;
-    const T* row = rows.row(image, token + i, out);
+    const T* row = rows.row(patch / patches, prefix + patch % patches, out);
     if (row != out) std::copy(row, row + width, out);
   }
   return {buffer, run.count, width, width};

@@ -9,6 +9,10 @@ namespace singer::cpu {
 // a product's tiles (4, 6 and 12).
 constexpr int64_t kRunRows = 48;
 
+// Rows between two barriers of all threads: enough runs for many threads, few enough for a cache
+// that they share. The same for any number of threads, as sums are to be.
+constexpr int64_t kGroupRows = 12 * kRunRows;
+
 struct Sizes {
   int64_t images, tokens, prefix, width, rank;
 
@@ -70,9 +74,9 @@ struct GramCall {
   T scale;                  // 4 / (B P^2)
 };
 
-// Returns the sum of E^2 over images, at least one, of one size.
+// Writes the sum of E^2 of each image, at least one, all of one size.
 template <typename T>
-double gram(const std::vector<GramCall<T>>& calls);
+void gram(const std::vector<GramCall<T>>& calls, double* squares);
 
 // What the stage `backward` reads and writes; a null pointer is a term that is not there.
 template <typename T>

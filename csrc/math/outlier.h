@@ -5,7 +5,7 @@
 
 namespace singer {
 
-// Norms are not negative, so that their bit patterns are ordered as they are.
+// Norms are not negative, so that their bit patterns are ordered as they are, without the sign.
 template <typename T>
 struct KeyOf;
 
@@ -63,14 +63,14 @@ struct Rank {
   }
 };
 
-// lerp(low, high, share), from the nearer end, as torch.lerp has it.
+// lerp(low, high, share), from the nearer end.
 template <typename T>
 SINGER_FN T interpolate(T low, T high, T share) {
   const T gap = high - low;
   return share < T(0.5) ? low + share * gap : high - gap * (T(1) - share);
 }
 
-// (n - q)+ ; what is not finite lies above any threshold.
+// Whether n > q; what is not finite lies above any threshold.
 template <typename T>
 SINGER_FN bool is_outlier(T norm, T threshold) {
   return !(norm <= threshold && is_finite(norm));

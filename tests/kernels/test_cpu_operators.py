@@ -74,7 +74,8 @@ def calls(draw):
         patches = 50  # more than a run of rows
     width, rank, acc = draw(SIZES), draw(SIZES), draw(st.sampled_from(ACC))
     if draw(ODD) == 0:
-        width, rank = 67, 35  # more than a block of columns, and not a multiple of one
+        # More than a block of columns, or than the depth of one, and no multiple of either.
+        width, rank = draw(st.sampled_from([(67, 35), (300, 20)]))
     shape = (images, prefix + patches, width)
     if draw(ODD) == 0:
         prefix = draw(st.sampled_from([-1, prefix + patches, 2**40]))
@@ -221,14 +222,17 @@ def test_an_unknown_vector_width_is_named(monkeypatch):
     assert "SINGER_CPU_VECTORS: got 'wide', expected one of baseline" in str(extension.load())
 
 
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("patches", [5, 300])
-def test_the_number_of_threads_changes_no_bit(patches, prefix):
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_number_of_threads_changes_no_bit(patches, prefix, dtype):
     from singer_kernels import fused_losses
 
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(5, prefix + patches, 40, generator=generator) for _ in range(2))
-    down, up = (0.3 * torch.randn(s, generator=generator) for s in ((40, 6), (6, 40)))
+    student, teacher = (
+        torch.randn(5, prefix + patches, 41, generator=generator, dtype=dtype) for _ in range(2)
+    )
+    down, up = (0.3 * torch.randn(s, generator=generator, dtype=dtype) for s in ((41, 6), (6, 41)))
     leaves = [x.requires_grad_() for x in (student, down, up)]
     before, found = torch.get_num_threads(), []
     try:
@@ -241,3 +245,34 @@ def test_the_number_of_threads_changes_no_bit(patches, prefix):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("gain", [3, 10, 1000])
+def test_an_adapter_that_amplifies(gain):
+    # F F^T may not be taken from a far larger F^ F^^T: relative to the reference's own error in
+    # float32, of some 1e-6, the difference would lose gain^2.
+    from singer_kernels import fused_losses
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 51, 200, generator=generator) for _ in range(2))
+    down = torch.randn(200, 16, generator=generator) / 200**0.5
+    up = gain * torch.randn(16, 200, generator=generator) / 16**0.5
+    found = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (down, up)]
+        out = fused_losses(student.to(dtype), teacher.to(dtype), *leaves, backend=backend)
+        found.append([out.info, *torch.autograd.grad(out.info, leaves)])
+    for actual, exact in zip(*found, strict=True):
+        assert (actual - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def test_both_gram_matrices_are_of_equally_exact_features():
+    # One rounded alone would make a loss of an adapter that does nothing.
+    from singer_kernels import fused_losses
+
+    teacher = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))
+    down, up = torch.ones(24, 3), torch.zeros(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        for target in (None, teacher.clone()):
+            out = fused_losses(teacher, teacher, down, up, gram_target=target, backend="cpu")
+            assert out.info.item() <= 1e-14
