@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and times on a GPU what needs one. The log, the compiled kernels' registers and the times go
+# Builds the extension, and tests and times on a GPU what needs one. The log, the compiled kernels' registers and the times go
 # to the folder $OUT (default gpu_results/). PYTEST_ARGS is handed on to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +19,10 @@ step() {
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+# For the GPU at hand alone.
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+step 120 env PYTHONPATH=build_backend SINGER_BUILD_EXT=cuda "TORCH_CUDA_ARCH_LIST=$capability" \
+    python3 -m singer_build
 step 60 python3 -m singer_kernels.info
 # shellcheck disable=SC2086
 step 270 python3 -m pytest -m gpu -q --durations=10 --maxfail=30 ${PYTEST_ARGS:-}

@@ -21,7 +21,7 @@ from singer_kernels.types import FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
-_PREFERENCE = ("triton", "cpu", "torch", "reference")
+_PREFERENCE = ("triton", "cuda", "cpu", "torch", "reference")
 """The backends that exist, the one to prefer first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"

@@ -9,7 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import emulation
+
 from singer_kernels import backends
+
+emulation.load()
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in backends.names() if backends.unavailable_reason(name, CPU) is None]

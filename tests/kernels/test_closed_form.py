@@ -149,7 +149,7 @@ def test_devices_without_autocast(backend):
     student, teacher = torch.empty(2, 5, 8, device="meta"), torch.empty(2, 5, 8, device="meta")
     down, up = torch.empty(8, 3, device="meta"), torch.empty(3, 8, device="meta")
     inputs = [x.requires_grad_() for x in (student, down, up)]
-    needs = {"triton": "a CUDA device", "cpu": "a CPU"}.get(backend)
+    needs = {"triton": "a CUDA device", "cuda": "a CUDA device", "cpu": "a CPU"}.get(backend)
     if needs is not None:
         with pytest.raises(RuntimeError, match=f"'{backend}' can't run on meta: it needs {needs}"):
             fused_losses(inputs[0], teacher, *inputs[1:])

@@ -1,4 +1,4 @@
-"""The backend "triton" on a device: ``pytest -m gpu``.
+"""The backends "triton" and "cuda" on a device: ``pytest -m gpu``.
 
 Truth is the reference in float64 on the device; the yardstick is the reference in the same dtype
 there, as in ``test_oracle.py``.
@@ -15,11 +15,21 @@ from bounds import cancellation, unit
 from cases import Shape, outlier_case, random_case, tied_case, total
 from torch.utils.checkpoint import checkpoint
 
-from singer_kernels import fused_losses, gram_loss
+from singer_kernels import extension, fused_losses, gram_loss
 
 pytestmark = pytest.mark.gpu
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+BACKENDS = [
+    "triton",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not extension.has_kernels("cuda_refine", "cuda"),
+            reason="the extension is built without CUDA",
+        ),
+    ),
+]
 OUTPUTS = ("kd", "outlier", "info", "refined", "norms", "threshold")
 GRADIENTS = ("student", "down", "up", "gram_target")
 
@@ -84,26 +94,28 @@ def make(kind, shape):
     return {"random": random_case, "outlier": outlier_case, "tied": tied_case}[kind](shape, 0.9)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("kind", "shape", "dtypes", "autocast", "product"), COMBINATIONS)
-def test_no_less_accurate_than_the_reference(kind, shape, dtypes, autocast, product):
+def test_no_less_accurate_than_the_reference(kind, shape, dtypes, autocast, product, name):
     case = make(kind, shape).rounded(*dtypes)
     exact = results(case, dtypes, "reference", exact=True)
     reference = results(case, dtypes, "reference", autocast)
-    found = results(case, dtypes, "triton", autocast)
+    found = results(case, dtypes, name, autocast)
     longest = max(shape.width, shape.patches, shape.images * (shape.prefix + shape.patches))
     slack = 4 * math.sqrt(longest) * (UNITS[product] + cancellation(case) * unit(F32))
     assert found.keys() == exact.keys()
-    for name, wanted in exact.items():
+    for output, wanted in exact.items():
         # With one patch E is 0; it lies within the slack of that, and what depends on it too.
-        is_zero = shape.patches == 1 and name in ("info", "d_gram_target")
+        is_zero = shape.patches == 1 and output in ("info", "d_gram_target")
         floor = slack if is_zero else 1e-300
         scale = wanted.abs().max().clamp_min(floor)
-        error, allowed = ((x[name] - wanted).abs().max() / scale for x in (found, reference))
-        assert error <= allowed + slack, name
+        error, allowed = ((x[output] - wanted).abs().max() / scale for x in (found, reference))
+        assert error <= allowed + slack, output
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_gram_loss_alone(dtype):
+def test_gram_loss_alone(dtype, name):
     generator = torch.Generator().manual_seed(0)
     tokens, target = (
         torch.randn(2, 200, 384, generator=generator).to("cuda", dtype).requires_grad_()
@@ -112,7 +124,7 @@ def test_gram_loss_alone(dtype):
     errors = {}
     exact = gram_loss(tokens.double(), target.double(), backend="reference")
     wanted = torch.autograd.grad(exact, [tokens, target])
-    for backend in ("reference", "triton"):
+    for backend in ("reference", name):
         loss = gram_loss(tokens, target, backend=backend)
         grads = torch.autograd.grad(loss, [tokens, target])
         pairs = [(loss, exact), *zip(grads, wanted, strict=True)]
@@ -120,7 +132,7 @@ def test_gram_loss_alone(dtype):
             ((a.double() - b.double()).abs().max() / b.abs().max()).item() for a, b in pairs
         ]
     slack = 4 * math.sqrt(384) * UNITS[dtype]
-    for error, allowed in zip(errors["triton"], errors["reference"], strict=True):
+    for error, allowed in zip(errors[name], errors["reference"], strict=True):
         assert error <= allowed + slack
 
 
@@ -129,29 +141,31 @@ def test_gram_loss_alone(dtype):
 STEP = (Shape(4, 1, 196, 384, 64), (BF16, BF16, F32))
 
 
-def one_step(case, dtypes, **options):
-    found = results(case, dtypes, "triton", **options)
+def one_step(case, dtypes, backend="triton", **options):
+    found = results(case, dtypes, backend, **options)
     torch.cuda.synchronize()
     return found
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["random", "target"])
-def test_twenty_repeats_give_the_same_bits(kind):
+def test_twenty_repeats_give_the_same_bits(kind, backend):
     case = make(kind, STEP[0])
-    first = one_step(case, STEP[1], autocast=BF16)
+    first = one_step(case, STEP[1], backend, autocast=BF16)
     for _ in range(20):
-        again = one_step(case, STEP[1], autocast=BF16)
+        again = one_step(case, STEP[1], backend, autocast=BF16)
         for name, value in first.items():
             assert torch.equal(again[name], value), name
 
 
-def test_a_second_stream():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_stream(backend):
     case = make("random", STEP[0])
-    expected = one_step(case, STEP[1])
+    expected = one_step(case, STEP[1], backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = results(case, STEP[1], "triton")
+        found = results(case, STEP[1], backend)
     torch.cuda.current_stream().wait_stream(stream)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

@@ -1,4 +1,4 @@
-"""What the backends with kernels share, "triton" (in Triton's interpreter) and "cpu"."""
+"""What the backends with kernels share: "triton" (interpreted), "cuda" (emulated) and "cpu"."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
             name,
             marks=pytest.mark.skipif(name not in BACKENDS, reason=f"{name!r} can't run on a CPU"),
         )
-        for name in ("triton", "cpu")
+        for name in ("triton", "cuda", "cpu")
     ],
     autouse=True,
 )
@@ -70,7 +70,7 @@ def test_at_most_a_tenth_of_the_references_memory_is_held(kernels):
     # D / r as in ViT-L with rank 64: per patch 14 r bytes in bfloat16 and 20 r in float32, beside
     # the norms.
     case = random_case(Shape(1, 1, 49, 256, 16), 0.97)
-    dtype = BF16 if kernels == "triton" else F32
+    dtype = F32 if kernels == "cpu" else BF16
     assert held(case, kernels, dtype) <= 0.1 * held(case, "reference", dtype)
 
 

@@ -61,6 +61,7 @@ def test_wide_float16_products_are_not_served(monkeypatch):
 
 def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog):
     monkeypatch.delenv("SINGER_BACKEND")
+    monkeypatch.setattr(backends, "_PREFERENCE", ("triton", "torch", "reference"))
     monkeypatch.setattr(backends, "_chosen", {CPU: "triton"})
     monkeypatch.setattr(backends, "_passed_over", set())
     x = torch.randn(1, 3, 300, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,241 @@
+// What the kernels share: warps, rows of any dtype, launches.
+//
+// A kernel gives one row to each warp. Compiled with SINGER_EMULATED, for tests without a GPU, it is
+// plain C++: a warp has one lane, and a launch is a loop.
+#pragma once
+
+#include "checks.h"
+#include "math/portable.h"
+
+#ifdef SINGER_EMULATED
+#define __global__ static
+struct Index {
+  unsigned x;
+};
+static Index blockIdx, blockDim, threadIdx;
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Of the CUDA part of torch, which the library must load without.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** stream);
+#endif
+
+namespace singer::cuda {
+
+#ifdef SINGER_EMULATED
+constexpr int kLanes = 1;
+#define SINGER_DEVICE inline
+#define SINGER_KEY CPU
+#else
+constexpr int kLanes = 32;
+#define SINGER_DEVICE __device__ __forceinline__
+#define SINGER_KEY CUDA
+#endif
+constexpr int kWarps = 4;  // a block's
+
+// The numbers of a 16-byte load of the narrowest dtype.
+constexpr int kVector = 8;
+
+struct Rows {
+  const void* data;
+  ScalarType dtype;
+
+  static Rows of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
+};
+
+struct Output {
+  void* data;
+  ScalarType dtype;
+
+  static Output of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+};
+
+// What a launch hands a kernel of an optional tensor: null if there is none.
+inline Rows rows_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? Rows::of(*tensor) : Rows{nullptr, ScalarType::Float};
+}
+inline Output output_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? Output::of(*tensor) : Output{nullptr, ScalarType::Float};
+}
+
+SINGER_DEVICE float narrow_to_float(uint16_t bits, bool is_bfloat16) {
+  if (is_bfloat16) return bits_as<float>(static_cast<uint32_t>(bits) << 16);
+#ifdef SINGER_EMULATED
+  return static_cast<float>(bits_as<_Float16>(bits));
+#else
+  return __half2float(__ushort_as_half(bits));
+#endif
+}
+
+SINGER_DEVICE uint16_t float_to_narrow(float value, bool is_bfloat16) {
+#ifdef SINGER_EMULATED
+  if (!is_bfloat16) return bits_as<uint16_t>(static_cast<_Float16>(value));
+  const uint32_t bits = bits_as<uint32_t>(value);
+  if (value != value) return 0x7FC0u;
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+#else
+  if (is_bfloat16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  return __half_as_ushort(__float2half_rn(value));
+#endif
+}
+
+template <int kBytes>
+struct alignas(kBytes) Chunk {
+  unsigned char bytes[kBytes];
+};
+
+// kCount numbers from `offset` on; with more than one, the address is a multiple of 16 bytes.
+template <int kCount, typename T>
+SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
+  constexpr int kWide = kCount == 1 ? 1 : 2;  // numbers of 8 bytes in one load
+  if (rows.dtype == ScalarType::Double) {
+    const auto* from = reinterpret_cast<const Chunk<8 * kWide>*>(
+        static_cast<const double*>(rows.data) + offset);
+    for (int i = 0; i < kCount / kWide; ++i) {
+      double values[kWide];
+      memcpy(values, from + i, sizeof(values));
+      for (int j = 0; j < kWide; ++j) out[i * kWide + j] = static_cast<T>(values[j]);
+    }
+  } else if (rows.dtype == ScalarType::Float) {
+    constexpr int kFloats = 2 * kWide > kCount ? kCount : 2 * kWide;
+    const auto* from = reinterpret_cast<const Chunk<4 * kFloats>*>(
+        static_cast<const float*>(rows.data) + offset);
+    for (int i = 0; i < kCount / kFloats; ++i) {
+      const Chunk<4 * kFloats> chunk = from[i];
+      float values[kFloats];
+      memcpy(values, &chunk, sizeof(values));
+      for (int j = 0; j < kFloats; ++j) out[i * kFloats + j] = static_cast<T>(values[j]);
+    }
+  } else {
+    const bool is_bfloat16 = rows.dtype == ScalarType::BFloat16;
+    const Chunk<2 * kCount> chunk = *reinterpret_cast<const Chunk<2 * kCount>*>(
+        static_cast<const uint16_t*>(rows.data) + offset);
+    uint16_t values[kCount];
+    memcpy(values, &chunk, sizeof(values));
+    for (int j = 0; j < kCount; ++j) out[j] = static_cast<T>(narrow_to_float(values[j], is_bfloat16));
+  }
+}
+
+template <int kCount, typename T>
+SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offset) {
+  if (out.dtype == ScalarType::Double) {
+    for (int j = 0; j < kCount; ++j) static_cast<double*>(out.data)[offset + j] = in[j];
+  } else if (out.dtype == ScalarType::Float) {
+    constexpr int kFloats = kCount == 1 ? 1 : 4;
+    auto* to = reinterpret_cast<Chunk<4 * kFloats>*>(static_cast<float*>(out.data) + offset);
+    for (int i = 0; i < kCount / kFloats; ++i) {
+      float values[kFloats];
+      for (int j = 0; j < kFloats; ++j) values[j] = static_cast<float>(in[i * kFloats + j]);
+      Chunk<4 * kFloats> chunk;
+      memcpy(&chunk, values, sizeof(values));
+      to[i] = chunk;
+    }
+  } else {
+    const bool is_bfloat16 = out.dtype == ScalarType::BFloat16;
+    uint16_t values[kCount];
+    for (int j = 0; j < kCount; ++j) {
+      values[j] = float_to_narrow(static_cast<float>(in[j]), is_bfloat16);
+    }
+    Chunk<2 * kCount> chunk;
+    memcpy(&chunk, values, sizeof(values));
+    *reinterpret_cast<Chunk<2 * kCount>*>(static_cast<uint16_t*>(out.data) + offset) = chunk;
+  }
+}
+
+// Calls `body(position, count)` for all positions of a row, this lane's share of them: by vectors
+// where every row begins on a border of them, else one by one.
+template <typename Body>
+SINGER_DEVICE void for_row(int64_t width, bool is_aligned, const Body& body) {
+  const int lane = threadIdx.x % kLanes;
+  if (is_aligned) {
+    for (int64_t d = lane * kVector; d < width; d += kLanes * kVector) {
+      body(d, std::integral_constant<int, kVector>());
+    }
+  } else {
+    for (int64_t d = lane; d < width; d += kLanes) body(d, std::integral_constant<int, 1>());
+  }
+}
+
+// The sum over a warp's lanes, in each, always in one order.
+template <typename T>
+SINGER_DEVICE T warp_sum(T value) {
+#ifndef SINGER_EMULATED
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+  }
+#endif
+  return value;
+}
+
+template <typename T>
+SINGER_DEVICE T warp_min(T value) {
+#ifndef SINGER_EMULATED
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    value = other < value ? other : value;
+  }
+#endif
+  return value;
+}
+
+SINGER_DEVICE int64_t warp_index() {
+  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+}
+
+SINGER_DEVICE bool is_first_lane() { return threadIdx.x % kLanes == 0; }
+
+// Whether rows of that width can be read by vectors, in all these tensors.
+inline bool is_aligned(int64_t width, std::initializer_list<const void*> starts) {
+  bool result = width % kVector == 0;
+  for (const void* start : starts) result &= reinterpret_cast<uintptr_t>(start) % 16 == 0;
+  return result;
+}
+
+// Launches a kernel with one warp for each of `count` rows, on the current stream of the device.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t count, const Tensor& like,
+            const Arguments&... arguments) {
+  if (count == 0) return;
+  const int64_t blocks = (count + kWarps - 1) / kWarps;
+  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "got ", count, " rows, more than a grid has");
+#ifdef SINGER_EMULATED
+  blockDim.x = kLanes * kWarps;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+  }
+#else
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  kernel<<<static_cast<unsigned>(blocks), kLanes * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<Parameters>(arguments)...);
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a kernel could not be launched: ",
+                  cudaGetErrorString(error));
+#endif
+}
+
+// Contiguous, of that shape, on the device of `like`, and of that dtype if one is given.
+inline void check_dense(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                        const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
+  check_shape(name, tensor, shape, like);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(!dtype.has_value() || tensor.scalar_type() == *dtype, name,
+                  ": expected the accumulation dtype");
+}
+inline void check_dense(const char* name, const std::optional<Tensor>& tensor,
+                        const std::vector<int64_t>& shape, const Tensor& like,
+                        std::optional<ScalarType> dtype = std::nullopt) {
+  if (tensor.has_value()) check_dense(name, *tensor, shape, like, dtype);
+}
+
+// `float` or `double` kernels, by the accumulation dtype.
+#define SINGER_BY_DTYPE(acc, run, ...) \
+  ((acc) == ScalarType::Double ? run<double>(__VA_ARGS__) : run<float>(__VA_ARGS__))
+
+}  // namespace singer::cuda

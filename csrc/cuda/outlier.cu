@@ -1,0 +1,84 @@
+// Stage `outlier`: each image's quantile by bitwise selection, and its share of the loss.
+#include "math/outlier.h"
+
+#include "cuda/launch.h"
+
+namespace singer::cuda {
+namespace {
+
+// One image to a warp.
+template <typename T>
+__global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out, T* counts,
+                               int64_t images, int64_t patches, int64_t rank_below, double share) {
+  const int64_t image = warp_index();
+  if (image >= images) return;
+  const T* norms = all_norms + image * patches;
+  const int lane = threadIdx.x % kLanes;
+  const auto for_each = [&](auto body) {
+    for (int64_t i = lane; i < patches; i += kLanes) body(norms[i]);
+  };
+  int64_t nans = 0;
+  for_each([&](T norm) { nans += norm != norm; });
+  const Key<T> low = kth_smallest<T>(rank_below, [&](Key<T> key) {
+    int64_t count = 0;
+    for_each([&](T norm) { count += norm_key(norm) < key; });
+    return warp_sum(count);
+  });
+  int64_t through = 0;
+  Key<T> next = last_key<T>();
+  for_each([&](T norm) {
+    const Key<T> key = norm_key(norm);
+    through += key <= low;
+    if (key > low && key < next) next = key;
+  });
+  through = warp_sum(through);
+  next = warp_min(next);
+  const Key<T> high = share > 0 && through <= rank_below + 1 ? next : low;
+  T threshold = interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(share));
+  if (warp_sum(nans) > 0) threshold = bits_as<T>(last_key<T>());
+  T squares = 0;
+  int64_t count = 0;
+  for_each([&](T norm) {
+    if (!is_outlier(norm, threshold)) return;
+    squares += (norm - threshold) * (norm - threshold);
+    ++count;
+  });
+  squares = warp_sum(squares);
+  count = warp_sum(count);
+  if (!is_first_lane()) return;
+  thresholds[image] = threshold;
+  squares_out[image] = squares;
+  counts[image] = static_cast<T>(count);
+}
+
+template <typename T>
+void run_outlier(const Tensor& norms, double quantile, const Tensor& threshold,
+                 const Tensor& squares, const Tensor& counts) {
+  const int64_t images = norms.size(0), patches = norms.size(1);
+  const auto rank = Rank<T>::of(quantile, patches);
+  launch(outlier_kernel<T>, images, norms, static_cast<const T*>(norms.const_data_ptr()),
+         static_cast<T*>(threshold.mutable_data_ptr()), static_cast<T*>(squares.mutable_data_ptr()),
+         static_cast<T*>(counts.mutable_data_ptr()), images, patches, rank.below, rank.share);
+}
+
+void outlier(Tensor norms, double quantile, Tensor threshold, Tensor squares, Tensor counts) {
+  check_tensor("norms", norms, 2, norms);
+  const auto shape = shape_of(norms);
+  const ScalarType acc = norms.scalar_type();
+  check_acc(acc);
+  STD_TORCH_CHECK(norms.numel() > 0, "norms: got the empty shape ", shape_text(shape));
+  STD_TORCH_CHECK(quantile >= 0 && quantile <= 1, "quantile: got ", quantile, ", expected 0 to 1");
+  check_dense("norms", norms, shape, norms);
+  check_dense("threshold", threshold, {shape[0]}, norms, acc);
+  check_dense("squares", squares, {shape[0]}, norms, acc);
+  check_dense("counts", counts, {shape[0]}, norms, acc);
+  SINGER_BY_DTYPE(acc, run_outlier, norms, quantile, threshold, squares, counts);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(singer_kernels, SINGER_KEY, library) {
+  library.impl("cuda_outlier", TORCH_BOX(&outlier));
+}
+
+}  // namespace singer::cuda

@@ -1,0 +1,138 @@
+// Stage `refine`: what follows the products H = F Wd and H Wu, and rows divided by their norms.
+#include "cuda/launch.h"
+#include "math/gram.h"
+
+namespace singer::cuda {
+namespace {
+
+// F^ = F + H Wu on the patches; norms, and the sum of (F^ - S)^2. One token to a warp.
+template <typename T>
+__global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* norms, T* kd_parts,
+                              Output refined, Output rows, int64_t count, int64_t tokens,
+                              int64_t prefix, int64_t width, bool aligned) {
+  const int64_t row = warp_index();
+  if (row >= count) return;
+  const int64_t image = row / tokens, token = row % tokens, patches = tokens - prefix;
+  const int64_t patch = image * patches + token - prefix;
+  const bool is_patch = token >= prefix;
+  T squares = 0, distance = 0;
+  for_row(width, aligned, [&](int64_t d, auto size) {
+    constexpr int kCount = decltype(size)::value;
+    T plain[kCount], target[kCount], added[kCount] = {};
+    load(teacher, row * width + d, plain);
+    load(student, row * width + d, target);
+    if (is_patch) load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float},
+                       row * width + d, added);
+    T chunk_squares = 0, chunk_distance = 0;  // fewer roundings than one sum has
+    for (int i = 0; i < kCount; ++i) {
+      plain[i] += added[i];
+      chunk_squares += plain[i] * plain[i];
+      chunk_distance += (plain[i] - target[i]) * (plain[i] - target[i]);
+    }
+    squares += chunk_squares;
+    distance += chunk_distance;
+    if (refined.data != nullptr) store(plain, refined, row * width + d);
+  });
+  squares = warp_sum(squares);
+  distance = warp_sum(distance);
+  const T norm = std::sqrt(squares);
+  if (is_first_lane()) {
+    kd_parts[row] = distance;
+    if (is_patch) norms[patch] = norm;
+  }
+  if (rows.data == nullptr || !is_patch) return;
+  const T inverse = reciprocal_norm(norm);
+  for_row(width, aligned, [&](int64_t d, auto size) {  // from the cache
+    constexpr int kCount = decltype(size)::value;
+    T plain[kCount], added[kCount];
+    load(teacher, row * width + d, plain);
+    load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float}, row * width + d,
+         added);
+    for (int i = 0; i < kCount; ++i) plain[i] = (plain[i] + added[i]) * inverse;
+    store(plain, rows, patch * width + d);
+  });
+}
+
+// A patch divided by its norm. One patch to a warp.
+template <typename T>
+__global__ void normalize_kernel(Rows given, T* norms, Output rows, int64_t count, int64_t patches,
+                                 int64_t prefix, int64_t width, bool aligned) {
+  const int64_t patch = warp_index();
+  if (patch >= count) return;
+  const int64_t row = patch / patches * (patches + prefix) + prefix + patch % patches;
+  T squares = 0;
+  for_row(width, aligned, [&](int64_t d, auto size) {
+    T values[decltype(size)::value];
+    load(given, row * width + d, values);
+    T chunk_squares = 0;
+    for (const T value : values) chunk_squares += value * value;
+    squares += chunk_squares;
+  });
+  const T norm = std::sqrt(warp_sum(squares)), inverse = reciprocal_norm(norm);
+  if (is_first_lane()) norms[patch] = norm;
+  for_row(width, aligned, [&](int64_t d, auto size) {
+    T values[decltype(size)::value];
+    load(given, row * width + d, values);
+    for (T& value : values) value *= inverse;
+    store(values, rows, patch * width + d);
+  });
+}
+
+template <typename T>
+void run_refine(const Tensor& teacher, const Tensor& student, const Tensor& delta, int64_t prefix,
+                const Tensor& norms, const Tensor& kd_parts, const std::optional<Tensor>& refined,
+                const std::optional<Tensor>& rows) {
+  const int64_t tokens = teacher.size(1), width = teacher.size(2);
+  const int64_t count = teacher.size(0) * tokens;
+  const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows);
+  launch(refine_kernel<T>, count, teacher, Rows::of(teacher), Rows::of(student),
+         static_cast<const T*>(delta.const_data_ptr()), static_cast<T*>(norms.mutable_data_ptr()),
+         static_cast<T*>(kd_parts.mutable_data_ptr()), to_refined, to_rows, count, tokens, prefix,
+         width,
+         is_aligned(width, {teacher.const_data_ptr(), student.const_data_ptr(),
+                            delta.const_data_ptr(), to_refined.data, to_rows.data}));
+}
+
+void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor norms,
+            Tensor kd_parts, std::optional<Tensor> refined, std::optional<Tensor> rows) {
+  check_tokens("teacher", teacher, prefix);
+  const auto shape = shape_of(teacher);
+  const ScalarType acc = delta.scalar_type();
+  check_acc(acc);
+  check_dense("teacher", teacher, shape, teacher);
+  check_dense("student", student, shape, teacher);
+  check_dense("delta", delta, shape, teacher);
+  check_dense("norms", norms, {shape[0], shape[1] - prefix}, teacher, acc);
+  check_dense("kd_parts", kd_parts, {shape[0], shape[1]}, teacher, acc);
+  check_dense("refined", refined, shape, teacher);
+  check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, teacher);
+  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_parts, refined, rows);
+}
+
+template <typename T>
+void run_normalize(const Tensor& tokens, int64_t prefix, const Tensor& norms, const Tensor& rows) {
+  const int64_t patches = tokens.size(1) - prefix, width = tokens.size(2);
+  const int64_t count = tokens.size(0) * patches;
+  launch(normalize_kernel<T>, count, tokens, Rows::of(tokens),
+         static_cast<T*>(norms.mutable_data_ptr()), Output::of(rows), count, patches, prefix, width,
+         is_aligned(width, {tokens.const_data_ptr(), rows.const_data_ptr()}));
+}
+
+void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
+  check_tokens("tokens", tokens, prefix);
+  const auto shape = shape_of(tokens);
+  check_acc(norms.scalar_type());
+  check_dense("tokens", tokens, shape, tokens);
+  check_dense("norms", norms, {shape[0], shape[1] - prefix}, tokens);
+  check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, tokens);
+  SINGER_BY_DTYPE(norms.scalar_type(), run_normalize, tokens, prefix, norms, rows);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(singer_kernels, SINGER_KEY, library) {
+  library.impl("cuda_refine", TORCH_BOX(&refine));
+  library.impl("cuda_normalize", TORCH_BOX(&normalize));
+}
+
+}  // namespace singer::cuda

@@ -1,0 +1,105 @@
+"""The CUDA kernels as they are compiled: no spills, loads of 16 bytes. They are not run here.
+
+``emulation.py`` runs them as plain C++ for the tests that take every backend; ``test_gpu.py`` runs
+them on a device.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from singer_kernels import backends, extension
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "build_backend"))
+from singer_build.discovery import find_nvcc
+
+NVCC = find_nvcc()
+TRITON = importlib.util.find_spec("triton")  # it has one of its own
+FOLDERS = [str(Path(NVCC).parent)] if NVCC else []
+if TRITON is not None and TRITON.origin is not None:
+    FOLDERS.append(str(Path(TRITON.origin).parent / "backends" / "nvidia" / "bin"))
+CUOBJDUMP = shutil.which("cuobjdump", path=":".join(FOLDERS))
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+@pytest.fixture(scope="module", params=["80", "90"])
+def compiled(request, tmp_path_factory):
+    """What ptxas says of each source, and the cubin, for one architecture."""
+    if NVCC is None:
+        pytest.skip("there is no nvcc")
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    include = Path(torch.__file__).parent / "include"
+    running = {}
+    for source in SOURCES:
+        cubin = folder / f"{source.stem}.cubin"
+        options = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-cubin", "-Xptxas", "-v"]
+        options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
+        command = [NVCC, *options, "-isystem", str(include), str(source), "-o", str(cubin)]
+        running[cubin] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    printed = {cubin: process.communicate()[0] for cubin, process in running.items()}
+    for cubin, process in running.items():
+        assert process.returncode == 0, printed[cubin]
+    return printed
+
+
+def test_no_kernel_spills(compiled):
+    kernels = 0
+    for text in compiled.values():
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        kernels += len(spills)
+        assert set(spills) == {("0", "0")}, text
+    assert kernels == 16  # eight, in float and double
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump")
+@pytest.mark.parametrize("stage", ["refine", "gram", "backward"])
+def test_rows_are_read_and_written_by_16_bytes(compiled, stage):
+    (cubin,) = (path for path in compiled if path.stem == stage)
+    sass = subprocess.run(
+        [CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"LDG\.E\.128", sass)
+    assert re.search(r"STG\.E\.128", sass)
+
+
+needs_emulation = pytest.mark.skipif(
+    not extension.has_kernels("cuda_refine", "cpu"), reason="there is no g++ to emulate with"
+)
+
+
+@needs_emulation
+def test_it_is_not_chosen_before_it_has_run_on_a_gpu():
+    cuda, cpu = backends.load("cuda"), torch.device("cpu")
+    assert cuda.unavailable_reason(cpu, asked=True) is None  # emulated
+    reason = cuda.unavailable_reason(cpu, asked=False)
+    assert reason == "it has not been run on a GPU yet: only if asked for"
+
+
+def test_the_reason_of_a_build_without_cuda(monkeypatch):
+    monkeypatch.setattr(extension, "has_kernels", lambda name, device_type: False)
+    monkeypatch.setattr(extension, "load", lambda: None)
+    reason = backends.load("cuda").unavailable_reason(torch.device("cuda"), asked=True)
+    assert reason == "the compiled extension is built without CUDA"
+
+
+@needs_emulation
+def test_raw_kernels_check_what_they_are_handed():
+    norms, out = torch.ones(2, 3), torch.empty(2)
+    outlier = torch.ops.singer_kernels.cuda_outlier
+    with pytest.raises(RuntimeError, match="quantile: got 2, expected 0 to 1"):
+        outlier(norms, 2.0, out, out, out)
+    with pytest.raises(RuntimeError, match=r"counts: got shape \(3\), expected \(2\)"):
+        outlier(norms, 0.5, out, out, torch.empty(3))
+    with pytest.raises(RuntimeError, match="threshold: expected a contiguous tensor"):
+        outlier(norms, 0.5, torch.empty(4)[::2], out, out)
+    with pytest.raises(RuntimeError, match="squares: expected the accumulation dtype"):
+        outlier(norms, 0.5, out, out.double(), out)
