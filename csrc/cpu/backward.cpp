@@ -41,31 +41,45 @@ class Backward {
         needs_refined_(has_kd_ || (needs_up_ && has_turned_)),
         alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
         chunk_(std::min(kGroupRows, sizes_.images * sizes_.patches())),
-        plain_(needs_down_ ? chunk_ * sizes_.width : 0),
+        in_place_(sizes_.patches() >= kRunRows),
+        plain_in_place_(in_place_ && call.operand.in_place(0, 0, 1).data != nullptr),
+        pulled_in_place_(in_place_ && call.d_student != nullptr &&
+                         call.d_student_dtype == dtype_of(scalar_type<T>())),
+        plain_(needs_down_ && !plain_in_place_ ? chunk_ * sizes_.width : 0),
         refined_(needs_refined_ ? chunk_ * sizes_.width : 0),
-        pulled_(has_kd_ ? chunk_ * sizes_.width : 0),
+        pulled_(has_kd_ && !pulled_in_place_ ? chunk_ * sizes_.width : 0),
         back_(has_back_ ? chunk_ * sizes_.width : 0) {}
 
   void prefix() const;
   void patches() const;
 
  private:
-  // The chunk's rows as one matrix: where they lie, or in `buffer`.
-  Matrix<const T> whole(const TokenRows<T>& rows, const Run& chunk, const T* buffer) const {
-    const int64_t patches = sizes_.patches(), image = chunk.first / patches;
-    if ((chunk.first + chunk.count - 1) / patches == image) {
-      const auto direct =
-          rows.in_place(image, sizes_.prefix + chunk.first % patches, chunk.count);
-      if (direct.data != nullptr) return direct;
+  // Where dS of a patch is written first: to its place in the output, or to a buffer.
+  T* pulled(int64_t patch, const Run& chunk) const {
+    if (!pulled_in_place_) return pulled_.data() + (patch - chunk.first) * sizes_.width;
+    const int64_t row = patch / sizes_.patches() * sizes_.tokens + sizes_.prefix +
+                        patch % sizes_.patches();
+    return reinterpret_cast<T*>(call_.d_student) + row * sizes_.width;
+  }
+
+  // The columns of F from `start` on, transposed, of a part of the chunk in one image.
+  Matrix<const T> plain_columns(const Run& part, const Run& chunk, int64_t start,
+                                int64_t count) const {
+    const int64_t width = sizes_.width, patches = sizes_.patches();
+    Matrix<const T> rows{plain_.data() + (part.first - chunk.first) * width, part.count, width,
+                         width};
+    if (plain_in_place_) {
+      rows = call_.operand.in_place(part.first / patches, sizes_.prefix + part.first % patches,
+                                    part.count);
     }
-    return {buffer, chunk.count, sizes_.width, sizes_.width};
+    return rows.transposed().from(start, count);
   }
 
   struct Factors {
     const Packed<T>&hidden, &d_hidden, &turned;  // H, dH and V of a chunk
   };
 
-  void row_gradients(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+  void row_gradients(const Run& run, const Run& chunk, const Factors& factors,
                      const Scratch<T>& row_buffer) const;
   void write_student(const T* row, int64_t image, int64_t token) const {
     loops<T>().write(row, call_.d_student_dtype, sizes_.width,
@@ -79,6 +93,8 @@ class Backward {
   bool needs_refined_;  // by dS and, through V, by dWu
   T alpha_;
   int64_t chunk_;
+  bool in_place_;  // images are large enough for products of their own
+  bool plain_in_place_, pulled_in_place_;
   Scratch<T> plain_, refined_, pulled_, back_;  // F, F^, dS and Y of a chunk
 };
 
@@ -102,7 +118,7 @@ void Backward<T>::prefix() const {
 
 // What each row of a run gives by itself: dS, dH and V.
 template <typename T>
-void Backward<T>::row_gradients(const Run& run, const Run& chunk, bool gathers, const Factors& factors,
+void Backward<T>::row_gradients(const Run& run, const Run& chunk, const Factors& factors,
                                 const Scratch<T>& row_buffer) const {
   const Loops<T>& loop = loops<T>();
   const int64_t width = sizes_.width, rank = sizes_.rank, patches = sizes_.patches();
@@ -129,17 +145,17 @@ void Backward<T>::row_gradients(const Run& run, const Run& chunk, bool gathers, 
   for (int64_t i = 0; i < run.count; ++i) {
     const int64_t patch = run.first + i, image = patch / patches;
     const int64_t token = sizes_.prefix + patch % patches;
-    if (gathers) {
+    if (needs_down_ && !plain_in_place_) {
       T* plain = plain_.data() + (place + i) * width;
       const T* row = call_.operand.row(image, token, plain);
       if (row != plain) std::copy(row, row + width, plain);
     }
     if (needs_refined_) {
-      T* pulled = has_kd_ ? pulled_.data() + (place + i) * width : nullptr;
+      T* out = has_kd_ ? pulled(patch, chunk) : nullptr;
       loop.student_gradient(refined.row(i), call_.teacher.row(image, token, buffer),
                             has_kd_ ? call_.student->row(image, token, buffer + width) : nullptr,
-                            alpha_, width, pulled);
-      if (call_.d_student != nullptr) write_student(pulled, image, token);
+                            alpha_, width, out);
+      if (call_.d_student != nullptr && !pulled_in_place_) write_student(out, image, token);
     }
     T coefficient = 0;
     if (call_.d_outlier != nullptr) {
@@ -173,39 +189,45 @@ void Backward<T>::patches() const {
     const Packed<T> hidden(chunk.count, rank), d_hidden(chunk.count, rank),
         turned(chunk.count, rank);
     const Factors factors{hidden, d_hidden, turned};
-    const auto plain = whole(call_.operand, chunk, plain_.data());
-    const bool gathers = needs_down_ && plain.data == plain_.data();
+    // By images, if anything is used where it lies.
+    const int64_t part_size = in_place_ ? sizes_.patches() : chunk_;
+    const auto parts_of_chunk = runs_of(chunk.first, chunk.count, part_size, part_size);
     const auto runs = runs_of(chunk.first, chunk.count, sizes_.patches(), kRunRows);
     parallel_ranges(static_cast<int64_t>(runs.size()), kRunRows * width * rank,
                     [&](int64_t begin, int64_t end) {
       const Scratch<T> buffer(2 * width + 3 * kRunRows * rank);
-      for (int64_t i = begin; i < end; ++i) row_gradients(runs[i], chunk, gathers, factors, buffer);
+      for (int64_t i = begin; i < end; ++i) row_gradients(runs[i], chunk, factors, buffer);
     });
     if (!(needs_down_ || needs_up_)) continue;
-    const int64_t parts = (width + kColumnsAtOnce - 1) / kColumnsAtOnce;
+    const int64_t blocks = (width + kColumnsAtOnce - 1) / kColumnsAtOnce;
     const bool adds = first > 0;
-    parallel(parts, kColumnsAtOnce * rank * chunk.count, [&](int64_t part) {
-      const int64_t start = part * kColumnsAtOnce;
+    parallel(blocks, kColumnsAtOnce * rank * chunk.count, [&](int64_t block) {
+      const int64_t start = block * kColumnsAtOnce;
       const int64_t count = std::min(kColumnsAtOnce, width - start);
-      const auto columns_of = [&](const Scratch<T>& of) {
-        return Matrix<const T>{of.data(), chunk.count, width, width}.transposed().from(start,
-                                                                                       count);
+      const auto columns_of = [&](const T* data, int64_t rows) {
+        return Matrix<const T>{data, rows, width, width}.transposed().from(start, count);
       };
-      if (needs_down_) {
-        d_hidden.multiply(plain.transposed().from(start, count), d_down.from(start, count), adds);
+      const Matrix<T> down = d_down.from(start, count), own = d_up.from(start, count);
+      bool adds_up = adds;
+      if (needs_up_ && has_turned_) {
+        turned.multiply(columns_of(refined_.data(), chunk.count), own, adds_up);
+        adds_up = true;
       }
-      if (!needs_up_) return;
-      const Matrix<T> own = d_up.from(start, count);
-      bool adds_here = adds;
-      if (has_turned_) {
-        turned.multiply(columns_of(refined_), own, adds_here);
-        adds_here = true;
+      if (needs_up_ && has_back_) {
+        hidden.multiply(columns_of(back_.data(), chunk.count), own, adds_up);
+        adds_up = true;
       }
-      if (has_back_) {
-        hidden.multiply(columns_of(back_), own, adds_here);
-        adds_here = true;
+      for (const Run& part : parts_of_chunk) {
+        const int64_t place = part.first - chunk.first;
+        if (needs_down_) {
+          d_hidden.multiply(plain_columns(part, chunk, start, count), down, adds || place > 0, T(1),
+                            place);
+        }
+        if (needs_up_ && has_kd_) {
+          hidden.multiply(columns_of(pulled(part.first, chunk), part.count), own,
+                          adds_up || place > 0, T(-1), place);
+        }
       }
-      if (has_kd_) hidden.multiply(columns_of(pulled_), own, adds_here, T(-1));
     });
   }
   if (needs_down_) write_matrix<T>(d_down, *call_.d_down);

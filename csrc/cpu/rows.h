@@ -106,10 +106,11 @@ class Packed {
   }
   void set(const Matrix<const T>& part, int64_t first) const { set(part, first, 0, blocks_); }
 
-  // out = factor a b or, with `adds`, out += it; b is this.
+  // out = factor a b or, with `adds`, out += it; b is this, from the row `first` on.
   void multiply(const Matrix<const T>& a, const Matrix<T>& out, bool adds = false,
-                T factor = T(1)) const {
-    loops<T>().multiply(a.data, a.row_stride, a.column_stride, a.rows, a.columns, data_.data(),
+                T factor = T(1), int64_t first = 0) const {
+    loops<T>().multiply(a.data, a.row_stride, a.column_stride, a.rows, a.columns,
+                        data_.data() + first * loops<T>().block,
                         rows_ * loops<T>().block, columns_, adds, factor, out.data, out.row_stride);
   }
 
