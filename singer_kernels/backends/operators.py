@@ -56,6 +56,25 @@ class ForwardOutput(NamedTuple):
     d_target: Tensor  # the info loss's gradient in the target's patches, [B, P, D]
 
 
+class Upstream(NamedTuple):
+    """The gradients that come back; None: none does."""
+
+    kd: Tensor | None  # []
+    outlier: Tensor | None  # []
+    info: Tensor | None  # []
+    refined: Tensor | None  # Y, [B, T, D]
+
+
+def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a result, or what stands for one that was not asked for."""
+    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
+
+
+def narrow_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
+    """Return the dtype of operands and of what is kept: float16 would lose the range of H and X."""
+    return torch.bfloat16 if product == torch.bfloat16 else acc
+
+
 KeptDtype = Callable[[torch.dtype, torch.dtype], torch.dtype]
 """From the products' and the accumulation dtype: that of what one kernel keeps for another."""
 
@@ -156,13 +175,14 @@ def _fake_gram_loss(
     )
 
 
-def define(name: str, kept_dtype: KeptDtype) -> None:
+def define(name: str, kept_dtype: KeptDtype = narrow_dtype) -> None:
     """Define a backend's three operators, and what they return without computing it.
 
     Args:
         name: the backend's name.
         kept_dtype: how the backend chooses the dtype of what one kernel keeps for another.
     """
+    fakes: tuple[Callable[..., tuple[Tensor, ...]], ...]
     fakes = (_fake_losses_forward(kept_dtype), _fake_losses_backward, _fake_gram_loss)
     for schema, fake in zip((_FORWARD, _BACKWARD, _GRAM), fakes, strict=True):
         LIBRARY.define(f"{name}_{schema}")

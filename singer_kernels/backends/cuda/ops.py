@@ -7,7 +7,7 @@ from torch import Tensor
 
 from singer_kernels.backends import operators
 from singer_kernels.backends.cuda import stages
-from singer_kernels.backends.operators import ForwardOutput
+from singer_kernels.backends.operators import ForwardOutput, Upstream, or_empty
 
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
@@ -28,10 +28,6 @@ _KERNELS = (
     "Tensor? d_kd, Tensor(a!)? d_student, Tensor(b!)? refined, Tensor(c!)? dense, "
     "int num_prefix_tokens) -> ()",
 )
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 def losses_forward(
@@ -86,14 +82,14 @@ def losses_forward(
         kd=refined.kd,
         outlier=outliers.loss,
         info=info,
-        refined=_or_empty(refined.refined, teacher),
+        refined=or_empty(refined.refined, teacher),
         norms=refined.norms,
         threshold=outliers.threshold,
         outlier_weight=outliers.weight,
         columns=refined.columns,
-        residual=_or_empty(refined.residual, info, arithmetic.kept),
-        gram_columns=_or_empty(gram_columns, info, gram_arithmetic.kept),
-        d_target=_or_empty(d_target, info, gram_arithmetic.kept),
+        residual=or_empty(refined.residual, info, arithmetic.kept),
+        gram_columns=or_empty(gram_columns, info, gram_arithmetic.kept),
+        d_target=or_empty(d_target, info, gram_arithmetic.kept),
     )
 
 
@@ -130,16 +126,14 @@ def losses_backward(
         norms,
         threshold,
         outlier_weight,
-        stages.Upstream(
-            d_kd, d_outlier, d_info, None if d_refined is None else d_refined.contiguous()
-        ),
+        Upstream(d_kd, d_outlier, d_info, None if d_refined is None else d_refined.contiguous()),
         num_prefix_tokens,
         stages.Arithmetic(product, acc),
         None if d_kd is None else student_dtype,
         down_dtype if reaches else None,
         up_dtype if reaches else None,
     )
-    d_student, d_down, d_up = (_or_empty(grad, columns) for grad in grads)
+    d_student, d_down, d_up = (or_empty(grad, columns) for grad in grads)
     return d_student, d_down, d_up
 
 
@@ -166,12 +160,12 @@ def gram_loss(
         columns_dtype=acc,
         d_target_dtype=acc if has_d_target else None,
     )
-    return loss, _or_empty(d_tokens, loss), _or_empty(d_target, loss)
+    return loss, or_empty(d_tokens, loss), or_empty(d_target, loss)
 
 
 for _schema in _KERNELS:
     operators.LIBRARY.define(_schema)
-operators.define("cuda", stages.kept_dtype)
+operators.define("cuda")
 for _name, _implementation in (
     ("cuda_losses_forward", losses_forward),
     ("cuda_losses_backward", losses_backward),

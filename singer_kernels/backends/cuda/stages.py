@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from singer_kernels.backends.operators import Upstream, narrow_dtype
+
 MOST_ENTRIES = 2**26
 """How many entries of Gram matrices are in memory at once: 256 MiB in float32, each of three."""
-
-
-def kept_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
-    """Return the dtype of operands, and of what is kept between kernels."""
-    return torch.bfloat16 if product == torch.bfloat16 else acc
 
 
 def _kernel(name: str) -> Any:
@@ -29,12 +26,12 @@ class Arithmetic(NamedTuple):
     @property
     def operand(self) -> torch.dtype:
         """What the operands are rounded to: float16 would lose the range of H and X."""
-        return kept_dtype(self.product, self.acc)
+        return narrow_dtype(self.product, self.acc)
 
     @property
     def kept(self) -> torch.dtype:
         """What products are stored in between kernels."""
-        return kept_dtype(self.product, self.acc)
+        return narrow_dtype(self.product, self.acc)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a b`` in ``acc``, of rounded operands; matrices, or batches of them."""
@@ -219,15 +216,6 @@ def run_gram(
             )
     loss = sums[0].sum() / (images * patches**2)
     return loss, turned_columns, d_target
-
-
-class Upstream(NamedTuple):
-    """The gradients that come back; None: none does."""
-
-    kd: Tensor | None  # []
-    outlier: Tensor | None  # []
-    info: Tensor | None  # []
-    refined: Tensor | None  # Y, [B, T, D], contiguous
 
 
 def run_backward(

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from singer_kernels.backends import operators
-from singer_kernels.backends.operators import ForwardOutput
-
-
-def kept_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
-    """Return the dtype that products are kept in between kernels; float16 would lose its range."""
-    return torch.bfloat16 if product == torch.bfloat16 else acc
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
+from singer_kernels.backends.operators import ForwardOutput, Upstream, narrow_dtype, or_empty
 
 
 def losses_forward(
@@ -66,7 +57,7 @@ def losses_forward(
     student, teacher = stages.rows_contiguous(student), stages.rows_contiguous(teacher)
     is_own = gram_target is None
     identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
-    rows_dtype, gram_dtype = None, kept_dtype(gram_product, acc)
+    rows_dtype, gram_dtype = None, narrow_dtype(gram_product, acc)
     if gram and not identity:
         rows_dtype = gram_dtype
     with stages.on_device(teacher):
@@ -78,7 +69,7 @@ def losses_forward(
             prefix,
             arithmetic,
             identity=identity,
-            residual_dtype=kept_dtype(product, acc) if has_residual else None,
+            residual_dtype=narrow_dtype(product, acc) if has_residual else None,
             has_refined=has_refined,
             rows_dtype=rows_dtype,
         )
@@ -117,14 +108,14 @@ def losses_forward(
         kd=kd,
         outlier=outlier,
         info=info if gram else info.new_empty(0),
-        refined=_or_empty(refined.refined, teacher),
+        refined=or_empty(refined.refined, teacher),
         norms=refined.norms,
         threshold=outliers.threshold,
         outlier_weight=weight,
         columns=refined.columns,
-        residual=_or_empty(refined.residual, kd, kept_dtype(product, acc)),
-        gram_columns=_or_empty(None if found is None else found.columns, kd, gram_dtype),
-        d_target=_or_empty(None if found is None else found.d_target, kd, gram_dtype),
+        residual=or_empty(refined.residual, kd, narrow_dtype(product, acc)),
+        gram_columns=or_empty(None if found is None else found.columns, kd, gram_dtype),
+        d_target=or_empty(None if found is None else found.d_target, kd, gram_dtype),
     )
 
 
@@ -167,14 +158,14 @@ def losses_backward(
             norms,
             threshold,
             outlier_weight,
-            stages.Upstream(d_kd, d_outlier, d_info, d_refined),
+            Upstream(d_kd, d_outlier, d_info, d_refined),
             num_prefix_tokens,
             arithmetic,
             student_dtype,
             down_dtype,
             up_dtype,
         )
-    d_student, d_down, d_up = (_or_empty(grad, columns) for grad in grads)
+    d_student, d_down, d_up = (or_empty(grad, columns) for grad in grads)
     return d_student, d_down, d_up
 
 
@@ -203,10 +194,10 @@ def _gram_loss(
             d_target_dtype=acc if has_d_target else None,
         )
         loss = stages.mean_of_parts(found.parts, norms)
-    return loss, _or_empty(found.columns, loss), _or_empty(found.d_target, loss)
+    return loss, or_empty(found.columns, loss), or_empty(found.d_target, loss)
 
 
-operators.define("triton", kept_dtype)
+operators.define("triton")
 for _name, _implementation in (
     ("triton_losses_forward", losses_forward),
     ("triton_losses_backward", losses_backward),

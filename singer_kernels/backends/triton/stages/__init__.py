@@ -1,6 +1,6 @@
 """The stages of the losses: what each allocates, and how its kernels are launched."""
 
-from singer_kernels.backends.triton.stages.backward import Upstream, run_backward
+from singer_kernels.backends.triton.stages.backward import run_backward
 from singer_kernels.backends.triton.stages.common import (
     Arithmetic,
     architecture,
@@ -21,7 +21,6 @@ __all__ = [
     "Arithmetic",
     "Gram",
     "GramRows",
-    "Upstream",
     "architecture",
     "mean_of_parts",
     "on_device",

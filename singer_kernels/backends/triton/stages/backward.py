@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from singer_kernels.backends.operators import Upstream
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.kernels.backward import (
     backward_rows_kernel,
@@ -21,15 +20,6 @@ from singer_kernels.backends.triton.stages.common import (
     kernel_dtype,
     meta,
 )
-
-
-class Upstream(NamedTuple):
-    """The gradients that come back; None: none does."""
-
-    kd: Tensor | None  # []
-    outlier: Tensor | None  # []
-    info: Tensor | None  # []
-    refined: Tensor | None  # Y, [B, T, D]
 
 
 def run_backward(

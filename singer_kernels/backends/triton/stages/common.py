@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from singer_kernels.backends.operators import narrow_dtype
 from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.kernels.language import INTERPRETED
-from singer_kernels.backends.triton.ops import kept_dtype
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,7 @@ class Arithmetic(NamedTuple):
     @property
     def kept(self) -> torch.dtype:
         """What products are stored in between kernels; float16 would lose their range."""
-        return kept_dtype(self.product, self.acc)
+        return narrow_dtype(self.product, self.acc)
 
     def precision(self, rank: int) -> str:
         """Return how float32 operands are multiplied: by three TF32 products, where they fit.
