@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name until torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace singer {
 
 using torch::headeronly::ScalarType;
