@@ -1,7 +1,8 @@
 """Compiles ``_ops`` and ``_build``. The compilers are called directly, without importing torch.
 
 ``torch.utils.cpp_extension`` adds options and libraries of its own; ``_ops`` links with none but
-``libtorch_cpu``, by its stable ABI, so that one file serves every torch from 2.10 on.
+those that every torch has, ``libtorch_cpu`` and ``libtorch``, by their stable ABI, so that one file
+serves every torch from 2.10 on.
 """
 
 from __future__ import annotations
@@ -182,6 +183,10 @@ class _Toolchain:
         _run_all(commands, self.root)
         library = self.temp / LIBRARY
         libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
+        if self.cuda:
+            # Nothing is taken from libtorch itself, but where torch has CUDA it brings that part,
+            # with the weak symbol that csrc/cuda/launch.h declares.
+            libraries += ["-Xlinker", "--no-as-needed", "-ltorch"]
         _run([*self.linker(), *objects, "-o", str(library), *libraries], self.root)
         return library
 

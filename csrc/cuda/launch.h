@@ -95,8 +95,9 @@ SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
     const auto* from = reinterpret_cast<const Chunk<8 * kWide>*>(
         static_cast<const double*>(rows.data) + offset);
     for (int i = 0; i < kCount / kWide; ++i) {
+      const Chunk<8 * kWide> chunk = from[i];
       double values[kWide];
-      memcpy(values, from + i, sizeof(values));
+      memcpy(values, &chunk, sizeof(values));
       for (int j = 0; j < kWide; ++j) out[i * kWide + j] = static_cast<T>(values[j]);
     }
   } else if (rows.dtype == ScalarType::Float) {
@@ -122,7 +123,15 @@ SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
 template <int kCount, typename T>
 SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offset) {
   if (out.dtype == ScalarType::Double) {
-    for (int j = 0; j < kCount; ++j) static_cast<double*>(out.data)[offset + j] = in[j];
+    constexpr int kWide = kCount == 1 ? 1 : 2;
+    auto* to = reinterpret_cast<Chunk<8 * kWide>*>(static_cast<double*>(out.data) + offset);
+    for (int i = 0; i < kCount / kWide; ++i) {
+      double values[kWide];
+      for (int j = 0; j < kWide; ++j) values[j] = static_cast<double>(in[i * kWide + j]);
+      Chunk<8 * kWide> chunk;
+      memcpy(&chunk, values, sizeof(values));
+      to[i] = chunk;
+    }
   } else if (out.dtype == ScalarType::Float) {
     constexpr int kFloats = kCount == 1 ? 1 : 4;
     auto* to = reinterpret_cast<Chunk<4 * kFloats>*>(static_cast<float*>(out.data) + offset);

@@ -5,10 +5,12 @@
 namespace singer::cuda {
 namespace {
 
-// F^ = F + H Wu on the patches; norms, and the sum of (F^ - S)^2. One token to a warp.
+// F^ = F + H Wu on the patches; norms, F^ - S of the patches, and the sum of its squares. One token
+// to a warp.
 template <typename T>
 __global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* norms, T* kd_parts,
-                              Output refined, Output rows, int64_t count, int64_t tokens,
+                              Output refined, Output rows, Output differences, int64_t count,
+                              int64_t tokens,
                               int64_t prefix, int64_t width, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
@@ -27,8 +29,10 @@ __global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* nor
     for (int i = 0; i < kCount; ++i) {
       plain[i] += added[i];
       chunk_squares += plain[i] * plain[i];
-      chunk_distance += (plain[i] - target[i]) * (plain[i] - target[i]);
+      target[i] = plain[i] - target[i];
+      chunk_distance += target[i] * target[i];
     }
+    if (differences.data != nullptr && is_patch) store(target, differences, patch * width + d);
     squares += chunk_squares;
     distance += chunk_distance;
     if (refined.data != nullptr) store(plain, refined, row * width + d);
@@ -81,20 +85,23 @@ __global__ void normalize_kernel(Rows given, T* norms, Output rows, int64_t coun
 template <typename T>
 void run_refine(const Tensor& teacher, const Tensor& student, const Tensor& delta, int64_t prefix,
                 const Tensor& norms, const Tensor& kd_parts, const std::optional<Tensor>& refined,
-                const std::optional<Tensor>& rows) {
+                const std::optional<Tensor>& rows, const std::optional<Tensor>& differences) {
   const int64_t tokens = teacher.size(1), width = teacher.size(2);
   const int64_t count = teacher.size(0) * tokens;
-  const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows);
+  const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows),
+               to_differences = output_or_null(differences);
   launch(refine_kernel<T>, count, teacher, Rows::of(teacher), Rows::of(student),
          static_cast<const T*>(delta.const_data_ptr()), static_cast<T*>(norms.mutable_data_ptr()),
-         static_cast<T*>(kd_parts.mutable_data_ptr()), to_refined, to_rows, count, tokens, prefix,
-         width,
+         static_cast<T*>(kd_parts.mutable_data_ptr()), to_refined, to_rows, to_differences, count, tokens,
+         prefix, width,
          is_aligned(width, {teacher.const_data_ptr(), student.const_data_ptr(),
-                            delta.const_data_ptr(), to_refined.data, to_rows.data}));
+                            delta.const_data_ptr(), to_refined.data, to_rows.data,
+                            to_differences.data}));
 }
 
 void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor norms,
-            Tensor kd_parts, std::optional<Tensor> refined, std::optional<Tensor> rows) {
+            Tensor kd_parts, std::optional<Tensor> refined, std::optional<Tensor> rows,
+            std::optional<Tensor> differences) {
   check_tokens("teacher", teacher, prefix);
   const auto shape = shape_of(teacher);
   const ScalarType acc = delta.scalar_type();
@@ -106,7 +113,9 @@ void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor
   check_dense("kd_parts", kd_parts, {shape[0], shape[1]}, teacher, acc);
   check_dense("refined", refined, shape, teacher);
   check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, teacher);
-  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_parts, refined, rows);
+  check_dense("differences", differences, {shape[0], shape[1] - prefix, shape[2]}, teacher);
+  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_parts, refined, rows,
+                  differences);
 }
 
 template <typename T>
@@ -129,6 +138,13 @@ void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
 }
 
 }  // namespace
+
+#ifndef SINGER_EMULATED
+// Whether the current stream can be asked for; for introspection.
+extern "C" __attribute__((visibility("default"))) bool singer_has_cuda_stream() {
+  return aoti_torch_get_current_cuda_stream != nullptr;
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(singer_kernels, SINGER_KEY, library) {
   library.impl("cuda_refine", TORCH_BOX(&refine));

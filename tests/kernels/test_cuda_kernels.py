@@ -4,6 +4,7 @@
 them on a device.
 """
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from singer_kernels import backends, extension
+from singer_kernels import backends, extension, fused_losses
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
@@ -74,6 +75,35 @@ def test_rows_are_read_and_written_by_16_bytes(compiled, stage):
 needs_emulation = pytest.mark.skipif(
     not extension.has_kernels("cuda_refine", "cpu"), reason="there is no g++ to emulate with"
 )
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or not extension.has_kernels("cuda_refine", "cuda"),
+    reason="torch or the extension is built without CUDA",
+)
+def test_the_library_reaches_the_streams_of_torch():
+    # A weak symbol, of the part of torch that the library must load without.
+    found = ctypes.CDLL(str(extension.LIBRARY)).singer_has_cuda_stream
+    found.restype = ctypes.c_bool
+    assert found()
+
+
+@needs_emulation
+def test_a_student_all_but_equal_to_the_refined_teacher():
+    # Rounded to bfloat16 apart, both would leave nothing of their difference.
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 20, 32, generator=generator)
+    student = teacher + 1e-3 * torch.randn(2, 20, 32, generator=generator)
+    down = 0.1 * torch.randn(32, 4, generator=generator)
+    up = torch.zeros(4, 32) + 1e-4
+    found = []
+    for name, width in (("cuda", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(width).requires_grad_() for x in (down, up)]
+        given = [x.to(width) for x in (student, teacher)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "cuda"):
+            out = fused_losses(*given, *leaves, gram=False, backend=name)
+        found.append(torch.autograd.grad(out.kd, leaves[0])[0])
+    assert (found[0] - found[1]).abs().max() <= 0.05 * found[1].abs().max()
 
 
 @needs_emulation

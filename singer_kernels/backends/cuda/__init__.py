@@ -5,7 +5,8 @@ are torch's library's, and what is bound by memory is a kernel in ``csrc/cuda``:
 and the KD sums, the quantile, the Gram matrices' difference, the gradients' rows.
 
 bfloat16 products accumulate in float32, and H goes into ``H Wu`` in two bfloat16 parts. float16
-features are multiplied in float32: float16 lacks the range of H and X. Gram matrices are written
+features are multiplied in float32: float16 lacks the range of H and X. Products of float32 follow
+torch's setting of TF32, as the reference's do. Gram matrices are written
 to memory, of as many images at a time as fit ``stages.MOST_ENTRIES``.
 """
 

@@ -11,7 +11,8 @@ from singer_kernels.backends.operators import ForwardOutput, Upstream, or_empty
 
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
-    "Tensor(a!) norms, Tensor(b!) kd_parts, Tensor(c!)? refined, Tensor(d!)? rows) -> ()",
+    "Tensor(a!) norms, Tensor(b!) kd_parts, Tensor(c!)? refined, Tensor(d!)? rows, "
+    "Tensor(e!)? differences) -> ()",
     "cuda_normalize(Tensor tokens, int num_prefix_tokens, Tensor(a!) norms, Tensor(b!) rows) -> ()",
     "cuda_outlier(Tensor norms, float quantile, Tensor(a!) threshold, Tensor(b!) squares, "
     "Tensor(c!) counts) -> ()",

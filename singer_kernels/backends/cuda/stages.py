@@ -10,7 +10,8 @@ from torch import Tensor
 from singer_kernels.backends.operators import Upstream, narrow_dtype
 
 MOST_ENTRIES = 2**26
-"""How many entries of Gram matrices are in memory at once: 256 MiB in float32, each of three."""
+"""How many entries of a Gram matrix, or of a product with one, are in memory at once: 256 MiB in
+float32. Two matrices are, and E."""
 
 
 def _kernel(name: str) -> Any:
@@ -98,15 +99,19 @@ def run_refine(
     def of_patches(rows: Tensor) -> Tensor:
         return rows.view(images, tokens, -1)[:, prefix:].contiguous()
 
-    residual = None
-    if has_residual:
-        plain = arithmetic.multiply(student.flatten(0, 1), up.mT)
-        residual = of_patches(latent - plain).to(arithmetic.kept)
     new = teacher.new_empty
     norms, kd_parts = new((images, patches), dtype=acc), new((images, tokens), dtype=acc)
     refined = new(teacher.shape) if has_refined else None
     rows = None if rows_dtype is None else new((images, patches, width), dtype=rows_dtype)
-    _kernel("refine")(teacher, student, delta, prefix, norms, kd_parts, refined, rows)
+    differences = None
+    if has_residual:
+        differences = new((images, patches, width), dtype=arithmetic.operand)
+    _kernel("refine")(teacher, student, delta, prefix, norms, kd_parts, refined, rows, differences)
+    residual = None
+    if differences is not None:
+        # Of the difference, not a difference of products, each rounded, that may be all but equal.
+        residual = arithmetic.multiply(differences.flatten(0, 1), up.mT).to(arithmetic.kept)
+        residual = residual.view(images, patches, rank)
     kd = kd_parts.sum() / teacher.numel()
     columns = of_patches(torch.cat([hidden, latent], dim=1))
     return Refined(kd, columns, norms, residual, refined, rows)
@@ -165,7 +170,7 @@ def run_gram(
     Returns:
         The loss, X C ``[B, P, m]`` and the gradient of R's patches ``[B, P, D]``, or None.
     """
-    images, patches, _ = rows.shape
+    images, patches, width = rows.shape
     target_norms, target_rows = normalized(target, prefix, arithmetic)
     scale = 4 / (images * patches**2)
     new = rows.new_empty
@@ -176,9 +181,8 @@ def run_gram(
     if d_target_dtype is not None:
         d_target = new(target_rows.shape, dtype=d_target_dtype)
     needs_difference = turned_columns is not None or d_target is not None
-    step = max(1, MOST_ENTRIES // patches**2)
-    for start in range(0, images, step):
-        some = slice(start, start + step)
+
+    def some_images(some: slice) -> None:
         cosines, target_cosines = (
             arithmetic.multiply(x[some], x[some].mT) for x in (rows, target_rows)
         )
@@ -187,15 +191,15 @@ def run_gram(
         _kernel("gram_difference")(
             cosines, target_cosines, difference, squares, slopes, target_slopes
         )
+        del cosines, target_cosines  # their memory is needed
         if columns is not None and difference is not None and turned_columns is not None:
             if columns_are_tokens:
                 scaled = rows[some]
             else:
                 scaled = torch.empty_like(columns[some], dtype=arithmetic.operand)
                 _kernel("gram_scale")(columns[some], norms[some], scaled)
-            turned = arithmetic.multiply(difference, scaled)
             _kernel("gram_gradient")(
-                turned,
+                arithmetic.multiply(difference, scaled),
                 columns[some],
                 norms[some],
                 slopes,
@@ -214,6 +218,10 @@ def run_gram(
                 d_target[some],
                 prefix,
             )
+
+    step = max(1, MOST_ENTRIES // (patches * max(patches, width)))
+    for start in range(0, images, step):
+        some_images(slice(start, start + step))
     loss = sums[0].sum() / (images * patches**2)
     return loss, turned_columns, d_target
 
@@ -303,6 +311,7 @@ def run_backward(
         _kernel("backward_tokens")(
             teacher, student, delta, back, kd, d_student, refined, dense, prefix
         )
+        del padded, delta  # the largest: not to be kept beside the products below
     d_down = d_up = None
     if d_hidden is not None:
         # One product per image: patches are a slice of the tokens, which this takes as it is.
