@@ -25,6 +25,7 @@ from singer_kernels import extension
 from singer_kernels.backends import autograd, operators
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.problem import Problem
+from singer_kernels.backends.tracing import constant_while_tracing
 
 operators.define("cpu", lambda product, acc: acc)
 
@@ -37,6 +38,7 @@ outlier_loss = reference_backend.outlier_loss
 kd_loss = reference_backend.kd_loss
 
 
+@constant_while_tracing
 def _extension_reason(asked: bool) -> str | None:
     """Return why the extension can't or, unless it was asked for, should not be used, or None."""
     reason = extension.load()
@@ -45,10 +47,6 @@ def _extension_reason(asked: bool) -> str | None:
     if not asked and extension.vectors() == "baseline":
         return "only with AVX2 or AVX-512 is it known to be faster than the backend 'torch'"
     return None
-
-
-# As in the backend "triton": torch.compile is to call this, not to trace it.
-_extension_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable_reason(device: torch.device, asked: bool) -> str | None:

@@ -21,6 +21,7 @@ from singer_kernels.backends import autograd
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.cuda import ops as _ops  # noqa: F401  it registers the operators
 from singer_kernels.backends.problem import Problem
+from singer_kernels.backends.tracing import constant_while_tracing
 
 fused_losses = partial(autograd.fused_losses, backend="cuda")
 gram_loss = partial(autograd.gram_loss, backend="cuda")
@@ -31,6 +32,7 @@ outlier_loss = reference_backend.outlier_loss
 kd_loss = reference_backend.kd_loss
 
 
+@constant_while_tracing
 def _reason(device_type: str, asked: bool) -> str | None:
     """Return why the kernels can't or, unless they were asked for, should not run, or None."""
     is_emulated = device_type == "cpu" and extension.has_kernels("cuda_refine", "cpu")
@@ -41,10 +43,6 @@ def _reason(device_type: str, asked: bool) -> str | None:
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU"
     return None if asked else "it has not been run on a GPU yet: only if asked for"
-
-
-# As in the backend "triton": torch.compile is to call this, not to trace it.
-_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable_reason(device: torch.device, asked: bool) -> str | None:

@@ -76,8 +76,8 @@ def losses_forward(
             gram_arithmetic,
             columns=refined.columns if has_gram_columns else None,
             columns_are_tokens=False,
-            columns_dtype=gram_arithmetic.kept,
-            d_target_dtype=gram_arithmetic.kept if has_d_target else None,
+            columns_dtype=gram_arithmetic.operand,
+            d_target_dtype=gram_arithmetic.operand if has_d_target else None,
         )
     return ForwardOutput(
         kd=refined.kd,
@@ -88,9 +88,9 @@ def losses_forward(
         threshold=outliers.threshold,
         outlier_weight=outliers.weight,
         columns=refined.columns,
-        residual=or_empty(refined.residual, info, arithmetic.kept),
-        gram_columns=or_empty(gram_columns, info, gram_arithmetic.kept),
-        d_target=or_empty(d_target, info, gram_arithmetic.kept),
+        residual=or_empty(refined.residual, info, arithmetic.operand),
+        gram_columns=or_empty(gram_columns, info, gram_arithmetic.operand),
+        d_target=or_empty(d_target, info, gram_arithmetic.operand),
     )
 
 

@@ -26,12 +26,7 @@ class Arithmetic(NamedTuple):
 
     @property
     def operand(self) -> torch.dtype:
-        """What the operands are rounded to: float16 would lose the range of H and X."""
-        return narrow_dtype(self.product, self.acc)
-
-    @property
-    def kept(self) -> torch.dtype:
-        """What products are stored in between kernels."""
+        """What operands are rounded to, and what is kept between kernels."""
         return narrow_dtype(self.product, self.acc)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ def run_refine(
     residual = None
     if differences is not None:
         # Of the difference, not a difference of products, each rounded, that may be all but equal.
-        residual = arithmetic.multiply(differences.flatten(0, 1), up.mT).to(arithmetic.kept)
+        residual = arithmetic.multiply(differences.flatten(0, 1), up.mT).to(arithmetic.operand)
         residual = residual.view(images, patches, rank)
     kd = kd_parts.sum() / teacher.numel()
     columns = of_patches(torch.cat([hidden, latent], dim=1))
@@ -186,7 +181,7 @@ def run_gram(
         cosines, target_cosines = (
             arithmetic.multiply(x[some], x[some].mT) for x in (rows, target_rows)
         )
-        difference = new(cosines.shape, dtype=arithmetic.kept) if needs_difference else None
+        difference = new(cosines.shape, dtype=arithmetic.operand) if needs_difference else None
         squares, slopes, target_slopes = (x[some] for x in sums)
         _kernel("gram_difference")(
             cosines, target_cosines, difference, squares, slopes, target_slopes
@@ -273,10 +268,10 @@ def run_backward(
     needs_down, needs_up = down_dtype is not None, up_dtype is not None
     new = teacher.new_empty
     hidden = columns[..., :rank]
-    d_hidden = new((images, patches, rank), dtype=arithmetic.kept) if needs_down else None
+    d_hidden = new((images, patches, rank), dtype=arithmetic.operand) if needs_down else None
     turned = None
     if needs_up and has_turned:
-        turned = new((images, patches, rank), dtype=arithmetic.kept)
+        turned = new((images, patches, rank), dtype=arithmetic.operand)
     if d_hidden is not None or turned is not None:
         through_up = None
         if back is not None and needs_down:

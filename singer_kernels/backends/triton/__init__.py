@@ -26,6 +26,7 @@ import torch
 from singer_kernels.backends import autograd
 from singer_kernels.backends import reference as reference_backend
 from singer_kernels.backends.problem import Problem
+from singer_kernels.backends.tracing import constant_while_tracing
 from singer_kernels.backends.triton import ops as _ops  # noqa: F401  it registers the operators
 
 __all__ = [
@@ -56,6 +57,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+@constant_while_tracing
 def _device_reason(device_type: str, index: int | None) -> str | None:
     """Return why the kernels can't run on a device of a type that they know, or None."""
     if device_type == "cuda":
@@ -76,12 +78,6 @@ def _device_reason(device_type: str, index: int | None) -> str | None:
         except Exception as error:
             return f"Triton can't start: {' '.join(str(error).split())}"
     return None
-
-
-# torch.compile can't trace a look at the device: it is to call this, and keep the answer.
-# torch.compiler.assume_constant_result sets this mark, but would import the compiler now.
-# mypy knows of no such attribute of a function.
-_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable_reason(device: torch.device, asked: bool) -> str | None:
