@@ -6,7 +6,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from yaml import YAMLError
 
@@ -74,9 +75,36 @@ class ModelConfig(_Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The teacher: a model whose weights must be named."""
+    """The teacher: a model whose weights must be named.
+
+    Attributes:
+        precision: of its weights and activations once its adapters' bases are computed: ``fp32``
+            (under ``train.precision``'s autocast), ``bf16``, or ``auto``: bf16 where that is
+            ``train.precision``, else fp32.
+        cache: a folder for the tokens of fixed crops (``data.crops=center``), in bf16: they are
+            computed once, and later epochs and runs read them; None: computed at every step.
+    """
 
     weights: FilePath
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    cache: FilePath | None = None
+
+
+class NamedStudentConfig(ModelConfig):
+    """One of several students that learn from one pass of the teacher.
+
+    Attributes:
+        folder: its folder inside the run's; None: the model's name.
+    """
+
+    folder: str | None = None
+
+    @field_validator("folder")
+    @classmethod
+    def _check_folder(cls, folder: str | None) -> str | None:
+        if folder is not None and (folder in ("", ".", "..") or "/" in folder or "\\" in folder):
+            raise ValueError("expected the name of one folder, without slashes")
+        return folder
 
 
 class _MethodConfig(_Section):
@@ -109,19 +137,30 @@ class DataConfig(_Section):
     """Where the images come from.
 
     Attributes:
-        source: a folder, searched with its subfolders, or ``photos``: the photographs inside
-            scikit-image's and scikit-learn's wheels.
+        source: a folder of images, searched with its subfolders; a ``.tar`` file or a folder of
+            them (class folders in a tar, WebDataset shards); ``hfds/NAME``, a Hugging Face dataset
+            (a name on its hub, or a local folder) of one split; or ``photos``: the photographs
+            inside scikit-image's and scikit-learn's wheels. Labels are not used.
+        split: of a Hugging Face dataset.
+        image_key: the column of a Hugging Face dataset that holds the images.
+        crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
         epoch_size: samples per epoch; None: one per image. A larger number takes several random
             crops of each image.
         crop_scale: smallest and largest area of a random crop, as a share of the image.
         hflip: probability of a horizontal flip.
+        max_unreadable: share of the images that may be unreadable: another one takes the place of
+            such an image, which is named in the log; when there are more, the run stops.
         num_workers: processes that load images; 0: the main one.
     """
 
     source: FilePath
+    split: str = "train"
+    image_key: str = "image"
+    crops: Literal["random", "center"] = "random"
     epoch_size: int | None = Field(None, ge=1)
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
+    max_unreadable: float = Field(0.001, ge=0, le=1)
     num_workers: int = Field(4, ge=0)
 
     @field_validator("crop_scale")
@@ -140,32 +179,63 @@ class TrainConfig(_Section):
     batch is 512. timm exempts biases, norms, class token and position table from weight decay.
 
     Attributes:
-        steps: optimiser steps; None: ``epochs`` epochs.
-        epochs: passes over the data, unless ``steps`` is given.
-        batch_size: images per process and step.
+        steps: optimiser steps; None: ``epochs`` passes over the data.
+        epochs: passes over the data.
+        batch_size: images per optimiser step, over all processes: it must divide evenly among
+            ``accumulate`` and the processes.
+        accumulate: parts in which a process takes its share of the batch, one after the other, to
+            need less memory.
         lr: peak learning rate of AdamW.
         min_lr: what the cosine schedule falls towards, as a share of ``lr``.
         warmup: share of the steps in which the learning rate rises linearly from 0.
         weight_decay: AdamW's.
+        decay_all: also decay biases, norms, class token and position table, as the authors do.
         betas: AdamW's.
+        clip_norm: largest norm of the gradient of all that one student's method trains; a larger
+            one is scaled down. None: not clipped.
+        ema: decay of an exponential moving average of the student's weights per step (0.9999,
+            say), written beside them; None: none. In early steps the decay is lower.
         precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
+        compile: compile the blocks of teacher and student with ``torch.compile``.
         seed: of the weights, the data order and the augmentation.
-        log_every: steps between two log lines; losses are read from the device only then.
-        save_every: steps between two checkpoints, each in place of the one before.
+        log_every: steps between two log lines; losses are read from the device only then, and a
+            request to stop is answered then (at once, in a single process).
+        save_every: steps between two checkpoints; one more is made at the end of every epoch.
+        keep_checkpoints: how many of the last ones stay.
     """
 
     steps: int | None = Field(None, ge=1)
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(1e-4, ge=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
+    decay_all: bool = False
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip_norm: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     seed: int = Field(0, ge=0, lt=2**31)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class TrainedModel(NamedTuple):
+    """A model to train.
+
+    Attributes:
+        key: of its section, for messages.
+        model: what it is.
+        folder: where what comes of it goes.
+    """
+
+    key: str
+    model: ModelConfig
+    folder: Path
 
 
 class Config(_Section):
@@ -174,20 +244,48 @@ class Config(_Section):
     Attributes:
         teacher: the frozen model.
         student: the model to train.
+        students: in its place, several models that learn from one pass of the teacher.
         image_size: pixels, for square images.
-        method: ``singer`` or ``fitnet``, and its options.
+        method: ``singer``, ``fitnet`` or ``vitkd``, and its options.
         data: the images.
         train: the recipe.
-        output: the run's folder; it must not exist yet.
+        output: the run's folder. It must not exist yet, unless the run is resumed.
     """
 
     teacher: TeacherConfig
-    student: ModelConfig
+    student: ModelConfig | None = None
+    students: list[NamedStudentConfig] = Field(default_factory=list)
     image_size: int = Field(224, ge=1)
     method: Annotated[SiNGERConfig | FitNetConfig, Field(discriminator="name")]
     data: DataConfig
     train: TrainConfig = TrainConfig()
     output: FilePath
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.student is None) == (not self.students):
+            found = "neither" if self.student is None else "both"
+            raise ValueError(f"got {found} of student and students, expected one of them")
+        folders = [student.folder or student.name for student in self.students]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"students: got the folders {folders}; give each one of its own")
+        if self.teacher.cache is not None and self.data.crops == "random":
+            raise ValueError(
+                "teacher.cache: the teacher's tokens can be kept only for crops that stay as they "
+                "are, but data.crops is 'random'; set data.crops=center, or leave the cache out"
+            )
+        return self
+
+    def trained(self) -> list[TrainedModel]:
+        """Return the models to train, each with its key in the configuration and its folder."""
+        if self.student is not None:
+            return [TrainedModel("student", self.student, Path(self.output))]
+        return [
+            TrainedModel(
+                f"students.{index}", student, Path(self.output, student.folder or student.name)
+            )
+            for index, student in enumerate(self.students)
+        ]
 
 
 def _known_keys(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]:
@@ -195,12 +293,14 @@ def _known_keys(model: type[BaseModel], parents: Sequence[str | int]) -> list[st
     sections: dict[str, type[BaseModel]] = {
         "teacher": TeacherConfig,
         "student": ModelConfig,
+        "students": NamedStudentConfig,
         "data": DataConfig,
         "train": TrainConfig,
         "singer": SiNGERConfig,
         "fitnet": FitNetConfig,
     }
-    section = sections.get(str(parents[-1]), model) if parents else model
+    names = [str(key) for key in parents if not isinstance(key, int)]  # an entry of a list
+    section = sections.get(names[-1], model) if names else model
     return list(section.model_fields)
 
 
@@ -222,7 +322,9 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{key}.name: got {context['tag']!r}, expected {context['expected_tags']}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: got {reprlib.repr(detail['input'])}: {message}")
+            lines.append(
+                f"{key}: got {reprlib.repr(detail['input'])}: {message}" if key else message
+            )
     return "; ".join(lines)
 
 
