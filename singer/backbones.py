@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Backbone:
         self.mean: tuple[float, ...] = tuple(data["mean"])
         self.std: tuple[float, ...] = tuple(data["std"])
         self._statistics: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._own_precision = False
         self._check_image_size()
 
     def _prefix_layout(self) -> tuple[str, ...]:
@@ -213,14 +214,15 @@ class Backbone:
         return found[0]
 
     def _run(self, images: Tensor, last_layer: int, **forward_options: Any) -> None:
-        self.model.forward_intermediates(
-            self.normalize(images),
-            indices=[last_layer],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            **forward_options,
-        )
+        with self._precision(images):
+            self.model.forward_intermediates(
+                self.normalize(images),
+                indices=[last_layer],
+                stop_early=True,
+                intermediates_only=True,
+                output_fmt="NLC",
+                **forward_options,
+            )
 
     def run_block(self, layer: int, tokens: Tensor, call: BlockCall) -> Tensor:
         """Run one block on given tokens.
@@ -233,7 +235,31 @@ class Backbone:
         Returns:
             The block's output, ``[B, T, D]``, differentiable in ``tokens``.
         """
-        return self.block(layer)(tokens, *call.args, **call.kwargs)
+        with self._precision(tokens):
+            if self._own_precision:
+                tokens = tokens.to(next(self.model.parameters()).dtype)
+            return self.block(layer)(tokens, *call.args, **call.kwargs)
+
+    def _precision(self, tensor: Tensor) -> AbstractContextManager[Any]:
+        if not self._own_precision:
+            return nullcontext()
+        return torch.autocast(tensor.device.type, enabled=False)
+
+    def cast(self, dtype: torch.dtype) -> Backbone:
+        """Cast weights and activations to a floating dtype, whatever autocast says; return self."""
+        self.model.to(dtype)
+        self._own_precision = True
+        return self
+
+    def compile(self) -> Backbone:
+        """Compile what each block computes with ``torch.compile``; return self.
+
+        The blocks alone: they are equal, so that one compilation serves all of them, and the hooks
+        that record their tokens stay outside.
+        """
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward)
+        return self
 
     def freeze(self) -> Backbone:
         """Switch to evaluation mode and take every weight out of training; return self."""

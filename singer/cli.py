@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from singer.errors import SingerError
+from singer.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    SharedError,
+    SingerError,
+    StoppedError,
+)
 from singer_kernels import __version__
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,7 +27,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     distill = commands.add_parser("distill", help="train a student, as a configuration file says")
-    distill.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    distill.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="YAML file; may be given several times: later files' values hold",
+    )
+    distill.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in the run's folder; begin if there is none",
+    )
+    distill.add_argument(
+        "--force",
+        action="store_true",
+        help="with --resume: although the configuration, the images or the number of processes "
+        "changed",
+    )
     distill.add_argument(
         "overrides",
         nargs="*",
@@ -46,23 +68,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(arguments: argparse.Namespace) -> None:
-    from accelerate import PartialState
     from rich.console import Console
 
     from singer.config import load_config
     from singer.progress import summary_table
-    from singer.training import distill
+    from singer.training import train
 
+    if arguments.force and not arguments.resume:
+        raise SingerError("--force: goes with --resume")
     config = load_config(arguments.config, arguments.overrides)
     console = Console()
-    result = distill(config, console)
-    if not PartialState().is_main_process:
+    results = train(config, console, resume=arguments.resume, force=arguments.force)
+    if not _is_main_process():
         return
-    rows = {name: f"{value:.5g}" for name, value in result.losses.items()}
-    rows["steps"] = f"{result.steps}, in {result.seconds:.1f} s"
-    rows["images per second"] = f"{result.images_per_second:.1f}"
-    rows["student"] = str(result.folder / "student.safetensors")
-    console.print(summary_table("losses are means over the last tenth of the steps", rows))
+    for result in results:
+        rows = {name: f"{value:.5g}" for name, value in result.losses.items()}
+        rows["steps"] = f"{result.steps}, in {result.seconds:.1f} s"
+        rows["images per second"] = f"{result.images_per_second:.1f}"
+        rows["student"] = str(result.folder / "student.safetensors")
+        console.print(summary_table("losses are means over the last tenth of the steps", rows))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -80,10 +104,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(options, Console())
 
 
-def _one_line(error: SingerError) -> str:
-    # A loader's worker process hands its error on as a traceback, whose last line is the message.
-    last = str(error).strip().splitlines()[-1]
-    return last.removeprefix(f"{SingerError.__module__}.{SingerError.__qualname__}: ")
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for an error that the user can mend; 130 after Ctrl-C.
+        The exit code: 0; 2 for an error that the user can mend; 75 when SIGTERM or SIGUSR1 stopped
+        a run that can be resumed; 130 after Ctrl-C. (A process that ends because another one of its
+        run has died ends with 70.)
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -102,8 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         {"distill": _distill, "demo": _demo}[arguments.command](arguments)
     except SingerError as error:
-        print(f"singer: error: {_one_line(error)}", file=sys.stderr)
+        if _is_main_process() or not isinstance(error, SharedError):
+            print(f"singer: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except StoppedError as stopped:
+        if _is_main_process():
+            print(f"singer: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("singer: interrupted; the run's folder keeps what was saved", file=sys.stderr)
         return EXIT_INTERRUPTED

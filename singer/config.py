@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     field_validator,
     model_validator,
@@ -22,6 +25,8 @@ from pydantic import (
 from yaml import YAMLError
 
 from singer.errors import SingerError, did_you_mean
+from singer.methods import METHODS
+from singer.methods.options import derive_options
 from singer.methods.singer import Variant
 from singer.nullspace import Linearization, Selection
 
@@ -107,13 +112,32 @@ class NamedStudentConfig(ModelConfig):
         return folder
 
 
-class _MethodConfig(_Section):
+class MethodConfig(_Section):
+    """What every method takes.
+
+    Attributes:
+        name: its key in :data:`singer.methods.METHODS`.
+        layers: the teacher's blocks to distil, see :class:`singer.methods.Distiller`.
+    """
+
+    name: str
     layers: list[int] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in METHODS:
+            known = ", ".join(map(repr, METHODS))
+            raise ValueError(f"expected one of {known}{did_you_mean(name, METHODS)}")
+        return name
+
+
+class _FeatureMatchingConfig(MethodConfig):
     kd_weight: float = Field(1.0, ge=0)
     backend: str | None = None
 
 
-class SiNGERConfig(_MethodConfig):
+class SiNGERConfig(_FeatureMatchingConfig):
     """Options of :class:`singer.methods.SiNGER`, which describes them."""
 
     name: Literal["singer"] = "singer"
@@ -127,10 +151,60 @@ class SiNGERConfig(_MethodConfig):
     threshold: float = Field(0.05, gt=0)
 
 
-class FitNetConfig(_MethodConfig):
+class FitNetConfig(_FeatureMatchingConfig):
     """Options of :class:`singer.methods.FitNet`, which describes them."""
 
-    name: Literal["fitnet"]
+    name: Literal["fitnet"] = "fitnet"
+
+
+class ViTKDConfig(_FeatureMatchingConfig):
+    """Options of :class:`singer.methods.ViTKD`, which describes them."""
+
+    name: Literal["vitkd"] = "vitkd"
+    generation_weight: float = Field(1.0, ge=0)
+    mask_ratio: float = Field(0.5, gt=0, lt=1)
+
+
+_METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
+    "singer": SiNGERConfig,
+    "fitnet": FitNetConfig,
+    "vitkd": ViTKDConfig,
+}
+
+
+def _method_config(name: Any) -> type[MethodConfig]:
+    """Return a method's section: the one above, or one derived from its constructor."""
+    if name in _METHOD_CONFIGS:
+        return _METHOD_CONFIGS[name]
+    return derive_options(name, METHODS[name], MethodConfig) if name in METHODS else MethodConfig
+
+
+def _method_name(method: Any) -> str | None:
+    name = method.get("name", "singer") if isinstance(method, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_method(method: Any) -> Any:
+    """Check a method's section against the options of the method that it names."""
+    if isinstance(method, MethodConfig):
+        return method
+    name = _method_name(method)
+    if name is not None and name not in METHODS:
+        method = {"name": name}  # no method's options: their keys are neither right nor wrong
+    elif name is not None:
+        method = {"name": name, **method}
+    return _method_config(name).model_validate(method)
+
+
+def _import_plugin(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a module may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"can't be imported: {reason}; a plugin is a module that is installed or on PYTHONPATH"
+        ) from error
+    return module
 
 
 class DataConfig(_Section):
@@ -246,7 +320,8 @@ class Config(_Section):
         student: the model to train.
         students: in its place, several models that learn from one pass of the teacher.
         image_size: pixels, for square images.
-        method: ``singer``, ``fitnet`` or ``vitkd``, and its options.
+        plugins: modules to import first, which register methods (see :mod:`singer.methods`).
+        method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.
         data: the images.
         train: the recipe.
         output: the run's folder. It must not exist yet, unless the run is resumed.
@@ -256,7 +331,8 @@ class Config(_Section):
     student: ModelConfig | None = None
     students: list[NamedStudentConfig] = Field(default_factory=list)
     image_size: int = Field(224, ge=1)
-    method: Annotated[SiNGERConfig | FitNetConfig, Field(discriminator="name")]
+    plugins: list[Annotated[str, AfterValidator(_import_plugin)]] = Field(default_factory=list)
+    method: SerializeAsAny[Annotated[MethodConfig, BeforeValidator(_check_method)]]
     data: DataConfig
     train: TrainConfig = TrainConfig()
     output: FilePath
@@ -288,7 +364,7 @@ class Config(_Section):
         ]
 
 
-def _known_keys(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]:
+def _known_keys(parents: Sequence[str | int], method: str | None) -> list[str]:
     """Return the keys of the section that a path of keys leads to."""
     sections: dict[str, type[BaseModel]] = {
         "teacher": TeacherConfig,
@@ -296,30 +372,25 @@ def _known_keys(model: type[BaseModel], parents: Sequence[str | int]) -> list[st
         "students": NamedStudentConfig,
         "data": DataConfig,
         "train": TrainConfig,
-        "singer": SiNGERConfig,
-        "fitnet": FitNetConfig,
+        "method": _method_config(method),
     }
     names = [str(key) for key in parents if not isinstance(key, int)]  # an entry of a list
-    section = sections.get(names[-1], model) if names else model
+    section = sections.get(names[-1], Config) if names else Config
     return list(section.model_fields)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, method: str | None) -> str:
+    """Return every mistake in one line, given the name of the configuration's method."""
     lines = []
     for detail in error.errors():
-        path = list(detail["loc"])
-        parents, method = path[:-1], ""
-        if path[:1] == ["method"] and len(path) > 1:
-            method = f" of method {path.pop(1)!r}"  # the union's tag is no key
+        path = detail["loc"]
         key = ".".join(map(str, path))
         if detail["type"] == "extra_forbidden":
-            known = _known_keys(Config, parents)
-            lines.append(f"unknown key {key!r}{method}{did_you_mean(str(path[-1]), known)}")
+            known = _known_keys(path[:-1], method)
+            whose = f" of method {method!r}" if path[0] == "method" and len(path) > 1 else ""
+            lines.append(f"unknown key {key!r}{whose}{did_you_mean(str(path[-1]), known)}")
         elif detail["type"] == "missing":
             lines.append(f"{key}: missing")
-        elif detail["type"] == "union_tag_invalid":
-            context = detail["ctx"]
-            lines.append(f"{key}.name: got {context['tag']!r}, expected {context['expected_tags']}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             lines.append(
@@ -342,37 +413,48 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """
     if not isinstance(values, Mapping):
         raise SingerError(f"configuration: got {reprlib.repr(values)}, expected keys and values")
-    method = values.get("method")
-    if isinstance(method, Mapping) and "name" not in method:
-        values = {**values, "method": {"name": "singer", **method}}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise SingerError(f"configuration: {_explain(error)}") from error
+        explained = _explain(error, _method_name(values.get("method")))
+        raise SingerError(f"configuration: {explained}") from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply overrides, and check the result.
+def _read_yaml(path: str | Path) -> DictConfig:
+    try:
+        values = OmegaConf.load(path)
+    except OSError as error:
+        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig):
+        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
+    return values
+
+
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read YAML files, lay them one over the other, apply overrides, and check the result.
 
     Args:
-        path: the YAML file.
+        paths: a YAML file, or several: sections are merged key by key, and where two files have
+            the same key the later one's value holds.
         overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``.
 
     Returns:
         The configuration.
 
     Raises:
-        SingerError: the file can't be read, an override is malformed, or see :func:`parse_config`.
+        SingerError: a file can't be read, an override is malformed, or see :func:`parse_config`.
     """
-    path = Path(path)
-    try:
-        merged = OmegaConf.load(path)
-    except OSError as error:
-        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(merged, DictConfig):
-        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    merged = OmegaConf.create()
+    for path in paths:
+        values = _read_yaml(path)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise SingerError(f"configuration: {path}: {reason}") from error
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise SingerError(f"configuration: got {override!r}, expected key=value")
@@ -384,9 +466,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return parse_config(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
+        names = ", ".join(map(str, paths))
+        raise SingerError(f"configuration: {names}: {' '.join(str(error).split())}") from error
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """Return what differs between two configurations but ``output``: ``key: old → new``."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    keys = [key for key in {**old, **new} if key != "output"]
+    return [
+        f"{key}: {old.get(key)} → {new.get(key)}"
+        for key in keys
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat.update(_flat(inner, f"{key}.{name}" if key else str(name)))
+    return flat

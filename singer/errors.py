@@ -1,9 +1,17 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and how the command line ends."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+EXIT_PEER_LOST = 70
+"""Another process of the run has died."""
+EXIT_STOPPED = 75
+"""A signal asked the run to stop; it has saved, and can be resumed."""
+EXIT_INTERRUPTED = 130
+"""As a shell reports a program that SIGINT ended."""
 
 
 class SingerError(Exception):
@@ -13,8 +21,19 @@ class SingerError(Exception):
     """
 
 
-class NonFiniteError(SingerError):
+class SharedError(SingerError):
+    """One that every process of the run raises: it is enough that one of them shows it."""
+
+
+class NonFiniteError(SharedError):
     """A loss or a weight is NaN or infinite."""
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop, and it has saved what it had.
+
+    Every process of the run raises it. The command line exits with code 75.
+    """
 
 
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'

@@ -36,9 +36,12 @@ class TrainingProgress:
         console: where to show it; None: nowhere.
         steps: the whole run's.
         images_per_step: over all processes.
+        done: steps that an earlier part of the run has done.
     """
 
-    def __init__(self, console: Console | None, steps: int, images_per_step: int) -> None:
+    def __init__(
+        self, console: Console | None, steps: int, images_per_step: int, done: int = 0
+    ) -> None:
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(
@@ -53,7 +56,7 @@ class TrainingProgress:
             console=console or Console(quiet=True),
             disable=console is None,
         )
-        self._task = self._progress.add_task("train", total=steps, losses="")
+        self._task = self._progress.add_task("train", total=steps, completed=done, losses="")
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from torch import Tensor
 from singer.errors import SingerError
 
 CONFIG, METRICS, STUDENT = "config.yaml", "metrics.jsonl", "student.safetensors"
+STUDENT_EMA = "student_ema.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 def check_new(path: str | Path) -> Path:
@@ -61,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class RunFolder:
-    """A run's folder, made anew.
+    """The folder of a run, or of one of its students, made anew.
 
     | file | content |
     |---|---|
@@ -69,9 +72,11 @@ class RunFolder:
     | ``metrics.jsonl`` | a JSON object per step |
     | ``tensorboard/`` | the same, for TensorBoard |
     | ``student.safetensors`` | the student, under timm's keys |
+    | ``student_ema.safetensors`` | its moving average, if there is one |
     | ``projections.safetensors``, ``adapters.safetensors`` | what else was trained |
     | ``spectrum.json`` | the singular values behind each adapter |
     | ``figures/`` | PNG figures |
+    | ``checkpoints/`` | what the run needs to go on, see :mod:`singer.checkpoints` |
 
     Args:
         path: the folder.
@@ -82,10 +87,27 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = check_new(path)
+        self._make()
+
+    def _make(self) -> None:
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> RunFolder:
+        """Take the folder as an interrupted run left it; make it if it is not there.
+
+        Raises:
+            SingerError: it can't be made or written.
+        """
+        folder = cls.__new__(cls)
+        folder.path = Path(path)
+        folder._make()
+        for leftover in folder.path.glob(".*.partial"):
+            leftover.unlink()
+        return folder
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically and return its path."""
@@ -109,13 +131,31 @@ class RunFolder:
         return path
 
     def append_metrics(self, records: list[dict[str, Any]]) -> None:
-        """Append records to ``metrics.jsonl``, one JSON object a line."""
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        """Append records to ``metrics.jsonl``, one JSON object a line; all of them, or none."""
+        path = self.path / METRICS
+        content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
         try:
-            with open(self.path / METRICS, "a", encoding="utf-8") as file:
-                file.write(lines)
+            with open(path, "ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    if file.write(content) < len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(before)
+                    raise
         except OSError as error:
-            raise _unwritable(self.path / METRICS, error) from error
+            raise _unwritable(path, error) from error
+
+    def cut_metrics(self, step: int) -> None:
+        """Take out of ``metrics.jsonl`` what came after a step, and a line that was cut short."""
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        write_atomically(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records of ``metrics.jsonl``."""

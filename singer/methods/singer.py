@@ -12,6 +12,7 @@ from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
 from singer.methods.base import Distiller
 from singer.nullspace import Linearization, NullspaceBasis, Selection, nullspace_basis
+from singer.processes import global_means
 from singer.seeding import cpu_seed
 from singer_kernels import FusedLosses, gram_loss, kd_loss, refine
 
@@ -120,8 +121,14 @@ class SiNGER(Distiller):
             self.adapters[str(layer)] = adapter
 
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
-        """See :meth:`Distiller.losses`; the terms are ``kd``, ``outlier`` and ``info``."""
+        """See :meth:`Distiller.losses`; the terms are ``kd``, ``outlier`` and ``info``.
+
+        In training with several processes ``outlier`` is scaled so that its average over them is
+        the mean over all outliers of the whole batch; the other terms' averages are exact as they
+        are. Every process must call it then.
+        """
         terms: dict[str, list[Tensor]] = {"kd": [], "outlier": [], "info": []}
+        counts: list[Tensor] = []  # of the outliers that each mean is taken over
         refined_before: Tensor | None = None  # of the last intermediate layer
         for layer in self.layers:
             out = self.adapters[str(layer)](
@@ -135,6 +142,9 @@ class SiNGER(Distiller):
                 info = self._next_block_loss(layer, out.refined, teacher)
             for name, value in (("kd", out.kd), ("outlier", out.outlier), ("info", info)):
                 terms[name].append(value)
+            counts.append((out.norms > out.threshold[:, None]).sum())
+        if self.training:
+            terms["outlier"] = global_means(terms["outlier"], counts)
         scale = 1.0 if self.variant == "paper" else 1.0 / len(self.layers)
         totals = {name: torch.stack(values).sum() * scale for name, values in terms.items()}
         loss = sum(self.weights[name] * value for name, value in totals.items())

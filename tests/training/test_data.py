@@ -1,30 +1,54 @@
-"""Images, their crops and their order."""
+"""Crops of images, their order, and their way into batches."""
 
+import os
 import pickle
+import signal
+import time
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torchvision.transforms import v2 as transforms
 
 from singer.config import PHOTOS, DataConfig
 from singer.data import (
-    HELD_OUT_PHOTOS,
-    TRAIN_PHOTOS,
+    BatchLoader,
+    EpochBatches,
     ImageCrops,
-    TicketSampler,
+    UnreadableLimit,
+    calibration_images,
+    check_batch,
     create_loader,
-    find_images,
-    photo_paths,
-    read_image,
 )
 from singer.errors import SingerError
+from singer.sources import ImageFiles, open_source, photo_paths
 
 
 def _crops(folder, seed=0, **options):
     data = DataConfig(source=str(folder), **options)
-    return ImageCrops(find_images(str(folder)), 32, data, seed)
+    return ImageCrops(open_source(data), 32, data, seed)
+
+
+def _assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def _assert_same_batches(one, other):
+    assert len(one) == len(other) > 0
+    for left, right in zip(one, other, strict=True):
+        _assert_equal(left.images, right.images)
+        _assert_equal(left.tickets, right.tickets)
+        assert left.unreadable == right.unreadable
+
+
+def _break(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(b"broken")
+
+
+# Crops
 
 
 def test_crop_is_a_function_of_seed_and_ticket(image_folder):
@@ -32,7 +56,7 @@ def test_crop_is_a_function_of_seed_and_ticket(image_folder):
     torch.manual_seed(1)
     one = first[5]
     torch.manual_seed(2)
-    torch.testing.assert_close(again[5], one, rtol=0, atol=0)
+    _assert_equal(again[5], one)
     assert one.shape == (3, 32, 32)
     assert one.dtype == torch.uint8
     assert not torch.equal(_crops(image_folder, seed=1)[5], one)
@@ -41,104 +65,230 @@ def test_crop_is_a_function_of_seed_and_ticket(image_folder):
 
 
 def test_crops_leave_the_global_random_state_alone(image_folder):
+    _break(image_folder, "class0/0.png")
     crops = _crops(image_folder)
-    state = torch.get_rng_state()
-    crops[0]
-    assert torch.equal(torch.get_rng_state(), state)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    crops.batch(range(12))
+    _assert_equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_workers_change_nothing(image_folder, make_config):
-    batches = []
-    for workers in (0, 2):
-        loader = create_loader(make_config(data={"num_workers": workers}))
-        batches.append(torch.cat(list(loader)))
-    assert torch.equal(*batches)
-
-
-def test_every_epoch_is_a_permutation_of_its_own():
-    sampler = TicketSampler(10, seed=0)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert sorted(first) == list(range(10))
-    assert sorted(second) == list(range(10, 20))
-    assert first != [ticket - 10 for ticket in second]
-    sampler.set_epoch(0)
-    assert list(sampler) == first
-    assert list(TicketSampler(10, seed=1)) != first
+def test_a_batch_holds_its_tickets_crops(image_folder):
+    crops = _crops(image_folder)
+    batch = crops.batch([13, 2, 7])
+    assert batch.images.dtype == torch.uint8
+    assert batch.tickets.dtype == torch.int64
+    assert batch.tickets.tolist() == [13, 2, 7]
+    assert batch.unreadable == []
+    _assert_equal(batch.images, torch.stack([crops[13], crops[2], crops[7]]))
 
 
 def test_an_epoch_can_take_several_crops_of_each_image(image_folder):
-    crops = _crops(image_folder, epoch_size=24, crop_scale=(1.0, 1.0), hflip=0)
-    assert len(crops) == 24
-    batch = next(iter(DataLoader(crops, batch_size=24, sampler=TicketSampler(24, 0))))
-    assert batch.shape == (24, 3, 32, 32)
+    crops = _crops(image_folder, epoch_size=30, crop_scale=(0.2, 0.3))
+    assert len(crops) == 30
+    indices = [crops.source_index(ticket) for ticket in range(60)]
+    assert indices == [sample % 12 for sample in range(30)] * 2
+    assert not torch.equal(crops[1], crops[13])  # the same image
 
 
-def test_folders_are_searched_in_a_fixed_order(image_folder):
-    found = find_images(str(image_folder))
-    assert len(found) == 12
-    assert found == sorted(found, key=lambda path: (path.parent.name, int(path.stem)))
+def test_centre_crops_stay_as_they_are(image_folder):
+    crops = _crops(image_folder, crops="center", crop_scale=(0.1, 0.2), hflip=1, epoch_size=24)
+    image = crops.source.read(5)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    expected = transforms.functional.pil_to_tensor(
+        transforms.functional.center_crop(
+            transforms.functional.resize(image, [32], interpolation=bicubic), [32, 32]
+        )
+    )
+    for ticket in (5, 17, 24 + 5, 7 * 24 + 17):
+        _assert_equal(crops[ticket], expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / "image.tiff"
-    if mode == "I;16":
-        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(path)
-    else:
-        Image.new(mode, (8, 8)).save(path)
-    assert read_image(path).mode == "RGB"
+def test_centre_crops_show_the_middle_unmirrored(tmp_path):
+    ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[None, :, None], (64, 128, 3))
+    Image.fromarray(ramp.copy()).save(tmp_path / "ramp.png")
+    row = _crops(tmp_path, crops="center")[0][0, 16].long()
+    # Halved: columns 2i and 2i + 1 become i, and of 64 columns 16 to 47 stay. A ramp stays a ramp.
+    expected = 2 * torch.arange(16, 48) + 0.5
+    assert ((row - expected).abs() <= 1).all()  # half a level from the mean, half from rounding
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    pixels = np.asarray(read_image(tmp_path / "deep.png"))
-    assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+def test_photographs_travel_to_a_spawned_worker(image_folder):
+    source = ImageFiles(photo_paths([("sklearn", "flower.jpg")]), keep=True)
+    crops = ImageCrops(source, 32, DataConfig(source=PHOTOS, epoch_size=4), seed=0)
+    first = crops[3]
+    _assert_equal(pickle.loads(pickle.dumps(crops))[3], first)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_without_a_fixed_range_are_refused(tmp_path, dtype):
-    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "image.tiff")
-    with pytest.raises(SingerError, match=r"image\.tiff holds .* no fixed range"):
-        read_image(tmp_path / "image.tiff")
+# Order
 
 
-@pytest.mark.parametrize("name", ["a.webp", "a.tif", "a.bmp", "a.gif", "A.JPG"])
-def test_common_formats_are_found(tmp_path, name):
-    Image.new("RGB", (8, 8)).save(tmp_path / name)
-    assert find_images(str(tmp_path)) == [tmp_path / name]
+def _epoch(sampler, epoch=0, step=0):
+    sampler.seek(epoch, step)
+    return list(sampler)
 
 
-def test_a_folder_of_the_photographs_name_is_pointed_out(tmp_path, monkeypatch, caplog):
-    (tmp_path / PHOTOS).mkdir()
-    monkeypatch.chdir(tmp_path)
-    find_images(PHOTOS)
-    assert "for the folder say ./photos" in caplog.text
+def _joined(batches):
+    return list(chain.from_iterable(batches))
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
-def test_unreadable_image_is_named(image_folder, content):
-    (image_folder / "bad.png").write_bytes(content)
-    crops = _crops(image_folder)
-    bad = crops.paths.index(image_folder / "bad.png")
-    with pytest.raises(SingerError, match=r"bad\.png can't be read as an image"):
-        crops[bad]
+def test_every_epoch_is_a_permutation_of_its_own():
+    sampler = EpochBatches(12, 0, 4)
+    first, second = _epoch(sampler, 0), _epoch(sampler, 1)
+    assert sorted(_joined(first)) == list(range(12))
+    assert sorted(_joined(second)) == list(range(12, 24))
+    assert _joined(first) != [ticket - 12 for ticket in _joined(second)]
+    assert _epoch(sampler, 0) == first
+    assert _epoch(EpochBatches(12, 1, 4), 0) != first
+    assert _joined(first) == sampler.order(0).tolist()
 
 
-def test_truncated_image_is_named(image_folder):
-    path = image_folder / "class0" / "0.png"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(SingerError, match=r"0\.png can't be read as an image"):
-        read_image(path)
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (6, 1)])
+def test_steps_do_not_depend_on_processes_or_accumulation(processes, accumulate):
+    size, batch = 32, 6
+    order = EpochBatches(size, 7, batch).order(2).tolist()
+    samplers = [
+        EpochBatches(size, 7, batch, accumulate, index, processes) for index in range(processes)
+    ]
+    parts = [_epoch(sampler, epoch=2) for sampler in samplers]
+    assert {len(sampler) for sampler in samplers} == {5 * accumulate}
+    for step in range(5):
+        taken = [
+            part
+            for process in parts
+            for part in process[step * accumulate : (step + 1) * accumulate]
+        ]
+        assert {len(part) for part in taken} == {batch // processes // accumulate}
+        assert _joined(taken) == order[step * batch : (step + 1) * batch]
 
 
-def test_missing_and_empty_sources_are_named(tmp_path):
-    with pytest.raises(SingerError, match="expected an existing folder"):
-        find_images(str(tmp_path / "absent"))
-    with pytest.raises(SingerError, match="holds no image file"):
-        find_images(str(tmp_path))
+def test_seeking_is_leaving_steps_out():
+    sampler = EpochBatches(26, 3, 8, accumulate=2)
+    assert sampler.steps_per_epoch == 3
+    whole = _epoch(sampler, 4)
+    for step in range(4):
+        assert _epoch(sampler, 4, step) == whole[2 * step :]
+        assert len(sampler) == len(whole) - 2 * step
+    assert list(sampler) == []  # iterating does not move the place
+    sampler.seek(4, 1)
+    batches = iter(sampler)
+    sampler.seek(5)
+    assert list(batches) == whole[2:]
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, -1), (0, 4)])
+def test_seeking_outside_is_refused(epoch, step):
+    with pytest.raises(ValueError, match=f"got {epoch}, {step}, expected .* 0 to 3"):
+        EpochBatches(26, 3, 8).seek(epoch, step)
+
+
+def test_batches_that_can_not_be_shared_are_refused():
+    with pytest.raises(ValueError, match=r"batch_size: got 8, expected a multiple of .* = 6"):
+        EpochBatches(26, 3, 8, accumulate=3, num_processes=2)
+    with pytest.raises(ValueError, match="process_index: got 2, expected 0 to 1"):
+        EpochBatches(26, 3, 8, process_index=2, num_processes=2)
+
+
+# Loader
+
+
+def test_workers_change_nothing(image_folder, make_config):
+    _break(image_folder, "class0/0.png", "class1/3.png")
+    runs = []
+    for workers in (0, 2):
+        loader = create_loader(make_config(data={"num_workers": workers}, train={"accumulate": 2}))
+        batches = []
+        for epoch, step in ((0, 0), (1, 1), (0, 2)):
+            loader.batch_sampler.seek(epoch, step)
+            assert len(loader) == 6 - 2 * step
+            batches += list(loader)
+        assert len(batches) == 6 + 4 + 2
+        runs.append(batches)
+    _assert_same_batches(*runs)
+    assert any(batch.unreadable for batch in runs[0])
+
+
+def test_an_abandoned_epoch_leaves_nothing_behind(make_config):
+    loader = create_loader(make_config(data={"num_workers": 2}, train={"batch_size": 2}))
+    whole = list(loader)
+    next(iter(loader))
+    loader.batch_sampler.seek(0, 4)
+    _assert_same_batches(list(loader), whole[4:])
+
+
+def test_processes_share_the_batches_of_one(make_config):
+    whole = list(create_loader(make_config(train={"batch_size": 6})))
+    shares = [list(create_loader(make_config(train={"batch_size": 6}), k, 2)) for k in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        _assert_equal(batch.images, torch.cat([part.images for part in parts]))
+        _assert_equal(batch.tickets, torch.cat([part.tickets for part in parts]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterating_leaves_the_global_random_state_alone(make_config, workers):
+    loader = create_loader(make_config(data={"num_workers": workers}))
+    state = torch.get_rng_state()
+    list(loader)
+    _assert_equal(torch.get_rng_state(), state)
+
+
+def test_spawned_workers_make_the_same_batches(make_config):
+    config = make_config(data={"num_workers": 1})
+    loader = create_loader(config)
+    spawned = BatchLoader(
+        loader.dataset,
+        batch_sampler=loader.batch_sampler,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    _assert_same_batches(list(spawned), list(loader))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo (Linux)")
+def test_workers_survive_the_signals_meant_for_the_trainer(make_config):
+    loader = create_loader(
+        make_config(data={"num_workers": 2, "epoch_size": 96}, train={"batch_size": 2})
+    )
+    batches = iter(loader)
+    taken = [next(batches)]
+    workers = loader._iterator._workers
+    sender = os.fork()  # the trainer's own SIGTERM would end them
+    if sender == 0:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            for worker in workers:
+                os.kill(worker.pid, number)
+        os._exit(0)
+    os.waitpid(sender, 0)
+    taken += batches
+    assert len(taken) == 48
+    started = time.monotonic()
+    for worker in workers:
+        worker.terminate()
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "batch_size", "nearest"),
+    [(3, 2, 100, "96 or 102"), (8, 1, 5, "8"), (1, 3, 4, "3 or 6")],
+)
+def test_batches_that_do_not_divide_name_the_nearest(
+    make_config, processes, accumulate, batch_size, nearest
+):
+    config = make_config(train={"batch_size": batch_size, "accumulate": accumulate})
+    many = f"{processes} process(es)?"
+    with pytest.raises(
+        SingerError,
+        match=rf"train\.batch_size: got {batch_size}, which {many} with train\.accumulate="
+        rf"{accumulate} .* multiple of {processes * accumulate}, such as {nearest}$",
+    ):
+        create_loader(config, 0, processes)
+    for fitting in nearest.split(" or "):
+        train = {"batch_size": int(fitting), "accumulate": accumulate}
+        check_batch(make_config(train=train), processes)
 
 
 def test_batch_larger_than_an_epoch_is_refused(make_config):
@@ -146,24 +296,88 @@ def test_batch_larger_than_an_epoch_is_refused(make_config):
         create_loader(make_config(train={"batch_size": 13}))
 
 
-def test_photographs_are_there_and_none_is_in_both_sets():
-    train, held_out = photo_paths(TRAIN_PHOTOS), photo_paths(HELD_OUT_PHOTOS)
-    assert find_images(PHOTOS) == train
-    assert not set(train) & set(held_out)
-    for path in (*train, *held_out):
-        assert min(read_image(path).size) >= 126
+def test_calibration_images_are_the_first_tickets(image_folder):
+    crops = _crops(image_folder)
+    _assert_equal(calibration_images(crops, 2), torch.stack([crops[0], crops[1]]))
+    assert calibration_images(crops, 14).shape == (14, 3, 32, 32)
 
 
-def test_missing_photographs_name_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SingerError, match=r"scikit-image is not installed.*demo extra"):
-        photo_paths(TRAIN_PHOTOS)
+# Unreadable images
 
 
-def test_photographs_are_decoded_once_and_travel_to_a_worker():
-    data = DataConfig(source=PHOTOS, epoch_size=24)
-    crops = ImageCrops(find_images(PHOTOS)[:2], 32, data, seed=0)
-    first = crops[0]
-    again = pickle.loads(pickle.dumps(crops))  # as workers that are spawned, not forked, get it
-    assert len(crops._kept) == 1
-    assert torch.equal(again[0], first)
+def test_an_unreadable_image_is_replaced_and_named(tmp_path):
+    for index in range(6):
+        Image.new("L", (40, 40), 10 * index).save(tmp_path / f"{index}.png")
+    _break(tmp_path, "2.png", "4.png")
+    crops = _crops(tmp_path, epoch_size=12)
+    batch = crops.batch(range(12))
+    shown = [set((image // 10).flatten().tolist()) for image in batch.images]
+    for ticket in (0, 1, 3, 5, 6, 7, 9, 11):
+        assert shown[ticket] == {ticket % 6}
+    for ticket in (2, 4, 8, 10):
+        assert len(shown[ticket]) == 1
+        assert shown[ticket] <= {0, 1, 3, 5}
+    assert batch.unreadable == [str(tmp_path / "2.png"), str(tmp_path / "4.png")]  # each once
+    _assert_same_batches([_crops(tmp_path, epoch_size=12).batch(range(12))], [batch])
+    assert crops.batch([1, 3]).unreadable == []
+
+
+def test_replacements_change_with_the_epoch_but_not_of_centre_crops(image_folder):
+    _break(image_folder, "class0/0.png")
+    for kind, changes in (("random", True), ("center", False)):
+        crops = _crops(image_folder, crops=kind)
+        replacements = {crops[12 * epoch].numpy().tobytes() for epoch in range(8)}
+        assert (len(replacements) > 1) == changes
+
+
+def _break_all(folder):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_image_found_is_one_line(image_folder, make_config, workers):
+    loader = create_loader(make_config(data={"num_workers": workers}))
+    _break_all(image_folder)
+    with pytest.raises(SingerError) as caught:
+        list(loader)
+    assert str(caught.value).startswith("data.source: no readable image among ")
+    assert str(caught.value).count("data.source") == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_without_a_readable_image_is_refused(image_folder, make_config):
+    _break_all(image_folder)
+    with pytest.raises(
+        SingerError,
+        match=r"data\.source: .*images holds no readable image \(12 of 12 tried; first: "
+        r".*class0/0\.png can't be read as an image",
+    ):
+        create_loader(make_config())
+    Image.new("RGB", (8, 8)).save(image_folder / "fine.png")
+    assert len(create_loader(make_config())) == 3
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "allowed"),
+    [(12, 0.001, 0), (1000, 0.001, 1), (1999, 0.001, 1), (100, 0.29, 29), (5, 1, 5), (5, 0, 0)],
+)
+def test_the_limit_is_the_share_in_decimals(total, share, allowed):
+    assert UnreadableLimit(total, share).allowed == allowed  # 0.29 * 100 < 29 in floats
+
+
+def test_the_limit_counts_every_image_once():
+    limit = UnreadableLimit(20, 0.1)
+    assert limit.add(["b", "a", "b"]) == ["b", "a"]
+    assert limit.add(["a"]) == []
+    assert not limit.exceeded
+    resumed = UnreadableLimit(20, 0.1, limit.names)
+    assert resumed.names == ["a", "b"]
+    assert resumed.add(["b", "c"]) == ["c"]
+    assert resumed.exceeded
+    assert str(resumed.error()) == (
+        "data.source: 3 of 20 images can't be read, and data.max_unreadable=0.1 allows 2: a, b, c; "
+        "remove or replace them, or raise data.max_unreadable"
+    )
+    resumed.add(list("defg"))
+    assert ": a, b, c, d, e, …; " in str(resumed.error())

@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,8 +11,8 @@ from rich.console import Console
 
 from singer import demo
 from singer.cli import main
-from singer.data import HELD_OUT_PHOTOS, photo_paths
 from singer.errors import SingerError
+from singer.sources import HELD_OUT_PHOTOS, photo_paths
 
 
 def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):
@@ -49,7 +50,8 @@ def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):
 
 def test_no_held_out_photograph_is_trained_on():
     config = demo.demo_config(demo.DemoOptions(), "singer", "out")
-    trained = set(demo.check(config.model_copy(update={"output": "absent"})).dataset.paths)
+    source = demo.check(config.model_copy(update={"output": "absent"})).dataset.source
+    trained = {Path(source.name(index)) for index in range(len(source))}
     assert trained
     assert not trained & set(photo_paths(HELD_OUT_PHOTOS))
 

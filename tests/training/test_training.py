@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from singer import training
+from singer.checkpoints import CheckpointStore
 from singer.config import FitNetConfig, load_config
-from singer.data import ImageCrops, TicketSampler, create_loader, find_images
+from singer.data import ImageCrops, create_loader
 from singer.errors import SingerError
+from singer.learner import Learner, create_schedule
 from singer.methods import SiNGER
 from singer.run_folder import RunFolder
 
@@ -21,8 +23,13 @@ QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
 
 
-def _distill(config):
-    return training.distill(config, QUIET)
+def _distill(config, **options):
+    return training.distill(config, QUIET, **options)
+
+
+def _build(config):
+    (method,) = training.build_methods(config, create_loader(config), CPU)
+    return method
 
 
 def _metrics(config):
@@ -44,7 +51,8 @@ def test_run_folder_holds_what_it_should(make_config):
     written = {str(p.relative_to(result.folder)) for p in result.folder.rglob("*") if p.is_file()}
     events = {name for name in written if name.startswith("tensorboard/")}
     assert len(events) == 1
-    assert written - events == {
+    checkpoints = {name for name in written if name.startswith("checkpoints/")}
+    assert written - events - checkpoints == {
         "config.yaml",
         "metrics.jsonl",
         "student.safetensors",
@@ -123,9 +131,9 @@ def test_methods_see_the_same_images_and_start_from_the_same_student(make_config
     seen = []
     for method in ("singer", "fitnet"):
         config = _with_method(make_config, method)
-        loader = create_loader(config)
-        built = training.build_method(config, loader, CPU)
-        seen.append((built.student.state_dict(), built.projections.state_dict(), list(loader)))
+        built = _build(config)
+        batches = [batch.images for batch in create_loader(config)]
+        seen.append((built.student.state_dict(), built.projections.state_dict(), batches))
     (student_a, projections_a, batches_a), (student_b, projections_b, batches_b) = seen
     assert _equal(student_a, student_b)
     assert _equal(projections_a, projections_b)
@@ -134,7 +142,7 @@ def test_methods_see_the_same_images_and_start_from_the_same_student(make_config
 
 def test_teacher_stays_and_everything_trainable_moves(make_config):
     config = make_config()
-    before = training.build_method(config, create_loader(config), CPU)
+    before = _build(config)
     after = _distill(config).method
     assert _equal(before.teacher.model.state_dict(), after.teacher.model.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in after.teacher.model.parameters())
@@ -147,20 +155,18 @@ def test_teacher_stays_and_everything_trainable_moves(make_config):
 
 def test_every_epoch_draws_every_image_in_a_new_order(make_config, monkeypatch):
     tickets = []
-    original = ImageCrops.__getitem__
+    original = ImageCrops.batch
 
-    def record(self, ticket):
-        tickets.append(ticket)
-        return original(self, ticket)
+    def record(self, numbers):
+        tickets.extend(numbers)
+        return original(self, numbers)
 
+    monkeypatch.setattr(ImageCrops, "batch", record)
     config = make_config(train={"steps": 6})
-    method = training.build_method(config, create_loader(config), CPU)
-    monkeypatch.setattr(ImageCrops, "__getitem__", record)
-    loader = create_loader(config)
-    training._Trainer(config, training.Accelerator(), method, loader, QUIET).run()
-    assert sorted(tickets[:12]) == list(range(12))
-    assert sorted(tickets[12:24]) == list(range(12, 24))
-    assert [ticket - 12 for ticket in tickets[12:24]] != tickets[:12]
+    _distill(config)
+    assert sorted(tickets[-24:-12]) == list(range(12))
+    assert sorted(tickets[-12:]) == list(range(12, 24))
+    assert [ticket - 12 for ticket in tickets[-12:]] != tickets[-24:-12]
 
 
 def test_how_often_it_logs_or_saves_changes_no_weight(make_config, tmp_path):
@@ -212,15 +218,13 @@ def test_jacobian_is_measured_on_the_runs_own_images(make_config):
 
 
 def test_learning_rate_rises_then_falls_along_a_cosine(make_config):
-    config = make_config(train={"steps": 20, "warmup": 0.25, "min_lr": 0.1, "lr": 1.0})
+    config = make_config(train={"warmup": 0.25, "min_lr": 0.1, "lr": 1.0})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.train.lr)
+    schedule = create_schedule(optimizer, config.train, 20)
     rates = []
-    method = training.build_method(config, create_loader(config), CPU)
-    trainer = training._Trainer(
-        config, training.Accelerator(), method, create_loader(config), QUIET
-    )
     for step in range(20):
-        trainer.scheduler.step_update(step)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
     warmup = [(step + 1) / 6 for step in range(5)]
     decay = [0.1 + 0.45 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
     assert rates == pytest.approx(warmup + decay, rel=1e-9)
@@ -263,7 +267,7 @@ def test_non_finite_loss_without_a_checkpoint_says_so(make_config, monkeypatch):
 
 
 def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
-    original = training._Trainer._log
+    original = Learner.log
 
     def log_and_break(self):
         records = original(self)
@@ -272,11 +276,12 @@ def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
                 self.method.student.cls_token.fill_(math.inf)
         return records
 
-    monkeypatch.setattr(training._Trainer, "_log", log_and_break)
+    monkeypatch.setattr(Learner, "log", log_and_break)
     config = make_config(train={"save_every": 4, "log_every": 100})
     with pytest.raises(SingerError, match=r"step 6: .*student\.cls_token is not finite.*step 4"):
         _distill(config)
     assert all(tensor.isfinite().all() for tensor in _weights(config).values())
+    assert CheckpointStore(training.Path(config.output, "checkpoints")).steps() == [3, 4]
 
 
 def test_existing_output_is_refused_before_anything_is_loaded(make_config, monkeypatch):
@@ -288,18 +293,33 @@ def test_existing_output_is_refused_before_anything_is_loaded(make_config, monke
     assert [path.name for path in training.Path(config.output).iterdir()] == ["kept"]
 
 
-def test_what_came_before_an_unreadable_image_is_kept(make_config, image_folder):
-    config = make_config(train={"save_every": 1, "log_every": 100, "batch_size": 2})
-    order = [ticket % 12 for ticket in TicketSampler(12, seed=0)]
-    late = next(index for index in order[8:] if index > 1)  # the first two serve for calibration
-    find_images(str(image_folder))[late].write_bytes(b"broken")
-    with pytest.raises(SingerError, match="can't be read as an image"):
+def _break_image(config, position):
+    """Break the image that is drawn at a position of the first epoch; return its name."""
+    dataset = create_loader(config).dataset
+    order = create_loader(config).batch_sampler.order(0).tolist()
+    index = dataset.source_index(order[position])
+    name = dataset.source.name(index)
+    training.Path(name).write_bytes(b"broken")
+    return name
+
+
+def test_an_unreadable_image_is_named_and_replaced(make_config, caplog):
+    config = make_config(data={"max_unreadable": 0.1})
+    name = _break_image(config, 5)
+    assert math.isfinite(_distill(config).losses["loss"])
+    assert [record["step"] for record in _metrics(config)] == [1, 2, 3, 4, 5, 6]
+    assert caplog.text.count(f"{name} can't be read; another image takes its place") == 1
+
+
+def test_too_many_unreadable_images_stop_the_run_and_what_it_did_is_kept(make_config):
+    config = make_config(train={"log_every": 2, "batch_size": 2, "save_every": 100})
+    name = _break_image(config, 6)  # seen in step 4; the losses are read after steps 2, 4, 6
+    with pytest.raises(SingerError, match=r"1 of 12 images can't be read") as caught:
         _distill(config)
-    steps = [record["step"] for record in _metrics(config)]
-    # Accelerate's loader looks one batch ahead: the batch before the bad one is not trained on.
-    assert steps == list(range(1, order.index(late) // 2))
-    assert len(steps) >= 3
-    assert all(tensor.isfinite().all() for tensor in _weights(config).values())
+    assert name in str(caught.value)
+    assert [record["step"] for record in _metrics(config)] == [1, 2, 3, 4]
+    with safe_open(f"{config.output}/student.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "4"
 
 
 def test_a_run_that_did_nothing_leaves_no_folder(make_config, monkeypatch):
@@ -328,7 +348,7 @@ def test_ctrl_c_keeps_the_losses_and_the_last_checkpoint(make_config, monkeypatc
         _distill(config)
     assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "2"
+        assert file.metadata()["step"] == "3"  # of the end of an epoch, after that of step 2
 
 
 def test_float16_needs_a_gpu(make_config):
@@ -338,18 +358,9 @@ def test_float16_needs_a_gpu(make_config):
 
 def test_what_is_random_differs_from_layer_to_layer(make_config):
     config = make_config(method={"linearization": "random"})
-    method = training.build_method(config, create_loader(config), CPU)
+    method = _build(config)
     first, second = method.adapters.values()
     assert not torch.equal(first.down, second.down)
-
-
-def test_a_process_without_a_batch_is_refused(make_config, monkeypatch):
-    # Twelve images, batch 8: two processes would need 16. Accelerate's loader is then empty.
-    config = make_config(train={"batch_size": 8})
-    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.__len__", lambda self: 0)
-    with pytest.raises(SingerError, match=r"train\.batch_size: got 8 .*an epoch has 12"):
-        _distill(config)
-    assert not training.Path(config.output).exists()
 
 
 def test_a_second_precision_in_one_process_is_refused(make_config, tmp_path):
@@ -357,12 +368,6 @@ def test_a_second_precision_in_one_process_is_refused(make_config, tmp_path):
     with pytest.raises(SingerError, match=r"train\.precision: got 'bf16'.*start a new one"):
         _distill(make_config(train={"precision": "bf16"}, output=str(tmp_path / "second")))
     assert not (tmp_path / "second").exists()
-
-
-def test_unreadable_image_stops_the_run_and_is_named(make_config, image_folder):
-    (image_folder / "class0" / "0.png").write_bytes(b"broken")
-    with pytest.raises(SingerError, match=r"0\.png can't be read as an image"):
-        _distill(make_config())
 
 
 def test_checkpoint_says_how_to_rebuild_the_model(make_config):

@@ -1,0 +1,303 @@
+"""Several processes as one run: how they start, agree on errors, and notice that one has died."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor
+
+from singer.errors import EXIT_PEER_LOST, SharedError, SingerError, StoppedError
+
+_logger = logging.getLogger("singer")
+
+Result = TypeVar("Result")
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""One process may load what the others wait for; :class:`PeerWatch` sees those that die."""
+
+
+def create_accelerator(precision: str) -> Accelerator:
+    """Join the processes that a launcher started, if any.
+
+    Args:
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
+
+    Raises:
+        SingerError: another precision was used in this process, or it needs a GPU.
+    """
+    try:
+        accelerator = Accelerator(
+            # Without it, where there is no GPU, Accelerate takes each process for the only one.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            ],
+        )
+    except ValueError as error:  # Accelerate keeps one precision per process
+        raise SingerError(
+            f"train.precision: got {precision!r}, but a run with another precision came before in "
+            f"this process; start a new one"
+        ) from error
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise SingerError("train.precision: got 'fp16', which needs a GPU; take 'bf16' or 'fp32'")
+    return accelerator
+
+
+def together(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do something in every process; if it fails in one, all of them raise that error.
+
+    Args:
+        accelerator: of the run.
+        action: must not wait for the other processes.
+
+    Raises:
+        SharedError: it failed somewhere; the message names the rank, unless it failed everywhere.
+    """
+    result: Result | None = None
+    message = None
+    try:
+        result = action()
+    except SingerError as error:
+        if accelerator.num_processes == 1:
+            raise
+        message = str(error)
+    messages = gather_object([message])
+    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        where = "" if len(failed) == len(messages) else f"rank {failed[0]}: "
+        raise SharedError(f"{where}{messages[failed[0]]}")
+    return result
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Do something in the main process alone, and give its result (small, plain) to all.
+
+    Raises:
+        SharedError: see :func:`together`.
+    """
+    result = together(accelerator, action if accelerator.is_main_process else lambda: None)
+    return broadcast_object_list([result])[0]
+
+
+def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+    """Scale means over one process's entries so that their average over the processes is exact.
+
+    With c entries here, C in all and W processes, a mean m becomes m · c · W / C: averaged over the
+    processes, as gradients are, that is the sum over all entries divided by their number.
+
+    Args:
+        means: scalars, differentiable.
+        counts: over how many entries each was taken, scalars; a mean over none must be 0.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(means)
+    own = torch.stack(list(counts)).to(means[0].dtype)
+    total = own.clone()
+    dist.all_reduce(total)
+    shares = own * dist.get_world_size() / total.clamp_min(1)
+    return [mean * share for mean, share in zip(means, shares, strict=True)]
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1, with which schedulers announce that a machine is taken away.
+
+    Within the block, ``requested`` names the first of these signals that came, if any did. Only
+    Python's main thread can hear signals; elsewhere nothing is noted.
+    """
+
+    _NAMES = ("SIGTERM", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in self._NAMES:
+                number = getattr(signal, name, None)  # Windows has no SIGUSR1
+                if number is not None:
+                    self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.requested = self.requested or signal.Signals(number).name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+
+class PeerWatch(threading.Thread):
+    """Ends this process when another one of the run has died or hangs, and names its rank.
+
+    A collective operation would wait for the dead one: up to its timeout, or for ever. Every
+    process writes a sign of life into a store, and watches that of the next rank.
+
+    Args:
+        store: shared by all processes, and by this run alone.
+        rank: of this process.
+        size: number of processes.
+        interval: seconds between two signs of life.
+        patience: seconds without one after which a process counts as lost.
+        end: what to do with the message; None: print it, and end the process at once with
+            ``EXIT_PEER_LOST``.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        *,
+        interval: float = 2.0,
+        patience: float = 30.0,
+        end: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(name="peer-watch", daemon=True)
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self.interval = interval
+        self.patience = patience
+        self.end = end or self._end_process
+        self._closing = threading.Event()
+        self._where = f"rank {rank} of {size} ({socket.gethostname()}, process {os.getpid()})"
+
+    def _end_process(self, message: str) -> None:
+        print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
+        os._exit(EXIT_PEER_LOST)  # the main thread may wait in a collective operation for ever
+
+    def run(self) -> None:
+        """Watch until :meth:`close`."""
+        watched = (self.rank + 1) % self.size
+        last, since, name = b"", time.monotonic(), f"rank {watched} of {self.size}"
+        count = 0
+        while not self._closing.wait(self.interval):
+            count += 1
+            try:
+                self.store.set(f"life/{self.rank}", f"{count} {self._where}")
+                if self.store.check(["failed"]):
+                    self.end(self.store.get("failed").decode())
+                    return
+                if self.store.check([f"done/{watched}"]):
+                    continue
+                sign = self.store.get(f"life/{watched}") if self._lives(watched) else b""
+            except RuntimeError as error:  # torch's DistError: whoever holds the store is gone
+                if not self._closing.is_set():
+                    self.end(f"{_store_holder(self.size)} is gone ({_line(error)})")
+                return
+            if sign != last:
+                last, since = sign, time.monotonic()
+                name = sign.decode().partition(" ")[2]
+            elif time.monotonic() - since > self.patience:
+                message = f"{name} has shown no sign of life for {self.patience:.0f} s"
+                self.store.set("failed", message)
+                self.end(message)
+                return
+
+    def _lives(self, rank: int) -> bool:
+        return self.store.check([f"life/{rank}"])
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends; they then end, too."""
+        self.store.set("failed", f"{self._where} failed: {type(error).__name__}: {_line(error)}")
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching and being watched."""
+        self._closing.set()
+        try:
+            self.store.set(f"done/{self.rank}", "")
+        except RuntimeError as error:
+            _logger.debug("the run's store is gone already: %s", error)
+
+
+def _store_holder(size: int) -> str:
+    is_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return "the launcher on the first machine" if is_launcher else f"rank 0 of {size}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+_runs = 0
+
+
+def _run_store() -> dist.Store | None:
+    """Return a store of the launcher's, with keys of this run's own; None: it offers none."""
+    global _runs
+    _runs += 1
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        _logger.warning("MASTER_ADDR is not set: that a process died can't be noticed by others")
+        return None
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"singer/{restart}/{_runs}", store)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    text = str(error).lower()
+    known = isinstance(error, dist.DistError)
+    return known or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
+
+
+@contextmanager
+def watching_peers(accelerator: Accelerator, stop: StopRequest) -> Iterator[None]:
+    """Within the block, no process outlives another one by more than a minute.
+
+    Args:
+        accelerator: of the run.
+        stop: whether the launcher wants this process to end.
+    """
+    store = _run_store() if accelerator.num_processes > 1 else None
+    if store is None:
+        yield
+        return
+    watch = PeerWatch(store, accelerator.process_index, accelerator.num_processes)
+    watch.start()
+    try:
+        yield
+        accelerator.wait_for_everyone()
+    except (SharedError, StoppedError):  # every process raises it
+        watch.close()
+        raise
+    except BaseException as error:
+        if _is_lost_connection(error):
+            # The cause lies in another process: the watch will name it, and end this one.
+            deadline = time.monotonic() + watch.patience + 5 * watch.interval
+            while time.monotonic() < deadline and watch.is_alive():
+                if stop.requested is not None:  # by the launcher, which names the rank
+                    watch.end(f"another process has died, and {stop.requested} came")
+                time.sleep(0.1)
+        watch.fail(error)
+        raise
+    watch.close()

@@ -1,0 +1,149 @@
+"""What else a run's state is made of, as tensors and JSON: optimisers, random generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from singer.errors import SingerError
+
+
+def _positions(optimizer: Optimizer, model: nn.Module) -> dict[str, int]:
+    """Return the index that an optimiser's state dict gives to each parameter it holds."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {names[id(parameter)]: index for index, parameter in enumerate(held)}
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return what an optimiser remembers, under ``parameter/quantity``.
+
+    Its options (learning rate, decay, ...) are not in it: they are the configuration's.
+
+    Args:
+        optimizer: holds parameters of ``model`` alone.
+        model: names them.
+    """
+    remembered = optimizer.state_dict()["state"]
+    tensors = {}
+    for name, index in _positions(optimizer, model).items():
+        for key, value in remembered.get(index, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser back what :func:`optimizer_tensors` returned.
+
+    Raises:
+        SingerError: the tensors are of another model.
+    """
+    positions = _positions(optimizer, model)
+    parameters = dict(model.named_parameters())
+    remembered: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in positions:
+            raise SingerError(f"checkpoint: it holds {full_name}, a parameter that is not trained")
+        expected = parameters[name].shape
+        if value.ndim > 0 and value.shape != expected:
+            raise SingerError(
+                f"checkpoint: {full_name} has the shape {tuple(value.shape)}, "
+                f"expected {tuple(expected)}"
+            )
+        remembered.setdefault(positions[name], {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load a module's state dict.
+
+    Args:
+        module: the module.
+        tensors: named tensors.
+        what: what to call it in messages.
+
+    Raises:
+        SingerError: names or shapes differ: the checkpoint is of another model.
+    """
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise SingerError(f"checkpoint: {what} is of another model: {reason[:300]}") from error
+
+
+def _device_generators(device: torch.device) -> Any:
+    return None if device.type == "cpu" else getattr(torch, device.type)
+
+
+def _to_int64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _float_bits(value: float | None) -> list[int]:
+    """Return whether a number is there, and its bits."""
+    number = 0.0 if value is None else value
+    return [int(value is not None), int(np.float64(number).view(np.int64))]
+
+
+def _float_of(present: int, bits: int) -> float | None:
+    return float(np.int64(bits).view(np.float64)) if present else None
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of this process's random generators: Python's, NumPy's and torch's.
+
+    Args:
+        device: whose generator counts beside the CPU's.
+
+    Returns:
+        uint8, of one length for all processes whose devices are alike.
+    """
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    parts = [
+        _to_int64([version, *words, *_float_bits(gauss)]),
+        _to_int64([*keys.tolist(), position, *_float_bits(cached if has_gauss else None)]),
+        torch.get_rng_state(),
+    ]
+    generators = _device_generators(device)
+    if generators is not None:
+        parts.append(generators.get_rng_state())
+    return torch.cat([part.cpu().contiguous().view(torch.uint8) for part in parts])
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Put the generators back to where :func:`random_state` found them.
+
+    Raises:
+        SingerError: the state was taken with another kind of device.
+    """
+    expected = random_state(device)
+    if state.shape != expected.shape:
+        raise SingerError(
+            f"checkpoint: the random generators' state has {state.numel()} bytes, expected "
+            f"{expected.numel()} with the device {device.type}"
+        )
+    _, words, _ = random.getstate()
+    _, keys, *_ = np.random.get_state()
+    lengths = [8 * (len(words) + 3), 8 * (len(keys) + 3), torch.get_rng_state().numel()]
+    python, numpy, cpu, own = state.split([*lengths, state.numel() - sum(lengths)])
+    # Slices may start anywhere; a view as int64 wants a start that is a multiple of 8.
+    version, *inner, present, bits = python.clone().view(torch.int64).tolist()
+    random.setstate((version, tuple(inner), _float_of(present, bits)))
+    *inner, position, present, bits = numpy.clone().view(torch.int64).tolist()
+    cached = _float_of(present, bits)
+    np.random.set_state(
+        ("MT19937", np.array(inner, dtype=np.uint32), position, present, cached or 0.0)
+    )
+    torch.set_rng_state(cpu.clone())
+    generators = _device_generators(device)
+    if generators is not None:
+        generators.set_rng_state(own.clone())

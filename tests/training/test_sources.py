@@ -1,0 +1,446 @@
+"""Where images come from."""
+
+import io
+import os
+import pickle
+import shutil
+import struct
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from singer.config import PHOTOS, DataConfig
+from singer.errors import SingerError
+from singer.sources import (
+    HELD_OUT_PHOTOS,
+    TRAIN_PHOTOS,
+    ImageFiles,
+    TarImages,
+    open_source,
+    photo_paths,
+    read_image,
+)
+
+
+def _open(path, **options):
+    return open_source(DataConfig(source=str(path), **options))
+
+
+def _pixels(source):
+    return [np.asarray(source.read(index)) for index in range(len(source))]
+
+
+def _assert_same_images(one, other):
+    assert len(one) == len(other) > 0
+    for left, right in zip(_pixels(one), _pixels(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def _pack_folder(folder, path, under="."):
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, under)
+    return path
+
+
+def _write(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _names_in(source, folder):
+    return [os.path.relpath(source.name(index), folder) for index in range(len(source))]
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / "image.tiff"
+    if mode == "I;16":
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(path)
+    else:
+        Image.new(mode, (8, 8)).save(path)
+    assert read_image(path).mode == "RGB"
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = np.asarray(read_image(tmp_path / "deep.png"))
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_fixed_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype=dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(SingerError, match=r"image\.tiff holds .* no fixed range"):
+        read_image(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
+def test_unreadable_image_is_named(image_folder, content):
+    path = image_folder / "class1" / "1.png"
+    path.write_bytes(content)
+    source = _open(image_folder)
+    bad = _names_in(source, image_folder).index("class1/1.png")
+    with pytest.raises(
+        SingerError, match=r"class1/1\.png can't be read as an image \(\S"
+    ) as caught:
+        source.read(bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_image_is_named(image_folder):
+    path = image_folder / "class0" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SingerError, match=r"0\.png can't be read as an image"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("error", [ValueError, struct.error, IndexError, MemoryError])
+def test_whatever_a_decoder_raises_names_the_image(image_folder, monkeypatch, error):
+    def fail(self):
+        raise error("from deep\ninside")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(SingerError, match=r"0\.png can't be read .*\(from deep inside\)"):
+        read_image(image_folder / "class0" / "0.png")
+
+
+def test_an_image_that_is_gone_is_named(image_folder):
+    source = _open(image_folder)
+    shutil.rmtree(image_folder)
+    with pytest.raises(SingerError, match=r"0\.png can't be read as an image .*No such file"):
+        source.read(0)
+
+
+# Folders
+
+
+def test_folders_are_searched_in_a_fixed_order(image_folder):
+    names = _names_in(_open(image_folder), image_folder)
+    assert names == [f"class{k}/{index}.png" for k in (0, 1) for index in range(k, 12, 2)]
+
+
+def test_names_that_read_alike_keep_an_order_of_their_own(tmp_path):
+    names = ["01.png", "1.PNG", "1.png", "2.png", "A.png", "a.png"]
+    for name in reversed(names):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert _names_in(_open(tmp_path), tmp_path) == names
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.tif", "a.bmp", "a.gif", "A.JPG", "ä \udcff.png"])
+def test_common_formats_and_odd_names_are_found(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    source = _open(tmp_path)
+    assert source.name(0) == str(tmp_path / name)
+    assert source.read(0).size == (8, 8)
+
+
+def test_what_macos_leaves_beside_an_image_is_none(image_folder):
+    (image_folder / "class0" / "._0.png").write_bytes(b"resource fork")
+    assert len(_open(image_folder)) == 12
+    assert len(_open(_pack_folder(image_folder, image_folder.parent / "a.tar"))) == 12
+
+
+def test_image_files_go_before_tars_and_a_warning_says_so(image_folder, caplog):
+    _pack_folder(image_folder / "class0", image_folder / "left.tar")
+    source = _open(image_folder)
+    assert len(source) == 12
+    assert source.name(0).endswith("class0/0.png")
+    assert "holds 12 image files and 1 .tar files" in caplog.text
+
+
+# Photographs
+
+
+def test_photographs_are_there_and_none_is_in_both_sets():
+    train, held_out = photo_paths(TRAIN_PHOTOS), photo_paths(HELD_OUT_PHOTOS)
+    source = _open(PHOTOS)
+    assert [source.name(index) for index in range(len(source))] == [str(path) for path in train]
+    assert not set(train) & set(held_out)
+    for path in (*train, *held_out):
+        assert min(read_image(path).size) >= 126
+
+
+def test_missing_photographs_name_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SingerError, match=r"scikit-image is not installed.*demo extra"):
+        photo_paths(TRAIN_PHOTOS)
+
+
+def test_a_folder_of_the_photographs_name_is_pointed_out(tmp_path, monkeypatch, caplog):
+    (tmp_path / PHOTOS).mkdir()
+    monkeypatch.chdir(tmp_path)
+    open_source(DataConfig(source=PHOTOS))
+    assert "for the folder say ./photos" in caplog.text
+
+
+def test_images_to_keep_are_decoded_once(image_folder):
+    path = image_folder / "class0" / "0.png"
+    kept, fresh = ImageFiles([path], keep=True), ImageFiles([path])
+    first = kept.read(0)
+    path.write_bytes(b"")
+    assert kept.read(0) is first
+    with pytest.raises(SingerError):
+        fresh.read(0)
+
+
+# Tars
+
+
+@pytest.mark.parametrize("under", [".", "train", "x" * 120])  # the last needs a long-name header
+def test_class_folders_in_a_tar_are_the_folder(image_folder, tmp_path, under):
+    packed = _open(_pack_folder(image_folder, tmp_path / "train.tar", under))
+    _assert_same_images(packed, _open(image_folder))
+    assert packed.name(1).endswith("class0/2.png")
+    assert packed.name(1).startswith(f"{tmp_path}/train.tar:")
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_webdataset_shards_are_the_folder(image_folder, tmp_path, form):
+    source = _open(image_folder)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in (10, 2, 1):  # not the order in which they are to be taken
+        with tarfile.open(shards / f"train-{shard}.tar", "w", format=form) as tar:
+            position = {1: 0, 2: 1, 10: 2}[shard] * 4
+            for index in range(position, position + 4):
+                with open(source.name(index), "rb") as file:
+                    _write(tar, f"{index:05}.png", file.read())
+                _write(tar, f"{index:05}.json", b'{"width": 8}')
+                _write(tar, f"{index:05}.cls", b"7")
+    packed = _open(shards)
+    _assert_same_images(packed, source)
+    assert packed.name(4) == f"{shards}/train-2.tar:00004.png"
+
+
+def test_tars_in_a_tar_are_the_folder(image_folder, tmp_path):
+    """As ImageNet is distributed: a tar of each class in one tar."""
+    outer = tmp_path / "ILSVRC.tar"
+    with tarfile.open(outer, "w") as tar:
+        for name in ("class1", "class0"):
+            inner = _pack_folder(image_folder / name, tmp_path / f"{name}.tar")
+            tar.add(inner, f"{name}.tar")
+    packed = _open(outer)
+    _assert_same_images(packed, _open(image_folder))
+    assert packed.name(0) == f"{outer}:class0.tar:./0.png"
+
+
+def test_opening_a_tar_writes_and_keeps_open_nothing(image_folder, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar = _pack_folder(image_folder, folder / "a.tar")
+    source = _open(folder)
+    source.read(0)
+    assert os.listdir(folder) == ["a.tar"]
+    tar.unlink()  # a file that is open could still be read
+    with pytest.raises(SingerError, match=r"a\.tar:\./class0/0\.png can't be read .*No such file"):
+        source.read(0)
+
+
+def test_a_broken_image_in_a_tar_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        _write(tar, "x.jpg", b"no image")
+    source = _open(tmp_path)
+    with pytest.raises(
+        SingerError, match=r"a\.tar:x\.jpg can't be .* \(in no known image format\)"
+    ):
+        source.read(0)
+
+
+@pytest.mark.parametrize("kind", ["files", "tar"])
+def test_sources_travel_to_a_spawned_worker(image_folder, tmp_path, kind):
+    source = _open(image_folder)
+    if kind == "tar":
+        source = _open(_pack_folder(image_folder, tmp_path / "a.tar"))
+    source.read(0)
+    _assert_same_images(pickle.loads(pickle.dumps(source)), source)
+
+
+def _gzipped(path, folder):
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder, ".")
+
+
+def _cut(path, folder):
+    _pack_folder(folder, path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _cut_in_a_header(path, folder):
+    _pack_folder(folder, path)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset + 100])
+
+
+def _overwritten(path, folder):
+    _pack_folder(folder, path)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    content = bytearray(path.read_bytes())
+    content[last.offset : last.offset + 512] = b"x" * 512
+    path.write_bytes(content)
+
+
+def _sparse(path, folder):
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[148:156] = b"        "  # its own checksum counts as spaces
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    path.write_bytes(bytes(header) + b"\0" * 1024)
+
+
+@pytest.mark.parametrize(
+    ("break_tar", "reason"),
+    [
+        (lambda path, folder: path.write_bytes(b""), "empty"),
+        (lambda path, folder: path.write_bytes(b"no tar " * 200), r"\S+"),
+        (_gzipped, r"\S+"),
+        (_cut, r"unexpected end of data"),
+        (_cut_in_a_header, r"damaged or cut off at byte \d+"),
+        (_overwritten, r"damaged or cut off at byte \d+"),
+        (_sparse, r"a\.png is sparse"),
+    ],
+)
+def test_a_file_that_is_no_sound_tar_is_refused(image_folder, tmp_path, break_tar, reason):
+    path = tmp_path / "a.tar"
+    break_tar(path, image_folder)
+    with pytest.raises(
+        SingerError, match=rf"data\.source: .*a\.tar can't be read as an uncomp.*\(.*{reason}"
+    ) as caught:
+        _open(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tar_without_an_end_mark_is_sound(image_folder, tmp_path):
+    path = _pack_folder(image_folder, tmp_path / "a.tar")
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + -(-last.size // 512) * 512])
+    assert len(_open(path)) == 12
+
+
+# Sources that are none
+
+
+def test_missing_and_empty_sources_are_named(tmp_path):
+    with pytest.raises(SingerError, match=r"data\.source: got .*absent.*expected an existing fold"):
+        _open(tmp_path / "absent")
+    with pytest.raises(SingerError, match=r"data\.source: .* is an empty folder"):
+        _open(tmp_path)
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(SingerError, match=r"data\.source: .* holds no image file .*, nor a \.tar"):
+        _open(tmp_path)
+    with pytest.raises(SingerError, match=r"got the file .*notes\.txt.*expected an .*\.tar"):
+        _open(tmp_path / "notes.txt")
+
+
+def test_tars_without_an_image_are_named(tmp_path):
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            _write(tar, "x.json", b"{}")
+    with pytest.raises(SingerError, match=r"no image file .* in .*a\.tar$"):
+        _open(tmp_path / "a.tar")
+    with pytest.raises(SingerError, match=r"no image file .* in 2 tars, .*a\.tar the first"):
+        _open(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)  # root may read anything
+    with pytest.raises(SingerError, match=r"data\.source: .*: Permission denied"):
+        _open(tmp_path)
+
+
+# Hugging Face datasets
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SingerError, match=r"hfds/some/name needs .* pip install datasets"):
+        _open("hfds/some/name")
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    module = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    module.disable_progress_bars()
+    return module
+
+
+@pytest.fixture
+def parquet(datasets, image_folder, tmp_path):
+    """The folder's images in a parquet file, without labels, and an empty row after them."""
+    source = _open(image_folder)
+    rows = []
+    for index in range(len(source)):
+        with open(source.name(index), "rb") as file:
+            rows.append({"bytes": file.read(), "path": None})
+    rows.append(None)
+    columns = {
+        "image": rows,
+        "raw": [row and row["bytes"] for row in rows],
+        "number": list(range(13)),
+        "several": [[row] for row in rows],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "raw": datasets.Value("binary"),
+            "number": datasets.Value("int64"),
+            "several": [datasets.Image()],
+        }
+    )
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("key", ["image", "raw"])
+def test_a_hugging_face_dataset_without_labels_is_the_folder(parquet, image_folder, key):
+    whole = _open(f"hfds/{parquet}", image_key=key)
+    assert len(whole) == 13
+    first = _open(f"hfds/{parquet}", image_key=key, split="train[:12]")
+    _assert_same_images(pickle.loads(pickle.dumps(first)), _open(image_folder))
+    with pytest.raises(SingerError, match=r"split train, row 12 can't be read as an image"):
+        whole.read(12)
+
+
+def test_a_hugging_face_folder_of_images_is_the_folder(datasets, image_folder):
+    packed = _open(f"hfds/{image_folder}")  # its images are paths, not bytes
+    images = {image.tobytes() for image in _pixels(packed)}
+    assert images == {image.tobytes() for image in _pixels(_open(image_folder))}
+
+
+def test_mistakes_about_a_hugging_face_dataset_name_the_key(parquet, tmp_path):
+    with pytest.raises(SingerError, match=r"data\.source: hfds/.*absent can't be loaded"):
+        _open(f"hfds/{tmp_path}/absent")
+    with pytest.raises(SingerError, match=r"can't be loaded with data\.split='dev'.*'train'"):
+        _open(f"hfds/{parquet}", split="dev")
+    with pytest.raises(SingerError, match=r"data\.split='train\[:0\]' .*no data"):
+        _open(f"hfds/{parquet}", split="train[:0]")
+    with pytest.raises(SingerError, match=r"data\.image_key: got 'img', expected a column .*: ima"):
+        _open(f"hfds/{parquet}", image_key="img")
+    for key in ("number", "several"):
+        with pytest.raises(SingerError, match=rf"data\.image_key: got '{key}', .* it holds \S+"):
+            _open(f"hfds/{parquet}", image_key=key)
+
+
+def test_tars_are_taken_in_the_order_given(image_folder, tmp_path):
+    tars = [
+        _pack_folder(image_folder / name, tmp_path / f"{name}.tar") for name in ("class1", "class0")
+    ]
+    source = TarImages(tars)
+    assert source.name(0) == f"{tars[0]}:./1.png"
+    assert source.name(11) == f"{tars[1]}:./10.png"
