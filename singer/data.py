@@ -267,7 +267,9 @@ class BatchLoader(DataLoader[Batch]):
     def _raise_errors(batches: Iterator[Batch | SingerError]) -> Iterator[Batch]:
         for batch in batches:
             if isinstance(batch, SingerError):
-                raise batch
+                # A new one: this one, raised, would refer to this frame and the frame to it, and
+                # torch takes 5 s to end the workers of an iterator that is collected from a cycle.
+                raise SingerError(str(batch))
             yield batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,6 +37,8 @@ Result = TypeVar("Result")
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """One process may load what the others wait for; :class:`PeerWatch` sees those that die."""
 
+_STORE_TIMEOUT = timedelta(seconds=60)
+
 
 def create_accelerator(precision: str) -> Accelerator:
     """Join the processes that a launcher started, if any.
@@ -45,6 +49,7 @@ def create_accelerator(precision: str) -> Accelerator:
     Raises:
         SingerError: another precision was used in this process, or it needs a GPU.
     """
+    _join_restarted()
     try:
         accelerator = Accelerator(
             # Without it, where there is no GPU, Accelerate takes each process for the only one.
@@ -63,6 +68,77 @@ def create_accelerator(precision: str) -> Accelerator:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise SingerError("train.precision: got 'fp16', which needs a GPU; take 'bf16' or 'fp32'")
     return accelerator
+
+
+def _launchers_store() -> dist.Store | None:
+    """Return a connection to the store that the launcher's address names; None: it names none."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        return None
+    return dist.TCPStore(host, int(port), is_master=False, timeout=_STORE_TIMEOUT)
+
+
+def _launcher_holds_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _join_restarted() -> None:
+    """Join the other processes in a corner of the launcher's store that none used before.
+
+    torchrun's store outlives the processes that it restarts. In it a new process may find the
+    address of a dead one, and torch then fails to connect (pytorch issue 135712).
+    """
+    backends = {"cpu": "gloo", "cuda": "nccl"}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if device is None else device.type
+    if not _launcher_holds_store() or dist.is_initialized() or kind not in backends:
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        return
+    store = _launchers_store()
+    name = agree_on_group(store, rank, size)
+    dist.init_process_group(
+        backends[kind],
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=size,
+        timeout=_COLLECTIVE_TIMEOUT,
+    )
+
+
+def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the processes running now share, and no earlier ones had.
+
+    Every process shows a token of its own. Rank 0 puts them together; the group is settled when
+    each process has found its own token in it, not one that a process of its rank left behind.
+
+    Args:
+        store: may hold what earlier processes wrote.
+        rank: of this process.
+        size: number of processes.
+
+    Raises:
+        TimeoutError: the others did not come within half an hour.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"singer/token/{rank}", own)
+    keys = [f"singer/token/{other}" for other in range(size)]
+    deadline = time.monotonic() + _COLLECTIVE_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(keys):
+            store.set("singer/group", " ".join(store.get(key).decode() for key in keys))
+        group = store.get("singer/group").decode() if store.check(["singer/group"]) else ""
+        tokens = group.split()
+        if len(tokens) == size and tokens[rank] == own:
+            name = f"singer/{hashlib.sha256(group.encode()).hexdigest()[:16]}"
+            store.set(f"{name}/seen/{rank}", "")
+            if rank == 0 and store.check([f"{name}/seen/{other}" for other in range(size)]):
+                store.set(f"{name}/settled", "")
+            if store.check([f"{name}/settled"]):
+                return name
+        time.sleep(0.05)
+    raise TimeoutError(f"rank {rank} of {size}: the other processes did not come")
 
 
 def together(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
@@ -240,28 +316,21 @@ class PeerWatch(threading.Thread):
 
 
 def _store_holder(size: int) -> str:
-    is_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return "the launcher on the first machine" if is_launcher else f"rank 0 of {size}"
+    return "the launcher on the first machine" if _launcher_holds_store() else f"rank 0 of {size}"
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-_runs = 0
-
-
 def _run_store() -> dist.Store | None:
-    """Return a store of the launcher's, with keys of this run's own; None: it offers none."""
-    global _runs
-    _runs += 1
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if host is None or port is None:
+    """Return a store with keys of this run's own, shared by its processes; None: there is none."""
+    (name,) = broadcast_object_list([uuid.uuid4().hex])
+    store = _launchers_store()
+    if store is None:
         _logger.warning("MASTER_ADDR is not set: that a process died can't be noticed by others")
         return None
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"singer/{restart}/{_runs}", store)
+    return dist.PrefixStore(f"singer/run/{name}", store)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

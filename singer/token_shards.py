@@ -1,8 +1,8 @@
 """One file of a :mod:`singer.token_cache`: how it is written, checked and read.
 
 A shard is a safetensors file. For each of the teacher's blocks it holds ``tokens.BLOCK``,
-``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds the index of the
-first image, ``first_image``, and what the tokens were made from, ``identity``, in JSON.
+``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds, besides, the
+index of the first image, ``first_image``, and in JSON what the tokens were made from, ``identity``.
 """
 
 from __future__ import annotations

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from singer.backbones import BlockTokens, create_backbone, inspect_backbone
 from singer.checkpoints import Checkpoint, CheckpointStore
-from singer.config import Config, SiNGERConfig, differences, load_config
+from singer.config import Config, differences, load_config
 from singer.data import BatchLoader, calibration_images, create_loader
 from singer.errors import SingerError
 from singer.learner import Learner
 from singer.methods import METHODS, Distiller
 from singer.methods.base import match_models
-from singer.nullspace import check_rank
 from singer.processes import (
     StopRequest,
     create_accelerator,
@@ -95,8 +94,7 @@ def check(
     for key, model, _ in config.trained():
         student = inspect_backbone(model.name, config.image_size, key, model.options)
         match_models(teacher, student, config.method.layers)
-    if isinstance(config.method, SiNGERConfig):
-        check_rank(config.method.rank, teacher.dim)
+    METHODS[config.method.name].check(teacher, config.method.model_dump())
     return create_loader(config, process_index, num_processes)
 
 

@@ -47,7 +47,7 @@ class Distiller(nn.Module):
     subclass adds. The teacher stands outside: it is frozen, in no state dict, in no optimizer and
     in no gradient exchange, and only follows the module from device to device.
 
-    A subclass defines :meth:`losses`, and adds to :attr:`teacher_layers` what it needs beside the
+    A subclass defines :meth:`losses`, may define :meth:`check`, and adds to :attr:`teacher_layers` what it needs beside the
     distilled layers.
 
     Args:
@@ -91,6 +91,19 @@ class Distiller(nn.Module):
             self.projections = nn.ModuleDict(
                 {str(layer): nn.Linear(student.dim, teacher.dim) for layer in self.layers}
             )
+
+    @classmethod
+    def check(cls, teacher: Backbone, options: Mapping[str, Any]) -> None:
+        """Check the method's options against the teacher, before any weight is loaded.
+
+        Args:
+            teacher: its structure alone; it holds no values.
+            options: the constructor's, by name.
+
+        Raises:
+            SingerError: one does not fit.
+        """
+        return
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         # .to(device) and the like reach the teacher too, although it is no submodule.

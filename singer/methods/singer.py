@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
 from singer.methods.base import Distiller
-from singer.nullspace import Linearization, NullspaceBasis, Selection, nullspace_basis
+from singer.nullspace import (
+    Linearization,
+    NullspaceBasis,
+    Selection,
+    check_rank,
+    nullspace_basis,
+)
 from singer.processes import global_means
 from singer.seeding import cpu_seed
 from singer_kernels import FusedLosses, gram_loss, kd_loss, refine
@@ -119,6 +125,11 @@ class SiNGER(Distiller):
             adapter.set_basis(basis.vectors)
             self.bases[layer] = basis
             self.adapters[str(layer)] = adapter
+
+    @classmethod
+    def check(cls, teacher: Backbone, options: Mapping[str, Any]) -> None:
+        """See :meth:`Distiller.check`: the rank must fit into the teacher's width."""
+        check_rank(options["rank"], teacher.dim)
 
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
         """See :meth:`Distiller.losses`; the terms are ``kd``, ``outlier`` and ``info``.

@@ -130,6 +130,11 @@ class ViTKD(Distiller):
         with cpu_seed(seed + 1):  # the projections have used the seed itself
             self.generator = Generator(teacher.dim, teacher.grid)
 
+    @classmethod
+    def check(cls, teacher: Backbone, options: Mapping[str, Any]) -> None:
+        """See :meth:`Distiller.check`: some patches must be masked, and some left."""
+        count_masked(options["mask_ratio"], teacher.num_patches)
+
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
         """See :meth:`Distiller.losses`; the terms are ``kd`` and ``generation``."""
         *earlier, last = self.layers

@@ -20,7 +20,7 @@ from tiny_models import (
 )
 
 from singer.errors import SingerError
-from singer.methods import METHODS, FitNet, SiNGER
+from singer.methods import METHODS, FitNet, SiNGER, ViTKD
 from singer.nullspace import nullspace_basis
 
 RANK = 5
@@ -28,7 +28,9 @@ KINDS = [
     pytest.param(SiNGER, {"variant": "paper", "rank": RANK}, id="paper"),
     pytest.param(SiNGER, {"variant": "official", "rank": RANK}, id="official"),
     pytest.param(FitNet, {}, id="fitnet"),
+    pytest.param(ViTKD, {}, id="vitkd"),
 ]
+OWN_PART = {SiNGER: {"adapters"}, FitNet: set(), ViTKD: {"generator"}}
 each_kind = pytest.mark.parametrize(("kind", "options"), KINDS)
 each_singer = pytest.mark.parametrize(("kind", "options"), KINDS[:2])
 
@@ -82,7 +84,7 @@ def test_the_teacher_stands_outside_the_module(kind, options):
     assert not of_teacher & {id(p) for p in method.parameters()}
     assert not modules_of_teacher & {id(m) for _, m in method.named_modules()}
     parts = {name.split(".")[0] for name in method.state_dict()}
-    assert parts == {"student", "projections"} | ({"adapters"} if kind is SiNGER else set())
+    assert parts == {"student", "projections"} | OWN_PART[kind]
     own = {name for name in method.state_dict() if name.startswith("student.")}
     assert own == {f"student.{name}" for name in method.student.state_dict()}
 
@@ -186,11 +188,13 @@ def test_the_teacher_follows_the_module(kind, options):
 def test_given_teacher_tokens_replace_the_teachers_run(kind, options):
     method = make(kind, options)
     images = random_images(method.teacher)
+    torch.manual_seed(0)  # ViTKD draws masks
     expected = method(images)
     tokens = method.teacher_tokens(images)
     assert set(tokens.tokens) == set(method.teacher_layers)
     assert not any(value.requires_grad for value in tokens.tokens.values())
     calls = block_inputs(method.teacher)
+    torch.manual_seed(0)
     found = method(images, tokens)
     assert [index for index, _ in calls] == ([2] if kind is SiNGER else [])
     assert set(found) == set(expected)
@@ -344,6 +348,8 @@ def test_exports(kind, options):
     if kind is SiNGER:
         expected["adapters"] = method.adapters
         assert set(exports["adapters"]) == {"1.down", "1.up", "3.down", "3.up"}
+    if kind is ViTKD:
+        expected["generator"] = method.generator
     assert set(exports) == set(expected)
     for name, module in expected.items():
         tensors = dict(module.named_parameters())
@@ -433,4 +439,4 @@ def test_wrong_options_are_refused():
 
 
 def test_methods_are_known_by_name():
-    assert dict(METHODS) == {"singer": SiNGER, "fitnet": FitNet}
+    assert dict(METHODS) == {"singer": SiNGER, "fitnet": FitNet, "vitkd": ViTKD}

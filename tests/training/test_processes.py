@@ -1,0 +1,343 @@
+"""Several processes as one run. Real ones, with gloo, wherever it matters."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import singer
+from singer.errors import EXIT_PEER_LOST, SharedError, SingerError
+from singer.processes import PeerWatch, StopRequest, agree_on_group, global_means, together
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+CLI = ["-m", "singer.cli"]
+
+DYING = """
+import os, signal, sys
+from singer import processes, trainer
+from singer.cli import main
+
+original = trainer.Trainer._step
+watch = processes.PeerWatch.__init__
+
+def step(self, number, batches):
+    is_first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if number == 6 and os.environ["RANK"] == "1" and is_first_life:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return original(self, number, batches)
+
+def impatient(self, *arguments, **options):
+    watch(self, *arguments, **{**options, "interval": 0.2, "patience": 3.0})
+
+trainer.Trainer._step = step
+processes.PeerWatch.__init__ = impatient
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def _environment(**extra):
+    # A script's own folder is where Python looks first, not the one that the tests run in.
+    path = os.pathsep.join(
+        [str(Path(singer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+
+
+def _run(command, **options):
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 300, **options}
+    return subprocess.run(command, env=_environment(), **options)
+
+
+def _metrics(folder):
+    with open(Path(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture
+def distill(tmp_path, values):
+    """The arguments of ``singer distill`` with the tiny configuration, and changes to it."""
+    path = tmp_path / "config.yaml"
+    values["train"] = {"steps": 9, "batch_size": 4, "log_every": 2, "save_every": 2, "ema": 0.9}
+    values["method"]["quantile"] = 0.8
+
+    def arguments(output, *overrides, **changes):
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create({**values, **changes})))
+        return ["distill", "--config", str(path), f"output={tmp_path / output}", *overrides]
+
+    return arguments
+
+
+def _assert_close(folder, expected):
+    found, wanted = _metrics(folder), _metrics(expected)
+    for one, other in zip(found, wanted, strict=True):
+        # Sums of float32 in another order; AdamW's first steps make 1e-7 in a gradient near 0
+        # a difference of the order of the learning rate in its weight, but not in a loss.
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "overrides"),
+    [
+        ([*TORCHRUN, "--nproc-per-node", "2", *CLI], ["train.accumulate=2"]),
+        ([*ACCELERATE, "--num_processes", "4", *CLI], ["data.num_workers=1"]),
+    ],
+    ids=["torchrun-2", "accelerate-4"],
+)
+def test_several_processes_train_as_one(distill, tmp_path, launcher, overrides):
+    alone = _run([sys.executable, *CLI, *distill("alone")])
+    assert alone.returncode == 0, alone.stderr
+    done = _run([*launcher, *distill("several", *overrides)])
+    assert done.returncode == 0, done.stderr
+    _assert_close(tmp_path / "several", tmp_path / "alone")
+    assert done.stdout.count("images per second") == 1
+
+
+def test_a_restart_by_the_launcher_goes_on_exactly(distill, tmp_path):
+    two = [*TORCHRUN, "--nproc-per-node", "2"]
+    whole = _run([*two, *CLI, *distill("whole")])
+    assert whole.returncode == 0, whole.stderr
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    killed = _run([*two, "--max-restarts", "1", str(script), "SIGKILL", *distill("killed")])
+    assert killed.returncode == 0, killed.stderr
+    assert "local_rank: 1" in killed.stderr  # the launcher's report
+    for name in ("student", "student_ema", "projections", "adapters"):
+        found, expected = (
+            load_file(tmp_path / run / f"{name}.safetensors") for run in ("killed", "whole")
+        )
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "whole")
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name):
+    # Without a launcher that watches them: as on another machine than the dead one's.
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    port = str(_free_port())
+    arguments = [sys.executable, str(script), name, *distill("run")]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                arguments,
+                env=_environment(**place, **where),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    try:
+        _, errors = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == EXIT_PEER_LOST
+    assert "singer: error: rank 1 of 2 (" in errors
+    assert f"process {processes[1].pid}) has shown no sign of life for 3 s; rank 0 ends" in errors
+    assert len(_metrics(tmp_path / "run")) >= 4
+
+
+def test_a_mistake_is_told_once(distill, tmp_path):
+    command = [*TORCHRUN, "--nproc-per-node", "2", *CLI, *distill("run", "train.batch_size=5")]
+    done = _run(command)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("singer: error: ")]
+    assert len(lines) == 1
+    assert "train.batch_size: got 5" in lines[0]
+    assert re.search(r"exitcode *: 2", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(distill, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    two = [*TORCHRUN, "--nproc-per-node", "2"]
+    done = _run([*two, str(script), "SIGUSR1", *distill("run")])
+    assert "stopped by SIGUSR1 after step 6 of 9" in done.stderr
+    assert done.stderr.count("singer: stopped") == 1
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert folders[-1].name == "step-000000006"
+
+
+class _Lone:
+    num_processes = 1
+
+
+def test_alone_an_error_is_raised_as_it_is():
+    def fail():
+        raise SingerError("x")
+
+    with pytest.raises(SingerError) as caught:
+        together(_Lone(), fail)
+    assert not isinstance(caught.value, SharedError)
+
+
+def test_means_of_one_process_stay_as_they_are():
+    means = [torch.tensor(2.0), torch.tensor(0.0)]
+    assert global_means(means, [torch.tensor(3), torch.tensor(0)]) == means
+
+
+def _share(rank, store, counts, results):
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    values = torch.arange(float(sum(counts)))
+    own = values[: counts[0]] if rank == 0 else values[counts[0] :]
+    mean = own.mean() if len(own) else torch.tensor(0.0)
+    (scaled,) = global_means([mean], [torch.tensor(len(own))])
+    results.put((rank, scaled.item()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [(1, 4), (0, 3), (2, 2), (0, 0)])
+def test_means_over_unequal_counts_average_to_the_mean_over_all(tmp_path, counts):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    path = str(tmp_path / "store")
+    processes = [
+        context.Process(
+            target=lambda rank=rank: _share(rank, dist.FileStore(path, 2), counts, results)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get()[1] for _ in processes]
+    for process in processes:
+        process.join()
+    expected = torch.arange(float(sum(counts))).mean().item() if sum(counts) else 0.0
+    assert sum(found) / 2 == pytest.approx(expected, rel=1e-6)
+
+
+class _Watched:
+    """A watch that notes how it would end its process."""
+
+    def __init__(self, store, rank, size=2):
+        self.messages = []
+        self.ended = threading.Event()
+        self.watch = PeerWatch(store, rank, size, interval=0.02, patience=0.5, end=self._end)
+        self.watch.start()
+
+    def _end(self, message):
+        self.messages.append(message)
+        self.ended.set()
+
+
+def test_a_process_that_goes_silent_is_named_to_all():
+    store = dist.HashStore()
+    watched = [_Watched(store, rank, size=4) for rank in range(4)]
+    time.sleep(0.1)
+    watched[2].watch._closing.set()  # it says nothing any more, not even that it is done
+    for other in (0, 1, 3):
+        assert watched[other].ended.wait(30)
+        assert watched[other].messages[0].startswith("rank 2 of 4 (")
+    for one in watched:
+        one.watch.close()
+
+
+def test_a_process_that_fails_tells_why():
+    store = dist.HashStore()
+    first, second = _Watched(store, 0), _Watched(store, 1)
+    first.watch.fail(RuntimeError("out of\nmemory"))
+    assert second.ended.wait(30)
+    assert "rank 0 of 2" in second.messages[0]
+    assert second.messages[0].endswith("failed: RuntimeError: out of memory")
+    second.watch.close()
+
+
+def test_a_process_that_is_done_is_not_missed():
+    store = dist.HashStore()
+    first, second = _Watched(store, 0), _Watched(store, 1)
+    time.sleep(0.1)
+    first.watch.close()
+    assert not second.ended.wait(1.0)  # twice its patience
+    second.watch.close()
+
+
+def test_a_store_that_is_gone_ends_the_process():
+    class Gone(dist.HashStore):
+        def set(self, *_):
+            raise dist.DistNetworkError("Broken pipe")
+
+    watched = _Watched(Gone(), 1)
+    assert watched.ended.wait(30)
+    assert watched.messages == ["rank 0 of 2 is gone (Broken pipe)"]
+
+
+def _agree(store, delays=(0, 0, 0)):
+    names = {}
+
+    def join(rank):
+        time.sleep(delays[rank])
+        names[rank] = agree_on_group(store, rank, 3)
+
+    threads = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return names
+
+
+@pytest.mark.parametrize("delays", [(0, 0, 0), (0.3, 0, 0), (0, 0.3, 0.1)])
+def test_processes_started_anew_find_each_other_not_those_before(delays):
+    store = dist.HashStore()
+    first = _agree(store)
+    second = _agree(store, delays)
+    for names in (first, second):
+        assert names.keys() == {0, 1, 2}
+        assert len(set(names.values())) == 1
+    assert first[0] != second[0]
+
+
+def test_a_start_that_failed_half_way_is_forgotten():
+    store = dist.HashStore()
+    store.set("singer/token/2", "left behind")
+    store.set("singer/token/1", "left behind, too")
+    store.set("singer/group", "one left behind, left")
+    names = _agree(store, (0, 0.2, 0.4))
+    assert len(set(names.values())) == 1
+    assert names.keys() == {0, 1, 2}
+
+
+def test_signals_are_noted_within_the_block_alone():
+    former = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == former
+
+
+def test_in_another_thread_signals_are_left_alone():
+    former, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [former]

@@ -1,0 +1,294 @@
+"""A run that was interrupted ends with the very weights of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from safetensors.torch import load_file
+
+from singer import training
+from singer.checkpoints import CheckpointStore
+from singer.cli import main
+from singer.config import parse_config
+from singer.errors import SingerError, StoppedError
+from singer.methods import SiNGER
+from singer.trainer import Trainer
+
+QUIET = Console(quiet=True)
+
+KILLED = """
+import os, signal, sys
+from singer import checkpoints, learner, run_folder, trainer
+from singer.cli import main
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def from_step(step, method):
+    def patched(self, *arguments):
+        return die() if self.done + 1 >= step else method(self, *arguments)
+    return patched
+
+place = sys.argv[1]
+if place == "step":
+    trainer.Trainer._step = from_step(6, trainer.Trainer._step)
+elif place == "checkpoint":  # its files are there, its state is not
+    write = checkpoints._write
+    checkpoints._write = lambda path, content: (
+        die() if path.name == "state.json" and "step-000000006" in str(path)
+        else write(path, content)
+    )
+elif place == "export":  # between the checkpoint and the student
+    trainer.Trainer._export = from_step(6, trainer.Trainer._export)
+elif place == "end":  # after the last checkpoint
+    trainer.Trainer._export = from_step(10, trainer.Trainer._export)
+elif place == "metrics":  # in the middle of a line
+    append = run_folder.RunFolder.append_metrics
+    def cut(self, records):
+        append(self, records)
+        if records[-1]["step"] >= 6:
+            with open(self.path / "metrics.jsonl", "rb+") as file:
+                file.truncate(file.seek(0, 2) - 20)
+            die()
+    run_folder.RunFolder.append_metrics = cut
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def _weights(folder):
+    return {path.name: load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def _assert_same(folder, expected):
+    found, wanted = _weights(folder), _weights(expected)
+    assert found.keys() == wanted.keys() >= {"student.safetensors", "student_ema.safetensors"}
+    for name, tensors in wanted.items():
+        assert tensors.keys() == found[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(found[name][key], tensor), f"{name}: {key}"
+    lines = [Path(path, "metrics.jsonl").read_text() for path in (folder, expected)]
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture
+def whole(values, tmp_path):
+    """The tiny run's configuration, with all that has a state, and an uninterrupted run of it."""
+    values["train"] = {
+        "steps": 9,
+        "batch_size": 4,
+        "accumulate": 2,
+        "clip_norm": 0.05,
+        "ema": 0.9,
+        "log_every": 2,
+        "save_every": 2,
+    }
+    # Random numbers in training: dropped paths.
+    values["student"] = {**values["student"]}
+    values["student"]["options"] = {**values["student"]["options"], "drop_path_rate": 0.3}
+
+    def run(**changes):
+        values.update(changes)
+        reference = {**values, "output": str(tmp_path / "whole")}
+        training.train(parse_config(reference), QUIET)
+        return parse_config(values), tmp_path / "whole"
+
+    return run
+
+
+def _interrupted(monkeypatch, config, step):
+    """Run until just before a step's update, as if the power failed."""
+    original = Trainer._step
+
+    def fail(self, number, batches):
+        if number == step:
+            raise RuntimeError("the power failed")
+        original(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "_step", fail)
+    with pytest.raises(RuntimeError, match="power"):
+        training.train(config, QUIET, resume=True)
+    monkeypatch.setattr(Trainer, "_step", original)
+
+
+@pytest.mark.parametrize("method", ["singer", "fitnet", "vitkd"])
+def test_every_method_goes_on_exactly(whole, monkeypatch, method):
+    options = {"rank": 8} if method == "singer" else {}
+    config, expected = whole(method={"name": method, **options})
+    for step in (2, 4, 9):  # before any checkpoint, after one, before the last step
+        torch.rand(step)
+        _interrupted(monkeypatch, config, step)
+    training.train(config, QUIET, resume=True)
+    _assert_same(config.output, expected)
+
+
+def test_several_students_go_on_exactly(whole, values, monkeypatch):
+    student = dict(values.pop("student"))
+    students = [{**student, "folder": name} for name in ("a", "b")]
+    students[1]["options"] = {**student["options"], "embed_dim": 32}
+    config, expected = whole(students=students)
+    _interrupted(monkeypatch, config, 6)
+    training.train(config, QUIET, resume=True)
+    for name in ("a", "b"):
+        _assert_same(f"{config.output}/{name}", expected / name)
+
+
+def _command(place, tmp_path, config):
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    arguments = ["distill", "--config", str(path), "--resume"]
+    return [sys.executable, "-c", KILLED, place, *arguments]
+
+
+@pytest.mark.parametrize("place", ["step", "checkpoint", "export", "end", "metrics"])
+def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
+    config, expected = whole()
+    done = subprocess.run(
+        _command(place, tmp_path, config),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    training.train(config, QUIET, resume=True)
+    _assert_same(config.output, expected)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(whole, tmp_path, monkeypatch, capsys, name):
+    config, expected = whole()
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    original, calls = SiNGER.losses, []
+
+    def losses(self, student, teacher):
+        calls.append(1)
+        if len(calls) == 6:  # the second part of step 3, which no log or checkpoint falls on
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(self, student, teacher)
+
+    monkeypatch.setattr(SiNGER, "losses", losses)
+    handler = signal.getsignal(getattr(signal, name))
+    assert main(["distill", "--config", str(path), "train.log_every=100"]) == 75
+    assert signal.getsignal(getattr(signal, name)) == handler
+    assert f"stopped by {name} after step 3 of 9" in capsys.readouterr().err
+    assert CheckpointStore(Path(config.output, "checkpoints")).newest().step == 3
+    changed = config.model_copy(
+        update={"train": config.train.model_copy(update={"log_every": 100})}
+    )
+    training.train(changed, QUIET, resume=True)
+    _assert_same(config.output, expected)
+
+
+def test_a_signal_before_the_first_step_saves_nothing(make_config, monkeypatch):
+    original = training.build_methods
+
+    def build(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "build_methods", build)
+    config = make_config()
+    with pytest.raises(StoppedError, match="after step 0"):
+        training.train(config, QUIET)
+    monkeypatch.setattr(training, "build_methods", original)
+    assert training.distill(config, QUIET, resume=True).steps == 6
+
+
+def _flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, monkeypatch, caplog):
+    config, expected = whole()
+    _interrupted(monkeypatch, config, 8)
+    newest = max(Path(config.output, "checkpoints").iterdir())
+    assert newest.name == "step-000000006"
+    _flip_last_byte(newest / "student.optimizer.safetensors")
+    training.train(config, QUIET, resume=True)
+    assert f"{newest / 'student.optimizer.safetensors'} is truncated or altered" in caplog.text
+    _assert_same(config.output, expected)
+
+
+def test_a_finished_run_stays_as_it_is(whole):
+    config, expected = whole()
+    training.train(config, QUIET)
+    assert training.distill(config, QUIET, resume=True).losses["loss"] > 0
+    _assert_same(config.output, expected)
+
+
+def test_another_configuration_is_refused_unless_forced(make_config, monkeypatch, caplog):
+    training.train(make_config(train={"steps": 4}), QUIET)
+    other = make_config(train={"steps": 6, "lr": 2e-3})
+    with pytest.raises(SingerError) as caught:
+        training.train(other, QUIET, resume=True)
+    for text in ("train.steps: 4 → 6", "train.lr: 0.001 → 0.002", "--force"):
+        assert text in str(caught.value)
+    assert "train.batch_size" not in str(caught.value)
+    training.train(other, QUIET, resume=True, force=True)
+    assert "train.steps: 4 → 6" in caplog.text
+    with open(f"{other.output}/metrics.jsonl", encoding="utf-8") as file:
+        assert [json.loads(line)["step"] for line in file] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_images_are_refused(make_config, image_folder):
+    config = make_config(train={"steps": 4})
+    training.train(config, QUIET)
+    (image_folder / "class0" / "0.png").rename(image_folder / "class1" / "zero.png")
+    with pytest.raises(SingerError, match=r"another configuration \(images: "):
+        training.train(config, QUIET, resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"embed_dim": 32}, {"depth": 3}])
+def test_a_checkpoint_of_another_student_is_refused_even_if_forced(make_config, changes):
+    training.train(make_config(train={"steps": 4}), QUIET)
+    other = make_config(student={"options": changes})
+    before = sorted(Path(other.output).rglob("*"))
+    with pytest.raises(SingerError, match="checkpoint: student is of another model"):
+        training.train(other, QUIET, resume=True, force=True)
+    assert sorted(Path(other.output).rglob("*")) == before
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(make_config):
+    config = make_config()
+    Path(config.output).mkdir()
+    Path(config.output, "thesis.tex").write_text("x")
+    with pytest.raises(SingerError, match=r"is no run's folder: it has no config\.yaml"):
+        training.train(config, QUIET, resume=True)
+    assert [path.name for path in Path(config.output).iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(whole, monkeypatch):
+    config, expected = whole()
+    original = os.fsync
+    written = []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) > 60:
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SingerError, match="No space left on device"):
+        training.train(config, QUIET)
+    monkeypatch.setattr(os, "fsync", original)
+    store = CheckpointStore(Path(config.output, "checkpoints"))
+    assert store.newest().step >= 2
+    training.train(config, QUIET, resume=True)
+    _assert_same(config.output, expected)
+
+
+def test_force_goes_with_resume(tmp_path, capsys):
+    assert main(["distill", "--config", str(tmp_path / "absent.yaml"), "--force"]) == 2
+    assert "--force: goes with --resume" in capsys.readouterr().err
