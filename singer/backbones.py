@@ -229,15 +229,14 @@ class Backbone:
 
         Args:
             layer: the block's index, from 0.
-            tokens: ``[B, T, D]``: all tokens, prefix included.
+            tokens: ``[B, T, D]``: all tokens, prefix included; cast to the weights' dtype.
             call: what the block was called with in a pass over images of the same size.
 
         Returns:
             The block's output, ``[B, T, D]``, differentiable in ``tokens``.
         """
         with self._precision(tokens):
-            if self._own_precision:
-                tokens = tokens.to(next(self.model.parameters()).dtype)
+            tokens = tokens.to(next(self.model.parameters()).dtype)
             return self.block(layer)(tokens, *call.args, **call.kwargs)
 
     def _precision(self, tensor: Tensor) -> AbstractContextManager[Any]:

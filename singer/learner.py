@@ -111,13 +111,13 @@ class Learner:
         )
         if train.compile:  # after the moving average's copy, which is never run
             method.student_backbone.compile()
+        trainable = [p for p in method.parameters() if p.requires_grad]
         self._optimizer = create_optimizer_v2(
-            method,
+            trainable if train.decay_all else method,  # of a list, timm exempts nothing
             opt="adamw",
             lr=train.lr,
             weight_decay=train.weight_decay,
             betas=train.betas,
-            filter_bias_and_bn=not train.decay_all,
         )
         self._schedule = create_schedule(self._optimizer, train, steps)
         self._model, self._stepper = accelerator.prepare(method, self._optimizer)

@@ -244,7 +244,7 @@ class TokenCache:
 
         All processes of a run call this together, on a folder that all of them see. Process p
         builds the missing ones of the shards p, p + ``num_processes`` and so on; process 0 writes
-        the manifest when all are there. A file that is there is never overwritten.
+        the manifest when all are there. A shard that is there is never overwritten.
 
         Args:
             folder: where it is, or will be.

@@ -47,8 +47,8 @@ class Distiller(nn.Module):
     subclass adds. The teacher stands outside: it is frozen, in no state dict, in no optimizer and
     in no gradient exchange, and only follows the module from device to device.
 
-    A subclass defines :meth:`losses`, may define :meth:`check`, and adds to :attr:`teacher_layers` what it needs beside the
-    distilled layers.
+    A subclass defines :meth:`losses`, may define :meth:`check`, and adds to :attr:`teacher_layers`
+    what it needs beside the distilled layers.
 
     Args:
         teacher: the frozen model.

@@ -51,7 +51,6 @@ def test_distill_runs_as_a_program(config_file, values):
         (["method.layers=[]"], "method.layers: got no layer"),
         (["method.layers=[0,1,2]"], "at most 2, the number of the student's blocks"),
         (["method.rank=33"], "method.rank: got 33, expected 1 to 32"),
-        (["method={name: vitkd, mask_ratio: 0.01}"], "which masks 0 of an image's 16 patches"),
         (["method.backend=warp"], "method.backend: got 'warp', expected one of"),
         (["trian.lr=1"], "unknown key 'trian'; did you mean 'train'"),
         (["data.source=absent"], "data.source: got 'absent', expected an existing folder"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from singer import training
 from singer.checkpoints import CheckpointStore
-from singer.config import FitNetConfig, load_config
+from singer.config import FitNetConfig, load_config, parse_config
 from singer.data import ImageCrops, create_loader
 from singer.errors import SingerError
 from singer.learner import Learner, create_schedule
@@ -349,6 +349,13 @@ def test_ctrl_c_keeps_the_losses_and_the_last_checkpoint(make_config, monkeypatc
     assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
         assert file.metadata()["step"] == "3"  # of the end of an epoch, after that of step 2
+
+
+def test_a_methods_own_check_comes_before_any_weight(values, monkeypatch):
+    monkeypatch.setattr(training, "create_backbone", None)  # calling it would fail
+    values["method"] = {"name": "vitkd", "mask_ratio": 0.01}
+    with pytest.raises(SingerError, match="which masks 0 of an image's 16 patches"):
+        _distill(parse_config(values))
 
 
 def test_float16_needs_a_gpu(make_config):
