@@ -133,14 +133,14 @@ class ImageCrops(Dataset[Tensor]):
                 image = self.source.read(index)
             except SingerError as error:
                 unreadable.append(self.source.name(index))
-                last_error = error
+                reason = _without_key(error)
                 continue
             with cpu_seed(self.seed * 0x9E3779B1 + key):
                 return self.transform(image)
         raise SingerError(
             f"data.source: no readable image among {len(set(unreadable))} that were drawn; the "
-            f"last: {_without_key(last_error)}"
-        ) from last_error
+            f"last: {reason}"
+        )
 
     def _candidates(self, ticket: int, key: int) -> Iterator[int]:
         yield self.source_index(ticket)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -279,7 +279,8 @@ def train(
     """Distil the configured teacher into the configured students, and write the run's folder.
 
     It seeds the global random generators. Every process that a launcher (torchrun, accelerate
-    launch) started calls it; a restart by torchrun resumes by itself.
+    launch) started calls it; a restart by torchrun resumes by itself. (When a machine is replaced by
+    a new one, nobody may know of a restart: for such clusters say ``resume`` from the start.)
 
     Args:
         config: the run's configuration.
@@ -297,7 +298,9 @@ def train(
         StoppedError: SIGTERM or SIGUSR1 came; the run is saved.
     """
     accelerator = create_accelerator(config.train.precision)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    # Only the machine whose process died counts the restart.
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = resume or any(gather_object([is_restart]))
     with StopRequest() as stop, watching_peers(accelerator, stop):
         return _train(config, accelerator, stop, console or Console(stderr=True), resume, force)
 

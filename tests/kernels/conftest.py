@@ -19,14 +19,6 @@ CPU = torch.device("cpu")
 BACKENDS = [name for name in backends.names() if backends.unavailable_reason(name, CPU) is None]
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:  # they run compiled kernels on CUDA tensors, and nothing else
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
 @pytest.fixture(autouse=True)
 def _no_backend_in_the_environment(monkeypatch):
     monkeypatch.delenv("SINGER_BACKEND", raising=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -28,6 +29,14 @@ STUDENT = {
 def _fresh_accelerate_state() -> None:
     """Accelerate keeps one precision per process; each test may take its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run on the CPU, whose results are the same bits everywhere; but not what is marked gpu."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
 
 
 @pytest.fixture

@@ -127,10 +127,18 @@ def test_folders_are_searched_in_a_fixed_order(image_folder):
     assert names == [f"class{k}/{index}.png" for k in (0, 1) for index in range(k, 12, 2)]
 
 
-def test_names_that_read_alike_keep_an_order_of_their_own(tmp_path):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_names_that_read_alike_keep_an_order_of_their_own(tmp_path, monkeypatch, backwards):
     names = ["01.png", "1.PNG", "1.png", "2.png", "A.png", "a.png"]
-    for name in reversed(names):
+    for name in names:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
+    walk = os.walk
+
+    def listed(*args, **kwargs):  # as a disk may list them
+        for root, folders, files in walk(*args, **kwargs):
+            yield root, folders, sorted(files, reverse=backwards)
+
+    monkeypatch.setattr("os.walk", listed)
     assert _names_in(_open(tmp_path), tmp_path) == names
 
 
