@@ -47,7 +47,8 @@ def create_accelerator(precision: str) -> Accelerator:
         precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
 
     Raises:
-        SingerError: another precision was used in this process, or it needs a GPU.
+        SingerError: another precision was used in this process, or it needs a GPU; or Accelerate is
+            configured for more than data parallelism.
     """
     _join_restarted()
     try:
@@ -67,6 +68,17 @@ def create_accelerator(precision: str) -> Accelerator:
         ) from error
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise SingerError("train.precision: got 'fp16', which needs a GPU; take 'bf16' or 'fp32'")
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise SingerError(
+            f"accelerate: it is configured for {kind}, expected plain data parallelism: students "
+            f"are small"
+        )
+    if accelerator.gradient_accumulation_steps != 1:  # it would divide the losses once more
+        raise SingerError(
+            f"accelerate: gradient_accumulation_steps is "
+            f"{accelerator.gradient_accumulation_steps}, expected 1; set train.accumulate"
+        )
     return accelerator
 
 
@@ -98,6 +110,8 @@ def _join_restarted() -> None:
         return
     store = _launchers_store()
     name = agree_on_group(store, rank, size)
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before NCCL takes the first one
     dist.init_process_group(
         backends[kind],
         store=dist.PrefixStore(name, store),

@@ -279,8 +279,8 @@ def train(
     """Distil the configured teacher into the configured students, and write the run's folder.
 
     It seeds the global random generators. Every process that a launcher (torchrun, accelerate
-    launch) started calls it; a restart by torchrun resumes by itself. (When a machine is replaced by
-    a new one, nobody may know of a restart: for such clusters say ``resume`` from the start.)
+    launch) started calls it; a restart by torchrun resumes by itself. (When a new machine takes the
+    place of another, nobody may know of a restart: for such clusters resume from the start.)
 
     Args:
         config: the run's configuration.

@@ -14,12 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import singer
 from singer.errors import EXIT_PEER_LOST, SharedError, SingerError
-from singer.processes import PeerWatch, StopRequest, agree_on_group, global_means, together
+from singer.processes import (
+    PeerWatch,
+    StopRequest,
+    agree_on_group,
+    create_accelerator,
+    global_means,
+    together,
+)
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
@@ -179,6 +187,18 @@ def test_a_signal_to_one_process_stops_all_at_one_step(distill, tmp_path):
     assert done.stderr.count("singer: stopped") == 1
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert folders[-1].name == "step-000000006"
+
+
+def test_accumulation_by_accelerates_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(SingerError, match=r"gradient_accumulation_steps is 2.*train\.accumulate"):
+        create_accelerator("fp32")
+
+
+def test_sharded_models_are_refused(monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(SingerError, match="configured for FSDP, expected plain data parallelism"):
+        create_accelerator("fp32")
 
 
 class _Lone:
