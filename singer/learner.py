@@ -54,6 +54,24 @@ class LossLog:
         return [dict(zip(self.names, row, strict=True)) for row in values.tolist()]
 
 
+def create_optimizer(method: Distiller, train: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW over all that a method trains.
+
+    Args:
+        method: names the parameters that timm exempts from weight decay.
+        train: the recipe.
+    """
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    return create_optimizer_v2(
+        trainable if train.decay_all else method,  # of a list, timm exempts nothing
+        opt="adamw",
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        fused=True,
+    )
+
+
 def create_schedule(
     optimizer: torch.optim.Optimizer, train: TrainConfig, steps: int
 ) -> CosineLRScheduler:
@@ -111,14 +129,7 @@ class Learner:
         )
         if train.compile:  # after the moving average's copy, which is never run
             method.student_backbone.compile()
-        trainable = [p for p in method.parameters() if p.requires_grad]
-        self._optimizer = create_optimizer_v2(
-            trainable if train.decay_all else method,  # of a list, timm exempts nothing
-            opt="adamw",
-            lr=train.lr,
-            weight_decay=train.weight_decay,
-            betas=train.betas,
-        )
+        self._optimizer = create_optimizer(method, train)
         self._schedule = create_schedule(self._optimizer, train, steps)
         self._model, self._stepper = accelerator.prepare(method, self._optimizer)
         self._model.train()

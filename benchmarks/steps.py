@@ -1,0 +1,441 @@
+"""Times whole training steps of SiNGER beside the authors' step (``authors_step.py``).
+
+    python benchmarks/steps.py [--device cuda] [--config FILE] [--variant paper] [--json FILE]
+
+On a CPU the setting is the demo's: DINOv2 ViT-S/14 to ViT-Tiny/14 at 126 px, batch 16. On a GPU it
+is ViT-L/16 to ViT-T/16 at 224 px, batch 128, random weights. Both steps start from the same weights
+and take the same batches (uint8, in the device's memory), of random pixels: time does not depend on
+their values. A step is: both models' own normalisation, forward, backward, AdamW. ``bf16`` is
+autocast; ours then holds the teacher's weights in bfloat16.
+
+A provider is timed only if its losses are right: see ``step_check.py``. Providers take turns within
+each round, so that a drift of the machine's speed hits all alike. Images per second are medians
+over the rounds; a ratio is the median of the ratios within the rounds. Where other programs take
+turns on the machine, the fastest step of each says more: they only add time. Peak memory is that of
+the first three steps above the level before them, weights of both models excluded, in a fresh
+process per provider: resident memory on a CPU (``VmHWM``), ``max_memory_allocated`` on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from authors_step import AuthorsStep
+from step_check import check, is_right
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from singer.backbones import create_backbone
+from singer.config import Config, load_config, parse_config
+from singer.demo import DemoOptions, demo_config
+from singer.learner import create_optimizer
+from singer.methods import METHODS, SiNGER
+from singer_kernels import resolve_backend
+
+PROVIDERS = {  # and on which device each is timed unless others are named
+    "authors": ("cpu", "cuda"),
+    "authors-bf16": ("cpu", "cuda"),
+    "ours": ("cpu", "cuda"),
+    "ours-bf16": ("cpu", "cuda"),
+    "ours-compiled": ("cuda",),
+    "ours-bf16-compiled": ("cuda",),
+}
+PHASES = ("teacher", "student", "losses", "backward", "optimiser")
+BATCHES = 4
+STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
+WARM_UP_ROUNDS = 3
+
+
+def setting(device: str, path: str | None, variant: str) -> Config:
+    """Return the run that is timed.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        path: a configuration of ``singer distill`` to time instead of the device's own.
+        variant: of SiNGER.
+    """
+    if path is not None:
+        config = load_config(path)
+    elif device == "cpu":
+        config = demo_config(DemoOptions(), "singer", "unused")
+    else:
+        config = parse_config(
+            {
+                "teacher": {"name": "vit_large_patch16_224", "weights": "random"},
+                "student": {"name": "vit_tiny_patch16_224"},
+                "method": {"name": "singer"},
+                "data": {"source": "unused"},
+                "train": {"batch_size": 128},
+                "output": "unused",
+            }
+        )
+    method = config.method.model_copy(update={"variant": variant})
+    return config.model_copy(update={"method": method})
+
+
+def build(config: Config, device: str) -> SiNGER:
+    """Return the method with both models' initial weights, in float32 and training mode."""
+    torch.manual_seed(config.train.seed)
+    teacher, student = (
+        create_backbone(model.name, config.image_size, key, model.weights, model.options)
+        for key, model in (("teacher", config.teacher), ("student", config.student))
+    )
+    options = config.method.model_dump(exclude={"name"})
+    method = METHODS[config.method.name](teacher, student, seed=config.train.seed, **options)
+    return method.to(device).train()
+
+
+def make_batches(config: Config, device: str) -> list[Tensor]:
+    """Return batches ``[B, 3, H, W]`` as the loader gives them: uint8."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCHES, config.train.batch_size, 3, config.image_size, config.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return list(images.to(device))
+
+
+class Stopwatch:
+    """Takes the time of a step's phases: of the host on a CPU, of the stream on a GPU.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """End a phase; it began where the one before it ended."""
+        if self.on_gpu:
+            moment: Any = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((phase, moment))
+
+    def read(self) -> dict[str, float]:
+        """Return each phase's time in seconds, summed over its occurrences, and start anew."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for (_, begin), (phase, end) in zip(self.marks, self.marks[1:], strict=False):
+            taken = 1e-3 * begin.elapsed_time(end) if self.on_gpu else end - begin
+            seconds[phase] += taken
+        self.marks.clear()
+        return seconds
+
+
+class Provider:
+    """One way to take a training step, with weights of its own.
+
+    Args:
+        name: one of :data:`PROVIDERS`.
+        method: the initial weights; they are copied.
+        config: the run; the optimiser's options are read.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, name: str, method: SiNGER, config: Config, device: str) -> None:
+        kind, _, precision = name.partition("-")
+        self.name, self.device = name, device
+        self.is_authors = kind == "authors"
+        self.is_narrow = precision.startswith("bf16")
+        self.model = AuthorsStep(method) if self.is_authors else copy.deepcopy(method)
+        train = config.train
+        if self.is_authors:
+            self.optimizer = torch.optim.AdamW(
+                self.model.learnable(),
+                lr=train.lr,
+                weight_decay=train.weight_decay,
+                betas=train.betas,
+            )
+        else:
+            if self.is_narrow:
+                self.model.teacher.cast(torch.bfloat16)
+            if precision.endswith("compiled"):
+                self.model.teacher.compile()
+                self.model.student_backbone.compile()
+            self.optimizer = create_optimizer(self.model, train)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of its forward pass."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.is_narrow)
+
+    def losses(self, images: Tensor, watch: Stopwatch) -> dict[str, Tensor]:
+        """Return the losses of a batch ``[B, 3, H, W]``, uint8: ``loss`` and its terms."""
+        with self.autocast():
+            teacher = self.model.teacher_tokens(images)
+            watch.mark("teacher")
+            student = self.model.student_tokens(images)
+            watch.mark("student")
+            losses = self.model.losses(student, teacher)
+            watch.mark("losses")
+        return losses
+
+    def loss_values(self, images: Tensor) -> dict[str, float]:
+        """Return the losses of a batch ``[B, 3, H, W]``, uint8, as numbers."""
+        losses = self.losses(images, Stopwatch(self.device))
+        return {name: value.item() for name, value in losses.items()}
+
+    def step(self, images: Tensor, watch: Stopwatch) -> None:
+        """Take a training step on a batch ``[B, 3, H, W]``, uint8."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(images, watch)
+        losses["loss"].backward()
+        watch.mark("backward")
+        self.optimizer.step()
+        if self.is_authors:
+            for value in losses.values():
+                value.item()
+        watch.mark("optimiser")
+
+
+def measure(
+    providers: Sequence[Provider], batches: Sequence[Tensor], rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """Return, for each provider and round, the seconds that each phase of a step took."""
+    if not providers:
+        return {}
+    device = providers[0].device
+    steps = STEPS_PER_TURN[device]
+    watch = Stopwatch(device)
+    times: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
+    for number in range(rounds + WARM_UP_ROUNDS):
+        first = number % len(providers)  # who follows whom changes
+        for provider in (*providers[first:], *providers[:first]):
+            if watch.on_gpu:
+                torch.cuda.synchronize()
+            watch.mark("start")
+            for step in range(steps):
+                provider.step(batches[(number + step) % len(batches)], watch)
+            taken = watch.read()
+            if number >= WARM_UP_ROUNDS:
+                times[provider.name].append({name: t / steps for name, t in taken.items()})
+    return times
+
+
+def fused_losses_seconds(provider: Provider, images: Tensor, rounds: int) -> float:
+    """Return the median time of ``fused_losses`` alone, all layers, forward and backward."""
+    method = provider.model
+    with torch.no_grad(), provider.autocast():
+        teacher, student = method.teacher_tokens(images), method.student_tokens(images)
+        inputs = {layer: method.projected_student(layer, student) for layer in method.layers}
+    watch = Stopwatch(provider.device)
+    taken = []
+    for _ in range(rounds + WARM_UP_ROUNDS):
+        watch.mark("start")
+        total, before = 0.0, None
+        with provider.autocast():
+            for layer, projected in inputs.items():
+                is_last = layer == method.last_layer
+                out = method.adapters[str(layer)](
+                    projected.requires_grad_(),
+                    method.aligned_teacher(layer, teacher),
+                    before if is_last and method.variant == "official" else None,
+                )
+                before = out.refined
+                total = total + out.kd + out.outlier + (out.info if is_last else 0.0)
+        total.backward()
+        watch.mark("losses")
+        taken.append(watch.read()["losses"])
+    return statistics.median(taken[WARM_UP_ROUNDS:])
+
+
+def dense_gflops(method: SiNGER, config: Config, images: Tensor, device: str) -> dict[str, float]:
+    """Return the 10⁹ operations of a step's matrix products and convolutions: what bounds it.
+
+    The counter sees torch's own operators alone: here the losses of ours come from the backend
+    ``"torch"``.
+    """
+    found = {}
+    for name in ("authors", "ours"):
+        provider = Provider(name, method, config, device)
+        for adapter in provider.model.adapters.values():
+            adapter.backend = "torch"
+        with FlopCounterMode(display=False) as counter:
+            provider.step(images, Stopwatch(device))
+        found[name] = 1e-9 * counter.get_total_flops()
+    return found
+
+
+def _resident(field: str) -> int:
+    """Return a size of this process in bytes; Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def peak_memory(config: Config, name: str, device: str) -> float | None:
+    """Return by how much three steps raise this process's memory at their peak, in MiB.
+
+    Meant for a fresh process. It gives None on a CPU without Linux's accounting.
+    """
+    method = build(config, device)
+    provider = Provider(name, method, config, device)
+    del method
+    batches = make_batches(config, device)
+    gc.collect()
+    reset = Path("/proc/self/clear_refs")
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        level = torch.cuda.memory_allocated()
+    else:
+        if not os.access(reset, os.W_OK) or platform.libc_ver()[0] != "glibc":
+            return None
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before does not hide a rise
+        reset.write_text("5", encoding="ascii")  # VmHWM falls to what is resident now
+        level = _resident("VmRSS")
+    for images in batches[:3]:
+        provider.step(images, Stopwatch(device))
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    return (peak - level) / 2**20
+
+
+def peak_memories(config: Config, names: Sequence[str], device: str) -> dict[str, float | None]:
+    """Return :func:`peak_memory` of each provider, measured in a process of its own."""
+    found = {}
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found[name] = pool.submit(peak_memory, config, name, device).result()
+    return found
+
+
+def environment(config: Config, device: str) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    on_gpu = device == "cuda"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {capability}",
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "backend": resolve_backend(config.method.backend, torch.device(device)),
+        "teacher": config.teacher.name,
+        "student": config.student.name,
+        "image_size": config.image_size,
+        "batch_size": config.train.batch_size,
+        "variant": config.method.variant,
+    }
+
+
+def summarize(
+    times: dict[str, list[dict[str, float]]], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Return each provider's speed, its ratio to either of the authors' steps, and its phases."""
+    totals = {name: [sum(phases.values()) for phases in rows] for name, rows in times.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for name, seconds in totals.items():
+        quartiles = statistics.quantiles([batch_size / taken for taken in seconds], n=4)
+        ratios = {
+            other: statistics.median(a / b for a, b in zip(totals[other], seconds, strict=True))
+            for other in ("authors", "authors-bf16")
+            if other in totals
+        }
+        phases = {
+            phase: 1e3 * statistics.median(row[phase] for row in times[name]) for phase in PHASES
+        }
+        results[name] = {
+            "images_per_second": statistics.median(batch_size / taken for taken in seconds),
+            "quartiles": [quartiles[0], quartiles[2]],
+            "fastest": batch_size / min(seconds),
+            "ratio_to": ratios,
+            "milliseconds": phases,
+        }
+    return results
+
+
+def show(
+    results: dict[str, dict[str, Any]],
+    shares: dict[str, dict[str, float]],
+    memory: dict[str, float | None],
+) -> None:
+    """Print a Markdown table row per provider; one that is wrong gets no time."""
+    columns = "step | images/s (quartiles; fastest) | x authors | x authors-bf16 | peak MiB"
+    print(f"| {columns} | ms: {', '.join(PHASES)} | fused losses |")
+    print("|---" * 7 + "|")
+    for name, errors in shares.items():
+        row = results.get(name)
+        if not is_right(errors):
+            found = ", ".join(f"{key} {share:.1e}" for key, share in errors.items())
+            print(f"| {name} | wrong, errors in tolerances: {found} | | | | | |")
+        elif row is not None:
+            low, high = row["quartiles"]
+            ratios = [
+                f"{row['ratio_to'][other]:.2f}x" if other in row["ratio_to"] else ""
+                for other in ("authors", "authors-bf16")
+            ]
+            mib = "" if memory.get(name) is None else f"{memory[name]:.0f}"
+            speed = (
+                f"{row['images_per_second']:.1f} ({low:.1f} to {high:.1f}; {row['fastest']:.1f})"
+            )
+            phases = ", ".join(f"{value:.1f}" for value in row["milliseconds"].values())
+            fused = row.get("fused_losses_milliseconds")
+            share = "" if fused is None else f"{fused / sum(row['milliseconds'].values()):.1%}"
+            print(f"| {name} | {speed} | {' | '.join(ratios)} | {mib} | {phases} | {share} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, measure and print; return 1 if a provider is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=list(STEPS_PER_TURN), default="cpu")
+    parser.add_argument("--config", help="a configuration of singer distill; default: see above")
+    parser.add_argument("--variant", choices=["official", "paper"], default="official")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--no-memory", action="store_true", help="don't measure peak memory")
+    parser.add_argument("--json", help="a file for the same as JSON")
+    given = parser.parse_args(arguments)
+    if given.rounds < 2:
+        parser.error(f"--rounds: got {given.rounds}, expected at least 2")
+    names = given.providers or [name for name in PROVIDERS if given.device in PROVIDERS[name]]
+    config = setting(given.device, given.config, given.variant)
+    facts = environment(config, given.device)
+    print(json.dumps(facts))
+    memory = {} if given.no_memory else peak_memories(config, names, given.device)
+    method = build(config, given.device)
+    providers = [Provider(name, method, config, given.device) for name in names]
+    batches = make_batches(config, given.device)
+    losses = {provider.name: provider.loss_values for provider in providers}
+    shares = check(losses, method, batches[0])
+    right = [provider for provider in providers if is_right(shares[provider.name])]
+    results = summarize(measure(right, batches, given.rounds), config.train.batch_size)
+    for provider in right:
+        if not provider.is_authors:
+            taken = 1e3 * fused_losses_seconds(provider, batches[0], given.rounds)
+            results[provider.name]["fused_losses_milliseconds"] = taken
+    dense = dense_gflops(method, config, batches[0], given.device)
+    facts["load after"] = os.getloadavg()[0]
+    show(results, shares, memory)
+    ratio = dense["authors"] / dense["ours"]
+    rounded = ", ".join(f"{name} {count:.4g}" for name, count in dense.items())
+    print(f"dense products of a step, GFLOP: {rounded} ({ratio:.2f}x)")
+    if given.json:
+        found = {
+            "setting": facts,
+            "error_in_tolerances": shares,
+            "results": results,
+            "peak_MiB": memory,
+            "dense_gflops": dense,
+        }
+        Path(given.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(not all(map(is_right, shares.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
