@@ -123,7 +123,7 @@ class CheckpointStore:
             _sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            kept = self.steps()
+            kept = [step for step in self.steps() if step < checkpoint.step]
             earlier = f"that of step {kept[-1]} is untouched" if kept else "there is none yet"
             raise SingerError(
                 f"output: the checkpoint {final} can't be written: {error.strerror or error}; "
@@ -193,6 +193,8 @@ class CheckpointStore:
         """
         folder = self.path(step)
         whole = self._read_state(folder / _STATE)
+        if whole["step"] != step:
+            raise DamagedError(f"{folder} holds the checkpoint of step {whole['step']}")
         tensors = {}
         for name, digest in whole["files"].items():
             path = folder / name

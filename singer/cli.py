@@ -119,7 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         a run that can be resumed; 130 after Ctrl-C. (A process that ends because another one of its
         run has died ends with 70.)
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)  # argparse wants the overrides in one row
+    if arguments.command != "distill" or any(text[0] == "-" for text in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        arguments.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("singer").setLevel(logging.INFO)
     logging.getLogger("singer_kernels").setLevel(logging.INFO)

@@ -99,7 +99,7 @@ class NamedStudentConfig(ModelConfig):
     """One of several students that learn from one pass of the teacher.
 
     Attributes:
-        folder: its folder inside the run's; None: the model's name.
+        folder: its folder inside the run's; None: the model's name (a slash in it becomes _).
     """
 
     folder: str | None = None
@@ -107,8 +107,12 @@ class NamedStudentConfig(ModelConfig):
     @field_validator("folder")
     @classmethod
     def _check_folder(cls, folder: str | None) -> str | None:
-        if folder is not None and (folder in ("", ".", "..") or "/" in folder or "\\" in folder):
-            raise ValueError("expected the name of one folder, without slashes")
+        taken = folder in ("", "config.yaml", "checkpoints")
+        if folder is not None and (taken or folder[0] == "." or set(folder) & set("/\\")):
+            raise ValueError(
+                "expected the name of one folder, without slashes or a dot at its start, and not "
+                "config.yaml or checkpoints"
+            )
         return folder
 
 
@@ -219,7 +223,7 @@ class DataConfig(_Section):
         image_key: the column of a Hugging Face dataset that holds the images.
         crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
         epoch_size: samples per epoch; None: one per image. A larger number takes several random
-            crops of each image.
+            crops of each image; a smaller one is refused.
         crop_scale: smallest and largest area of a random crop, as a share of the image.
         hflip: probability of a horizontal flip.
         max_unreadable: share of the images that may be unreadable: another one takes the place of
@@ -258,7 +262,8 @@ class TrainConfig(_Section):
         batch_size: images per optimiser step, over all processes: it must divide evenly among
             ``accumulate`` and the processes.
         accumulate: parts in which a process takes its share of the batch, one after the other, to
-            need less memory.
+            need less memory. (The outlier loss averages over each part's outliers; the parts have
+            equally many, unless norms tie at the quantile.)
         lr: peak learning rate of AdamW.
         min_lr: what the cosine schedule falls towards, as a share of ``lr``.
         warmup: share of the steps in which the learning rate rises linearly from 0.
@@ -342,7 +347,7 @@ class Config(_Section):
         if (self.student is None) == (not self.students):
             found = "neither" if self.student is None else "both"
             raise ValueError(f"got {found} of student and students, expected one of them")
-        folders = [student.folder or student.name for student in self.students]
+        folders = [path.name for _, _, path in self.trained()]
         if len(set(folders)) < len(folders):
             raise ValueError(f"students: got the folders {folders}; give each one of its own")
         if self.teacher.cache is not None and self.data.crops == "random":
@@ -358,7 +363,9 @@ class Config(_Section):
             return [TrainedModel("student", self.student, Path(self.output))]
         return [
             TrainedModel(
-                f"students.{index}", student, Path(self.output, student.folder or student.name)
+                f"students.{index}",
+                student,
+                Path(self.output, student.folder or student.name.replace("/", "_")),
             )
             for index, student in enumerate(self.students)
         ]
@@ -473,23 +480,3 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def to_yaml(config: Config) -> str:
     """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def differences(before: Config, after: Config) -> list[str]:
-    """Return what differs between two configurations but ``output``: ``key: old → new``."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if key != "output"]
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}"
-        for key in keys
-        if key not in old or key not in new or old[key] != new[key]
-    ]
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {key: value}
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat.update(_flat(inner, f"{key}.{name}" if key else str(name)))
-    return flat

@@ -358,12 +358,17 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
 
     Raises:
         SingerError: the batch can't be shared evenly, the source can't be opened or holds no
-            readable image, or an epoch has fewer samples than a batch.
+            readable image, or an epoch has fewer samples than a batch or than there are images.
     """
     check_batch(config, num_processes)
     train, workers = config.train, config.data.num_workers
     source = open_source(config.data)
     crops = ImageCrops(source, config.image_size, config.data, train.seed)
+    if len(crops) < len(source):  # the images beyond would never be seen
+        raise SingerError(
+            f"data.epoch_size: got {len(crops)}, expected at least {len(source)}, the number of "
+            f"images; train.steps and train.save_every may be smaller than an epoch"
+        )
     if len(crops) < train.batch_size:
         raise SingerError(
             f"train.batch_size: got {train.batch_size}, expected at most {len(crops)}, the samples "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +22,11 @@ from singer.backbones import BlockTokens
 from singer.config import Config, TrainConfig, TrainedModel
 from singer.errors import NonFiniteError
 from singer.methods import Distiller
-from singer.run_folder import STUDENT, STUDENT_EMA, RunFolder
+from singer.processes import together
+from singer.run_folder import STUDENT, STUDENT_EMA, TENSORBOARD, RunFolder, writing
 from singer.training_state import load_module, load_optimizer, optimizer_tensors
+
+_logger = logging.getLogger("singer")
 
 
 class LossLog:
@@ -44,12 +48,16 @@ class LossLog:
         self.names = list(losses)
         self._pending.append(torch.stack([loss.detach().float() for loss in losses.values()]))
 
-    def read(self) -> list[dict[str, float]]:
-        """Return the means of the steps since the last call, over their batches and processes."""
-        if not self._pending:
+    def read(self, steps: int) -> list[dict[str, float]]:
+        """Return the means of the steps since the last call, over their batches and processes.
+
+        Args:
+            steps: how many were completed; what was added of a further one is dropped.
+        """
+        pending, self._pending = self._pending[: steps * self.parts], []
+        if not pending:
             return []
-        parts = torch.stack(self._pending).unflatten(0, (-1, self.parts))  # [steps, parts, losses]
-        self._pending.clear()
+        parts = torch.stack(pending).unflatten(0, (steps, self.parts))  # [steps, parts, losses]
         values = self.accelerator.reduce(parts.mean(dim=1), reduction="mean")
         return [dict(zip(self.names, row, strict=True)) for row in values.tolist()]
 
@@ -155,13 +163,18 @@ class Learner:
         self.folder.cut_metrics(done)
         for name, report in self.method.reports().items():
             self.folder.write_json(f"{name}.json", report)
-        tensorboard = str(self.folder.path / "tensorboard")
-        self._writer = SummaryWriter(tensorboard, purge_step=done + 1 if done else None)
+        path = self.folder.path / TENSORBOARD
+        with writing(path):
+            self._writer = SummaryWriter(str(path), purge_step=done + 1)
 
     def close(self) -> None:
-        """Flush what is written along the way."""
-        if self._writer is not None:
+        """Flush what is written along the way; that it can't be is no error any more."""
+        if self._writer is None:
+            return
+        try:
             self._writer.close()
+        except OSError as error:
+            _logger.warning("%s can't be written: %s", self.path / TENSORBOARD, error)
 
     def backward(self, images: Tensor, teacher: BlockTokens, part: int) -> None:
         """Add the gradients of one part of a step's batch.
@@ -204,23 +217,32 @@ class Learner:
         """
         records: list[dict[str, Any]] = []
         setups, self._setups = self._setups, []
-        for setup, losses in zip(setups, self._log.read(), strict=True):
+        for setup, losses in zip(setups, self._log.read(len(setups)), strict=True):
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
-                self._write_records(records)
+                self._write(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
                 raise self._non_finite(setup["step"], f"{name} is {losses[name]}")
             records.append({**setup, **losses})
-        self._write_records(records)
+        self._write(records)
         return records
 
-    def _write_records(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        together(self.accelerator, lambda: self._write_here(records))
+
+    def _write_here(self, records: list[dict[str, Any]]) -> None:
         if self.folder is None or self._writer is None:
             return
-        self.folder.append_metrics(list(records))
-        for record in records:
-            for name in ("lr", *self.loss_names):
-                self._writer.add_scalar(f"train/{name}", record[name], record["step"])
+        self.folder.append_metrics(records)
+        with writing(self.folder.path / TENSORBOARD):
+            for record in records:
+                for name in ("lr", *self.loss_names):
+                    self._writer.add_scalar(f"train/{name}", record[name], record["step"])
+
+    def sync(self) -> None:
+        """Make the records last that were written so far. Main process only."""
+        if self.folder is not None:
+            self.folder.sync_metrics()
 
     def _non_finite(self, step: int, what: str) -> NonFiniteError:
         if self.saved_step is None:
@@ -289,5 +311,8 @@ class Learner:
 
     def plot(self) -> None:
         """Draw the losses. Main process only."""
-        if self.folder is not None:
-            figures.plot_losses(self.folder.read_metrics(), self.folder.figure_path("losses"))
+        if self.folder is None:
+            return
+        records = self.folder.read_metrics()
+        if records:
+            figures.plot_losses(records, self.folder.figure_path("losses"))

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -25,6 +25,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch import Tensor
 
@@ -38,6 +39,7 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """One process may load what the others wait for; :class:`PeerWatch` sees those that die."""
 
 _STORE_TIMEOUT = timedelta(seconds=60)
+_JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 def create_accelerator(precision: str) -> Accelerator:
@@ -54,7 +56,7 @@ def create_accelerator(precision: str) -> Accelerator:
     try:
         accelerator = Accelerator(
             # Without it, where there is no GPU, Accelerate takes each process for the only one.
-            cpu=not torch.accelerator.is_available(),
+            cpu=_is_for_cpu(),
             mixed_precision={"fp32": "no"}.get(precision, precision),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -82,12 +84,31 @@ def create_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
+def _is_for_cpu() -> bool:
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def _launchers_store() -> dist.Store | None:
     """Return a connection to the store that the launcher's address names; None: it names none."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:
         return None
     return dist.TCPStore(host, int(port), is_master=False, timeout=_STORE_TIMEOUT)
+
+
+def _folder_key(folder: str) -> str:
+    return f"singer/folder/{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()}"
+
+
+def note_folder(folder: str) -> None:
+    """Tell the launcher's store, if it outlives these processes, that they took a folder."""
+    if _launcher_holds_store():
+        _launchers_store().set(_folder_key(folder), "")
+
+
+def is_noted(folder: str) -> bool:
+    """Whether processes that the same launcher started before these took a folder."""
+    return _launcher_holds_store() and _launchers_store().check([_folder_key(folder)])
 
 
 def _launcher_holds_store() -> bool:
@@ -101,8 +122,7 @@ def _join_restarted() -> None:
     address of a dead one, and torch then fails to connect (pytorch issue 135712).
     """
     backends = {"cpu": "gloo", "cuda": "nccl"}
-    device = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cpu" if device is None else device.type
+    kind = "cpu" if _is_for_cpu() else torch.accelerator.current_accelerator().type
     if not _launcher_holds_store() or dist.is_initialized() or kind not in backends:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -133,12 +153,12 @@ def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
         size: number of processes.
 
     Raises:
-        TimeoutError: the others did not come within half an hour.
+        TimeoutError: the others did not come within ten minutes.
     """
     own = uuid.uuid4().hex
     store.set(f"singer/token/{rank}", own)
     keys = [f"singer/token/{other}" for other in range(size)]
-    deadline = time.monotonic() + _COLLECTIVE_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         if rank == 0 and store.check(keys):
             store.set("singer/group", " ".join(store.get(key).decode() for key in keys))
@@ -244,11 +264,12 @@ class StopRequest:
             signal.signal(number, former)
 
 
-class PeerWatch(threading.Thread):
+class PeerWatch:
     """Ends this process when another one of the run has died or hangs, and names its rank.
 
     A collective operation would wait for the dead one: up to its timeout, or for ever. Every
-    process writes a sign of life into a store, and watches that of the next rank.
+    process writes a sign of life into a store, and watches that of the next rank. Two threads do
+    it: one may wait for the store, the other notes when it waits too long.
 
     Args:
         store: shared by all processes, and by this run alone.
@@ -267,10 +288,9 @@ class PeerWatch(threading.Thread):
         size: int,
         *,
         interval: float = 2.0,
-        patience: float = 30.0,
+        patience: float = 45.0,
         end: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(name="peer-watch", daemon=True)
         self.store = store
         self.rank = rank
         self.size = size
@@ -278,53 +298,85 @@ class PeerWatch(threading.Thread):
         self.patience = patience
         self.end = end or self._end_process
         self._closing = threading.Event()
+        self._ended = threading.Event()
+        self._rounds = 0
         self._where = f"rank {rank} of {size} ({socket.gethostname()}, process {os.getpid()})"
+
+    def start(self) -> None:
+        """Show the first sign of life, and begin to watch."""
+        self.store.set(f"life/{self.rank}", f"0 {self._where}")
+        for target in (self._watch_peer, self._watch_store):
+            threading.Thread(target=target, name="peer-watch", daemon=True).start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it found that another process is lost."""
+        return self._ended.is_set()
+
+    def _end(self, message: str) -> None:
+        if not self._closing.is_set() and not self._ended.is_set():
+            self._ended.set()
+            self.end(message)
 
     def _end_process(self, message: str) -> None:
         print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER_LOST)  # the main thread may wait in a collective operation for ever
 
-    def run(self) -> None:
-        """Watch until :meth:`close`."""
+    def _ticks(self) -> Iterator[float]:
+        """Yield, at every interval, for how long this process itself did not run before it."""
+        last = time.monotonic()
+        while not self._closing.wait(self.interval) and not self._ended.is_set():
+            now = time.monotonic()
+            # Suspended, or kept from running: the others may have been, too.
+            yield max(0.0, now - last - 2 * self.interval)
+            last = time.monotonic()
+
+    def _watch_peer(self) -> None:
         watched = (self.rank + 1) % self.size
         last, since, name = b"", time.monotonic(), f"rank {watched} of {self.size}"
-        count = 0
-        while not self._closing.wait(self.interval):
-            count += 1
-            try:
-                self.store.set(f"life/{self.rank}", f"{count} {self._where}")
+        try:
+            for stalled in self._ticks():
+                since = time.monotonic() if stalled else since
+                self._rounds += 1
+                self.store.set(f"life/{self.rank}", f"{self._rounds} {self._where}")
                 if self.store.check(["failed"]):
-                    self.end(self.store.get("failed").decode())
-                    return
-                if self.store.check([f"done/{watched}"]):
-                    continue
-                sign = self.store.get(f"life/{watched}") if self._lives(watched) else b""
-            except RuntimeError as error:  # torch's DistError: whoever holds the store is gone
-                if not self._closing.is_set():
-                    self.end(f"{_store_holder(self.size)} is gone ({_line(error)})")
-                return
-            if sign != last:
-                last, since = sign, time.monotonic()
-                name = sign.decode().partition(" ")[2]
-            elif time.monotonic() - since > self.patience:
-                message = f"{name} has shown no sign of life for {self.patience:.0f} s"
-                self.store.set("failed", message)
-                self.end(message)
-                return
+                    self._end(self.store.get("failed").decode())
+                elif self.store.check([f"done/{watched}"]):
+                    since = time.monotonic()
+                elif self.store.check([f"life/{watched}"]):
+                    sign = self.store.get(f"life/{watched}")
+                    if sign != last:
+                        last, since = sign, time.monotonic()
+                        name = sign.decode().partition(" ")[2]
+                if time.monotonic() - since > self.patience:
+                    message = f"{name} has shown no sign of life for {self.patience:.0f} s"
+                    self.store.set("failed", message)
+                    self._end(message)
+        except RuntimeError as error:  # torch's DistError: whoever holds the store is gone
+            self._end(f"{_store_holder(self.size)} is gone ({_line(error)})")
 
-    def _lives(self, rank: int) -> bool:
-        return self.store.check([f"life/{rank}"])
+    def _watch_store(self) -> None:
+        rounds, since = 0, time.monotonic()
+        for stalled in self._ticks():
+            if stalled or self._rounds != rounds:
+                rounds, since = self._rounds, time.monotonic()
+            elif time.monotonic() - since > self.patience:
+                self._end(f"{_store_holder(self.size)} has not answered for {self.patience:.0f} s")
 
     def fail(self, error: BaseException) -> None:
         """Tell the other processes that this one ends; they then end, too."""
-        self.store.set("failed", f"{self._where} failed: {type(error).__name__}: {_line(error)}")
-        self.close()
+        message = f"{self._where} failed: {type(error).__name__}: {_line(error)}"
+        self._close({"failed": message, f"done/{self.rank}": ""})
 
     def close(self) -> None:
         """Stop watching and being watched."""
+        self._close({f"done/{self.rank}": ""})
+
+    def _close(self, last_words: Mapping[str, str]) -> None:
         self._closing.set()
         try:
-            self.store.set(f"done/{self.rank}", "")
+            for key, value in last_words.items():
+                self.store.set(key, value)
         except RuntimeError as error:
             _logger.debug("the run's store is gone already: %s", error)
 
@@ -345,6 +397,33 @@ def _run_store() -> dist.Store | None:
         _logger.warning("MASTER_ADDR is not set: that a process died can't be noticed by others")
         return None
     return dist.PrefixStore(f"singer/run/{name}", store)
+
+
+class PatientBarrier:
+    """Waits until every process has called it as often, for as long as it takes.
+
+    A collective barrier would give up after its timeout, where one process works for hours more
+    than another. That a process has died is :class:`PeerWatch`'s to see.
+
+    Args:
+        accelerator: of the run; every process makes the barrier at the same point.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.store = _run_store() if accelerator.num_processes > 1 else None
+        self.calls = 0
+
+    def __call__(self) -> None:
+        """Wait for the others."""
+        if self.store is None:
+            self.accelerator.wait_for_everyone()
+            return
+        key = f"barrier/{self.calls}"
+        self.calls += 1
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.accelerator.num_processes:
+            time.sleep(0.1)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
@@ -377,7 +456,7 @@ def watching_peers(accelerator: Accelerator, stop: StopRequest) -> Iterator[None
         if _is_lost_connection(error):
             # The cause lies in another process: the watch will name it, and end this one.
             deadline = time.monotonic() + watch.patience + 5 * watch.interval
-            while time.monotonic() < deadline and watch.is_alive():
+            while time.monotonic() < deadline and not watch.has_ended:
                 if stop.requested is not None:  # by the launcher, which names the rank
                     watch.end(f"another process has died, and {stop.requested} came")
                 time.sleep(0.1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from torch import Tensor
 
 from singer.errors import SingerError
 
+_logger = logging.getLogger("singer")
+
 CONFIG, METRICS, STUDENT = "config.yaml", "metrics.jsonl", "student.safetensors"
 STUDENT_EMA = "student_ema.safetensors"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 
 
 def check_new(path: str | Path) -> Path:
@@ -27,9 +31,12 @@ def check_new(path: str | Path) -> Path:
         SingerError: it exists, or can't be made.
     """
     path = Path(path)
-    if path.exists():
+    with writing(path):
+        exists = path.exists()
+    if exists:
         raise SingerError(
-            f"output: {str(path)!r} exists already and is left untouched; name another folder"
+            f"output: {str(path)!r} exists already and is left untouched; name another folder, or "
+            f"go on with the run in it by --resume"
         )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -37,8 +44,13 @@ def check_new(path: str | Path) -> Path:
     return path
 
 
-def _unwritable(path: Path, error: OSError) -> SingerError:
-    return SingerError(f"output: {path} can't be written: {error.strerror or error}")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the system inside the block into one that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise SingerError(f"output: {path} can't be written: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,14 +65,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        with writing(path):
+            write(aside)
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return what a killed process may have left of :func:`write_atomically` in a folder."""
+    return [path for path in folder.glob(".*.partial") if path.is_file()]
 
 
 class RunFolder:
@@ -90,10 +106,8 @@ class RunFolder:
         self._make()
 
     def _make(self) -> None:
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
 
     @classmethod
     def reopen(cls, path: str | Path) -> RunFolder:
@@ -105,7 +119,7 @@ class RunFolder:
         folder = cls.__new__(cls)
         folder.path = Path(path)
         folder._make()
-        for leftover in folder.path.glob(".*.partial"):
+        for leftover in leftovers(folder.path):
             leftover.unlink()
         return folder
 
@@ -134,32 +148,44 @@ class RunFolder:
         """Append records to ``metrics.jsonl``, one JSON object a line; all of them, or none."""
         path = self.path / METRICS
         content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
-        try:
-            with open(path, "ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    if file.write(content) < len(content):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(before)
-                    raise
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        with writing(path), open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def sync_metrics(self) -> None:
+        """Make what :meth:`append_metrics` wrote outlive a power failure."""
+        path = self.path / METRICS
+        with writing(path), open(path, "ab") as file:
+            os.fsync(file.fileno())
 
     def cut_metrics(self, step: int) -> None:
-        """Take out of ``metrics.jsonl`` what came after a step, and a line that was cut short."""
+        """Take out of ``metrics.jsonl`` what came after a step, and what is damaged."""
         path = self.path / METRICS
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                is_kept = json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                break  # cut short by a kill, or damaged: nothing can be said of what follows
+            if is_kept and line.endswith(b"\n"):
                 kept.append(line)
-        write_atomically(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+        if len(kept) < step:
+            _logger.warning("%s: the records of some steps up to %d are lost", path, step)
+        write_atomically(path, lambda aside: aside.write_bytes(b"".join(kept)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the records of ``metrics.jsonl``."""
-        with open(self.path / METRICS, encoding="utf-8") as file:
+        """Return the records of ``metrics.jsonl``; none if it is not there."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def remove(self) -> None:

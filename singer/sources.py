@@ -362,6 +362,11 @@ def _open_folder(folder: str) -> ImageSource:
         images = [path for path in paths if _has_extension(path, EXTENSIONS)]
     except RuntimeError:  # the reader's word for none
         images = []
+    except ValueError as error:  # timm's order takes superscripts and the like for digits
+        raise SingerError(
+            f"data.source: {folder!r} has a file name that can't be put in order "
+            f"({_reason(error)}); rename it"
+        ) from error
     if images:
         if tars:
             _logger.warning(

@@ -17,9 +17,9 @@ from singer.backbones import BlockTokens
 from singer.checkpoints import Checkpoint, CheckpointStore
 from singer.config import Config, to_yaml
 from singer.data import Batch, BatchLoader, UnreadableLimit
-from singer.errors import NonFiniteError, SharedError, SingerError, StoppedError
+from singer.errors import SharedError, SingerError, StoppedError
 from singer.learner import Learner
-from singer.processes import StopRequest, on_main, together
+from singer.processes import StopRequest, note_folder, on_main, together
 from singer.progress import TrainingProgress
 from singer.run_folder import CONFIG, RunFolder
 from singer.training_state import random_state, set_random_state
@@ -77,6 +77,7 @@ class Trainer:
         self.reopen = reopen
         self.done = 0
         self.saved_step: int | None = None
+        self._is_mid_step = False
         self.unreadable = UnreadableLimit(len(loader.dataset.source), config.data.max_unreadable)
         self._new_unreadable: list[str] = []
         if resumed is not None:
@@ -105,28 +106,27 @@ class Trainer:
         try:
             started = time.perf_counter()
             self._loop()
-            if self.done == self.saved_step:  # it may have ended between checkpoint and export
-                on_main(self.accelerator, self._export)
+            on_main(self.accelerator, self._export)  # a killed run may lack that of its last step
             seconds = time.perf_counter() - started
-        except NonFiniteError:
-            raise  # the weights are of no use, and the losses before it are written
-        except (SingerError, KeyboardInterrupt) as error:
-            self._wind_up(error)
-            raise
         finally:
-            for learner in self.learners:
-                learner.close()
+            self._close()
         on_main(self.accelerator, self._plot)
         return seconds
+
+    def _close(self) -> None:
+        for learner in self.learners:
+            learner.close()
 
     def _open(self) -> None:
         output = self.config.output
         folder = RunFolder.reopen(output) if self.reopen else RunFolder(output)
+        note_folder(output)
         try:
             folder.write_text(CONFIG, to_yaml(self.config))
             for learner in self.learners:
                 learner.open(self.done)
         except SingerError:
+            self._close()
             if not self.reopen:
                 folder.remove()
             raise
@@ -152,7 +152,11 @@ class Trainer:
             self._heed_stop()
             batches = self._batches()
             for step in range(self.done + 1, self.steps + 1):
-                self._step(step, batches)
+                try:
+                    self._step(step, batches)
+                except (SingerError, KeyboardInterrupt):
+                    self._wind_up()
+                    raise
                 progress.step()
                 is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
                 is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
@@ -167,14 +171,21 @@ class Trainer:
         for part in range(parts):
             epoch, batch = next(batches)
             self._new_unreadable += batch.unreadable
+            if batch.unreadable and self.config.teacher.cache is not None:
+                raise SingerError(
+                    f"data.source: {batch.unreadable[0]} can't be read any more, but teacher.cache "
+                    f"holds its tokens; restore it"
+                )
             images = batch.images.to(self.accelerator.device, non_blocking=True)
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher_tokens(images, batch.tickets)
+            self._is_mid_step = True
             for learner in self.learners:
                 learner.backward(images, teacher, part)
                 if part == parts - 1:
                     learner.step(step, epoch)
         self.done = step
+        self._is_mid_step = False
 
     def _stops_alone(self) -> bool:
         """Whether to stop now; with several processes, all must do so at the same step."""
@@ -218,16 +229,16 @@ class Trainer:
             f"go on with the same command and --resume"
         )
 
-    def _wind_up(self, error: BaseException) -> None:
-        """Keep what a run that stops early has done; leave no folder if it has done nothing."""
-        if isinstance(error, SharedError) or self.accelerator.num_processes > 1:
-            return  # it is saved already, or other processes may be in another step
+    def _wind_up(self) -> None:
+        """Keep what a run did before a step failed; leave no folder if it did nothing."""
+        if self.accelerator.num_processes > 1:
+            return  # the others may be in another step
         if self.done == 0 and not self.reopen:
             RunFolder.reopen(self.config.output).remove()
             return
         self._log()
-        # Ctrl-C may come in the middle of an update.
-        if self.saved_step != self.done and not isinstance(error, KeyboardInterrupt):
+        # In the middle of a step, weights or random generators may have moved on.
+        if self.saved_step != self.done and not self._is_mid_step:
             self._save()
 
     def _save(self) -> None:
@@ -249,6 +260,7 @@ class Trainer:
     def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:
         tensors = {"random": random_states}
         for learner in self.learners:
+            learner.sync()
             tensors.update(learner.checkpoint())
         scaler = self.accelerator.scaler
         state = {

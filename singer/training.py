@@ -12,26 +12,29 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
 from singer.backbones import BlockTokens, create_backbone, inspect_backbone
 from singer.checkpoints import Checkpoint, CheckpointStore
-from singer.config import Config, differences, load_config
+from singer.config import Config, load_config
+from singer.config_changes import differences
 from singer.data import BatchLoader, calibration_images, create_loader
-from singer.errors import SingerError
+from singer.errors import SharedError, SingerError
 from singer.learner import Learner
 from singer.methods import METHODS, Distiller
 from singer.methods.base import match_models
 from singer.processes import (
+    PatientBarrier,
     StopRequest,
     create_accelerator,
+    is_noted,
     on_main,
     together,
     watching_peers,
 )
-from singer.run_folder import CHECKPOINTS, CONFIG, check_new
+from singer.run_folder import CHECKPOINTS, CONFIG, check_new, leftovers
 from singer.token_cache import TokenCache, weights_digest
 from singer.trainer import TeacherTokens, Trainer
 from singer_kernels import resolve_backend
@@ -199,7 +202,7 @@ def _cached_tokens(
         batch_size=config.train.batch_size // accelerator.num_processes,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        wait=PatientBarrier(accelerator),
     )
 
     def read(images: Tensor, tickets: Tensor) -> BlockTokens:
@@ -223,7 +226,7 @@ def source_digest(loader: BatchLoader) -> str:
     """Return a SHA-256 over the names of the images, in their order."""
     source, digest = loader.dataset.source, hashlib.sha256()
     for index in range(len(source)):
-        digest.update(f"{source.name(index)}\n".encode())
+        digest.update(f"{source.name(index)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -243,7 +246,7 @@ def _checkpoint_to_resume(
         raise SingerError(f"output: {str(output)!r} is no writable folder")
     written = output / CONFIG
     if not written.exists():
-        if any(output.iterdir()):
+        if set(output.iterdir()) - set(leftovers(output)):
             raise SingerError(f"output: {str(output)!r} is no run's folder: it has no {CONFIG}")
         return None
     changed = differences(load_config(written), config)
@@ -279,8 +282,9 @@ def train(
     """Distil the configured teacher into the configured students, and write the run's folder.
 
     It seeds the global random generators. Every process that a launcher (torchrun, accelerate
-    launch) started calls it; a restart by torchrun resumes by itself. (When a new machine takes the
-    place of another, nobody may know of a restart: for such clusters resume from the start.)
+    launch) started calls it. When torchrun restarts them, they go on with the folder that they
+    made. (A new torchrun does not know of it: where a scheduler starts the whole job anew, resume
+    from the start.)
 
     Args:
         config: the run's configuration.
@@ -298,9 +302,7 @@ def train(
         StoppedError: SIGTERM or SIGUSR1 came; the run is saved.
     """
     accelerator = create_accelerator(config.train.precision)
-    # Only the machine whose process died counts the restart.
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    resume = resume or any(gather_object([is_restart]))
+    resume = resume or on_main(accelerator, lambda: is_noted(config.output))
     with StopRequest() as stop, watching_peers(accelerator, stop):
         return _train(config, accelerator, stop, console or Console(stderr=True), resume, force)
 
@@ -332,6 +334,11 @@ def _train(
     set_seed(config.train.seed, device_specific=True)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
     steps = config.train.steps or config.train.epochs * steps_per_epoch
+    if checkpoint is not None and checkpoint.step > steps:
+        raise SharedError(
+            f"train.steps: got {steps} in all, but the run in {config.output!r} has done "
+            f"{checkpoint.step}"
+        )
     learners = [
         Learner(trained, method, config, accelerator, steps)
         for trained, method in zip(config.trained(), methods, strict=True)
@@ -370,6 +377,8 @@ def _last_losses(learner: Learner, steps: int) -> dict[str, float]:
     if learner.folder is None:
         return {}
     records = learner.folder.read_metrics()[-max(1, steps // 10) :]
+    if not records:  # the file is lost, and no step was left to do
+        return {}
     names = [name for name in records[0] if name not in ("step", "epoch", "lr")]
     return {name: sum(record[name] for record in records) / len(records) for name in names}
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(store, caplog, name, 
     assert str(store.path(2) / name) in caplog.text
     _saved(store, 2)  # the run that went on from step 1 comes to step 2 again
     assert store.newest().step == 2
+
+
+def test_one_under_another_steps_name_is_not_trusted(store, caplog):
+    _saved(store, 6)
+    shutil.copytree(store.path(6), store.path(8))
+    assert store.newest().step == 6
+    assert f"{store.path(8)} holds the checkpoint of step 6" in caplog.text
 
 
 def test_one_that_was_damaged_never_displaces_a_good_one(tmp_path):

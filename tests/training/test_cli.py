@@ -58,6 +58,7 @@ def test_distill_runs_as_a_program(config_file, values):
         (["student.options.depth=0"], "it has no block"),
         (["student.options.num_heads=3"], "student: timm can't build"),
         (["teacher.name=vit_tiny_patch16_224.nonsense"], "has no weights tagged 'nonsense'"),
+        ([f"output={'x' * 300}"], "can't be written: File name too long"),
         (["output=/dev/null/run"], "output: '/dev/null/run' can't be made"),
         (["teacher.weights=absent.pth"], "teacher.weights: got 'absent.pth'"),
     ],

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from tiny_models import VIT, generator, random_images, tiny_backbone
 
 import singer
 from singer.errors import EXIT_PEER_LOST, SharedError, SingerError
+from singer.methods import SiNGER
 from singer.processes import (
+    PatientBarrier,
     PeerWatch,
     StopRequest,
     agree_on_group,
@@ -42,8 +46,9 @@ original = trainer.Trainer._step
 watch = processes.PeerWatch.__init__
 
 def step(self, number, batches):
+    dying = os.environ.get("DYING_RANK", "1")
     is_first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if number == 6 and os.environ["RANK"] == "1" and is_first_life:
+    if number == 6 and os.environ["RANK"] == dying and is_first_life:
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     return original(self, number, batches)
 
@@ -130,14 +135,32 @@ def test_a_restart_by_the_launcher_goes_on_exactly(distill, tmp_path):
     assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "whole")
 
 
+def test_a_restart_leaves_a_folder_alone_that_it_did_not_make(distill, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.yaml").write_text("mine")
+    command = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", *CLI, *distill("old")]
+    done = _run(command)
+    assert done.stderr.count("exists already and is left untouched") == 2
+    assert [path.name for path in old.iterdir()] == ["config.yaml"]
+    assert (old / "config.yaml").read_text() == "mine"
+
+
 def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "dead", "expected"),
+    [
+        ("SIGKILL", 1, "rank 1 of 2 ({host}, process {pid}) has shown no sign of life for 3 s"),
+        ("SIGSTOP", 1, "rank 1 of 2 ({host}, process {pid}) has shown no sign of life for 3 s"),
+        ("SIGSTOP", 0, "rank 0 of 2 has not answered for 3 s"),  # it holds the store
+    ],
+)
+def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name, dead, expected):
     # Without a launcher that watches them: as on another machine than the dead one's.
     script = tmp_path / "dying.py"
     script.write_text(DYING)
@@ -146,7 +169,7 @@ def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name):
     processes = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DYING_RANK": str(dead)}
         processes.append(
             subprocess.Popen(
                 arguments,
@@ -157,14 +180,14 @@ def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name):
             )
         )
     try:
-        _, errors = processes[0].communicate(timeout=120)
+        _, errors = processes[1 - dead].communicate(timeout=120)
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    assert processes[0].returncode == EXIT_PEER_LOST
-    assert "singer: error: rank 1 of 2 (" in errors
-    assert f"process {processes[1].pid}) has shown no sign of life for 3 s; rank 0 ends" in errors
+    assert processes[1 - dead].returncode == EXIT_PEER_LOST
+    message = expected.format(host=socket.gethostname(), pid=processes[dead].pid)
+    assert f"singer: error: {message}; rank {1 - dead} ends" in errors
     assert len(_metrics(tmp_path / "run")) >= 4
 
 
@@ -199,6 +222,68 @@ def test_sharded_models_are_refused(monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(SingerError, match="configured for FSDP, expected plain data parallelism"):
         create_accelerator("fp32")
+
+
+def _gradients(rank, size, variant, results, path):
+    """Put the losses and gradients of a process's share of six images, half of them uniform."""
+    teacher = tiny_backbone(VIT, depth=4, grid=4)
+    student = tiny_backbone(VIT, depth=2, dim=16, grid=4)
+    with torch.no_grad():
+        teacher.model.pos_embed.zero_()  # all patches of a uniform image are then the same
+    method = SiNGER(teacher, student, rank=8, quantile=0.8, variant=variant).train()
+    for adapter in method.adapters.values():
+        torch.nn.init.normal_(adapter.up, std=0.1, generator=generator(3))
+    images = random_images(teacher, batch=6)
+    images[: 6 // 2] = images[: 6 // 2, :, :1, :1]
+    model = method
+    if size > 1:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(path, size), rank=rank, world_size=size
+        )
+        model = torch.nn.parallel.DistributedDataParallel(method)
+    losses = model(images.chunk(size)[rank])
+    losses["loss"].backward()
+    values = torch.stack([loss.detach() for loss in losses.values()])
+    if size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        values /= size
+        dist.destroy_process_group()
+    named = {
+        name: parameter.grad.tolist()
+        for name, parameter in method.named_parameters()
+        if parameter.grad is not None
+    }
+    results.put((values.tolist(), named))
+
+
+def _in_processes(size, variant, path):
+    context = torch.multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_gradients, args=(rank, size, variant, results, path))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found, *_ = [results.get() for _ in processes]  # after the exchange all are alike
+    for process in processes:
+        process.join()
+    return found
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_gradients_are_those_of_the_whole_batch(tmp_path, variant):
+    # Uniform images have no outliers: all norms tie. So the first process has fewer than others.
+    losses, gradients = _in_processes(1, variant, "")
+    for size in (2, 3):
+        found, named = _in_processes(size, variant, str(tmp_path / str(size)))
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert named.keys() == gradients.keys()
+        for name, expected in gradients.items():
+            expected = torch.tensor(expected)
+            # float32 sums of some hundred terms, in another order
+            bound = 1e-5 * expected.abs().max().item()
+            torch.testing.assert_close(torch.tensor(named[name]), expected, rtol=0, atol=bound)
 
 
 class _Lone:
@@ -252,10 +337,11 @@ def test_means_over_unequal_counts_average_to_the_mean_over_all(tmp_path, counts
 class _Watched:
     """A watch that notes how it would end its process."""
 
-    def __init__(self, store, rank, size=2):
+    def __init__(self, store, rank, size=2, **options):
         self.messages = []
         self.ended = threading.Event()
-        self.watch = PeerWatch(store, rank, size, interval=0.02, patience=0.5, end=self._end)
+        options = {"interval": 0.02, "patience": 0.5, **options}
+        self.watch = PeerWatch(store, rank, size, end=self._end, **options)
         self.watch.start()
 
     def _end(self, message):
@@ -294,14 +380,86 @@ def test_a_process_that_is_done_is_not_missed():
     second.watch.close()
 
 
+class _OddStore(dist.HashStore):
+    """One that takes some time for an answer, or has none, from a call on."""
+
+    def __init__(self, error=None, delay=0.0):
+        super().__init__()
+        self.error, self.delay, self.calls = error, delay, 0
+
+    def check(self, keys):
+        self.calls += 1
+        if self.calls > 3:
+            time.sleep(self.delay)
+            if self.error is not None:
+                raise self.error
+        return super().check(keys)
+
+
 def test_a_store_that_is_gone_ends_the_process():
-    class Gone(dist.HashStore):
+    watched = _Watched(_OddStore(dist.DistNetworkError("Broken pipe")), 1)
+    assert watched.ended.wait(30)
+    assert watched.messages == ["rank 0 of 2 is gone (Broken pipe)"]
+
+
+def test_a_store_that_does_not_answer_ends_the_process():
+    watched = _Watched(_OddStore(delay=3.0), 1)
+    assert watched.ended.wait(30)
+    assert watched.messages == ["rank 0 of 2 has not answered for 0 s"]
+
+
+def test_a_process_that_slept_does_not_blame_the_others(monkeypatch):
+    # As after SIGSTOP and SIGCONT to both: no thread ran, the clock did.
+    store, skipped = dist.HashStore(), [0.0]
+    clock = time.monotonic
+    monkeypatch.setattr("singer.processes.time.monotonic", lambda: clock() + skipped[0])
+    waits = []
+
+    class Sleepy(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(1)
+            if len(waits) == 20:
+                skipped[0] += 100.0
+            return super().wait(timeout)
+
+    store.set("life/0", "0 rank 0 of 2 (host, process 1)")  # which stays asleep a little longer
+    watch = PeerWatch(store, 1, 2, interval=0.02, patience=2.0, end=waits.append)
+    watch._closing = Sleepy()
+    watch.start()
+    time.sleep(1.0)
+    watch.close()
+    assert len(waits) > 20
+    assert set(waits) == {1}
+
+
+def test_a_failure_without_a_store_stays_the_failure():
+    watch = PeerWatch(_OddStore(), 0, 2, end=print)
+
+    class Gone:
         def set(self, *_):
             raise dist.DistNetworkError("Broken pipe")
 
-    watched = _Watched(Gone(), 1)
-    assert watched.ended.wait(30)
-    assert watched.messages == ["rank 0 of 2 is gone (Broken pipe)"]
+    watch.store = Gone()
+    watch.fail(SingerError("x"))
+
+
+def test_a_barrier_waits_for_as_long_as_it_takes(monkeypatch):
+    store, passed = dist.HashStore(), []
+    monkeypatch.setattr("singer.processes._run_store", lambda: store)
+
+    def process(rank):
+        barrier = PatientBarrier(SimpleNamespace(num_processes=2))
+        for turn in range(2):
+            time.sleep(0.3 * (rank == turn))
+            barrier()
+            passed.append((turn, rank))
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [turn for turn, _ in passed] == [0, 0, 1, 1]
 
 
 def _agree(store, delays=(0, 0, 0)):

@@ -322,6 +322,29 @@ def test_a_cache_needs_every_image(cached, image_folder):
         training.train(cached("run", data={"max_unreadable": 1.0}), QUIET)
 
 
+def test_an_image_lost_after_its_tokens_were_kept_ends_the_run(cached, image_folder):
+    training.train(cached("first"), QUIET)
+    (image_folder / "class0" / "2.png").write_bytes(b"broken")
+    lenient = cached("second", data={"max_unreadable": 1.0})
+    with pytest.raises(SingerError, match=r"2\.png can't be read any more, but teacher\.cache"):
+        training.train(lenient, QUIET)
+
+
+def test_a_cache_serves_any_length_of_an_epoch(cached, tmp_path):
+    training.train(cached("first", data={"epoch_size": 24}), QUIET)
+    second = cached("second", data={"epoch_size": 30})
+    training.train(second, QUIET)  # of the same images, in the same order
+    computed = cached("computed", data={"epoch_size": 30}, teacher={"cache": None})
+    training.train(computed, QUIET)
+    for expected, found in zip(_metrics(computed.output), _metrics(second.output), strict=True):
+        assert found["kd"] == pytest.approx(expected["kd"], rel=0.01)  # bfloat16: 2 ** -9 a token
+
+
+def test_an_epoch_that_leaves_images_out_is_refused(make_config):
+    with pytest.raises(SingerError, match=r"data\.epoch_size: got 8, expected at least 12"):
+        training.check(make_config(data={"epoch_size": 8}))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -332,6 +355,8 @@ def test_a_cache_needs_every_image(cached, image_folder):
             r"students: got the folders \['a', 'a'\]",
         ),
         ({"student": None, "students": [{"name": "a", "folder": "../x"}]}, "without slashes"),
+        ({"student": None, "students": [{"name": "a", "folder": "config.yaml"}]}, "not config"),
+        ({"student": None, "students": [{"name": "a", "folder": ".b.partial"}]}, "a dot"),
         ({"student": None, "students": [{"name": "a", "wings": 2}]}, r"students\.0\.wings"),
     ],
 )

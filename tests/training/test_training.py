@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import timm
@@ -349,6 +350,11 @@ def test_ctrl_c_keeps_the_losses_and_the_last_checkpoint(make_config, monkeypatc
     assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
         assert file.metadata()["step"] == "3"  # of the end of an epoch, after that of step 2
+
+
+def test_names_that_are_no_utf8_are_no_obstacle(make_config, image_folder):
+    os.rename(image_folder / "class0" / "0.png", os.fsencode(image_folder) + b"/\xe9t\xe9.png")
+    assert math.isfinite(_distill(make_config()).losses["loss"])
 
 
 def test_a_methods_own_check_comes_before_any_weight(values, monkeypatch):
