@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from singer import figures
 from singer.backbones import BlockTokens
 from singer.config import Config, TrainConfig, TrainedModel
-from singer.errors import NonFiniteError
+from singer.errors import NonFiniteError, SharedError
 from singer.methods import Distiller
 from singer.processes import together
 from singer.run_folder import STUDENT, STUDENT_EMA, TENSORBOARD, RunFolder, writing
@@ -183,6 +183,9 @@ class Learner:
             images: ``[b, 3, H, W]``.
             teacher: its tokens for these images.
             part: 0, 1, ...; processes exchange gradients at the last one.
+
+        Raises:
+            SharedError: the loss does not depend on a parameter that is trained.
         """
         exchange: AbstractContextManager[Any] = nullcontext()
         if part < self._parts - 1:
@@ -190,7 +193,23 @@ class Learner:
         with exchange:
             losses = self._model(images, teacher)
             self.accelerator.backward(losses["loss"] / self._parts)
+        if not self._log.names:
+            self._check_gradients()
         self._log.add(losses)
+
+    def _check_gradients(self) -> None:
+        """Check, after the first backward, that every trained parameter takes part."""
+        idle = [
+            name
+            for name, parameter in self.method.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        if idle:  # several processes would wait for its gradient
+            raise SharedError(
+                f"method.name: {self.config.method.name!r} trains {', '.join(idle[:5])}"
+                f"{', …' if len(idle) > 5 else ''}, which its loss does not depend on; use it, or "
+                f"set requires_grad_(False)"
+            )
 
     def step(self, step: int, epoch: int) -> None:
         """Update the weights.

@@ -103,10 +103,12 @@ class Trainer:
             StoppedError: the run was asked to stop, and is saved.
         """
         on_main(self.accelerator, self._open)
+        before = self.done
         try:
             started = time.perf_counter()
             self._loop()
-            on_main(self.accelerator, self._export)  # a killed run may lack that of its last step
+            if self.done == before:  # a kill may have come between its checkpoint and its export
+                on_main(self.accelerator, self._export)
             seconds = time.perf_counter() - started
         finally:
             self._close()

@@ -357,6 +357,20 @@ def test_names_that_are_no_utf8_are_no_obstacle(make_config, image_folder):
     assert math.isfinite(_distill(make_config()).losses["loss"])
 
 
+def test_a_parameter_without_a_gradient_is_named(make_config, monkeypatch):
+    original = SiNGER.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
+        self.spare = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(SiNGER, "__init__", init)
+    config = make_config()
+    with pytest.raises(SingerError, match=r"'singer' trains spare\.weight, spare\.bias, which"):
+        _distill(config)
+    assert not training.Path(config.output).exists()
+
+
 def test_a_methods_own_check_comes_before_any_weight(values, monkeypatch):
     monkeypatch.setattr(training, "create_backbone", None)  # calling it would fail
     values["method"] = {"name": "vitkd", "mask_ratio": 0.01}
