@@ -177,7 +177,7 @@ class CheckpointStore:
                 return self.read(step)
             except DamagedError as error:
                 damaged.append(str(error))
-                _logger.warning("%s; the one before it is used", error)
+                _logger.warning("%s; it is passed over", error)
         if damaged:
             raise SingerError(
                 f"output: no checkpoint can be used: {'; '.join(damaged)}; start anew in another "

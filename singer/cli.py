@@ -104,6 +104,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(options, Console())
 
 
+def _leave_group() -> None:
+    """Part from the other processes, where all of them end; else torch complains."""
+    torch = sys.modules.get("torch")  # not loaded before the configuration is read
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -134,14 +141,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SingerError as error:
         if _is_main_process() or not isinstance(error, SharedError):
             print(f"singer: error: {error}", file=sys.stderr)
+        if isinstance(error, SharedError):
+            _leave_group()
         return EXIT_USER_ERROR
     except StoppedError as stopped:
-        if _is_main_process():
+        if _is_main_process() or not stopped.is_shared:
             print(f"singer: {stopped}", file=sys.stderr)
-        return EXIT_STOPPED
+        if stopped.is_shared:
+            _leave_group()
+        return EXIT_INTERRUPTED if stopped.signal == "SIGINT" else EXIT_STOPPED
     except KeyboardInterrupt:
-        print("singer: interrupted; the run's folder keeps what was saved", file=sys.stderr)
+        print("singer: interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
+    _leave_group()
     return 0
 
 

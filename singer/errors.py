@@ -32,8 +32,18 @@ class NonFiniteError(SharedError):
 class StoppedError(Exception):
     """A signal asked the run to stop, and it has saved what it had.
 
-    Every process of the run raises it. The command line exits with code 75.
+    The command line exits with code 75, or 130 for Ctrl-C.
+
+    Args:
+        signal: its name.
+        place: where the run was.
+        is_shared: every process of the run raises it.
     """
+
+    def __init__(self, signal: str, place: str, is_shared: bool = True) -> None:
+        super().__init__(f"stopped by {signal} {place}; go on with the same command and --resume")
+        self.signal = signal
+        self.is_shared = is_shared
 
 
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'

@@ -233,11 +233,12 @@ def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tens
 class StopRequest:
     """Notes SIGTERM and SIGUSR1, with which schedulers announce that a machine is taken away.
 
-    Within the block, ``requested`` names the first of these signals that came, if any did. Only
-    Python's main thread can hear signals; elsewhere nothing is noted.
+    Within the block, ``requested`` names the first of these signals that came, if any did, Ctrl-C
+    (SIGINT) included; a second Ctrl-C interrupts at once. Only Python's main thread can hear
+    signals; elsewhere nothing is noted.
     """
 
-    _NAMES = ("SIGTERM", "SIGUSR1")
+    _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -252,6 +253,10 @@ class StopRequest:
         return self
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.requested == "SIGINT":
+                raise KeyboardInterrupt
+            print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
         self.requested = self.requested or signal.Signals(number).name
 
     def __exit__(
@@ -300,13 +305,16 @@ class PeerWatch:
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._rounds = 0
+        self._threads: list[threading.Thread] = []
         self._where = f"rank {rank} of {size} ({socket.gethostname()}, process {os.getpid()})"
 
     def start(self) -> None:
         """Show the first sign of life, and begin to watch."""
         self.store.set(f"life/{self.rank}", f"0 {self._where}")
         for target in (self._watch_peer, self._watch_store):
-            threading.Thread(target=target, name="peer-watch", daemon=True).start()
+            thread = threading.Thread(target=target, name="peer-watch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     @property
     def has_ended(self) -> bool:
@@ -326,9 +334,8 @@ class PeerWatch:
         """Yield, at every interval, for how long this process itself did not run before it."""
         last = time.monotonic()
         while not self._closing.wait(self.interval) and not self._ended.is_set():
-            now = time.monotonic()
             # Suspended, or kept from running: the others may have been, too.
-            yield max(0.0, now - last - 2 * self.interval)
+            yield max(0.0, time.monotonic() - last - 2 * self.interval)
             last = time.monotonic()
 
     def _watch_peer(self) -> None:
@@ -336,7 +343,7 @@ class PeerWatch:
         last, since, name = b"", time.monotonic(), f"rank {watched} of {self.size}"
         try:
             for stalled in self._ticks():
-                since = time.monotonic() if stalled else since
+                since += stalled
                 self._rounds += 1
                 self.store.set(f"life/{self.rank}", f"{self._rounds} {self._where}")
                 if self.store.check(["failed"]):
@@ -358,7 +365,8 @@ class PeerWatch:
     def _watch_store(self) -> None:
         rounds, since = 0, time.monotonic()
         for stalled in self._ticks():
-            if stalled or self._rounds != rounds:
+            since += stalled
+            if self._rounds != rounds:
                 rounds, since = self._rounds, time.monotonic()
             elif time.monotonic() - since > self.patience:
                 self._end(f"{_store_holder(self.size)} has not answered for {self.patience:.0f} s")
@@ -374,8 +382,16 @@ class PeerWatch:
 
     def _close(self, last_words: Mapping[str, str]) -> None:
         self._closing.set()
+        # In a thread, for a store that does not answer; it is the last.
+        last = threading.Thread(target=self._say, args=(last_words,), daemon=True)
+        last.start()
+        # A thread that still waits for the store when Python ends would abort the process.
+        for thread in (last, *self._threads):
+            thread.join(timeout=self.interval + 10.0)
+
+    def _say(self, words: Mapping[str, str]) -> None:
         try:
-            for key, value in last_words.items():
+            for key, value in words.items():
                 self.store.set(key, value)
         except RuntimeError as error:
             _logger.debug("the run's store is gone already: %s", error)
@@ -449,10 +465,13 @@ def watching_peers(accelerator: Accelerator, stop: StopRequest) -> Iterator[None
     try:
         yield
         accelerator.wait_for_everyone()
-    except (SharedError, StoppedError):  # every process raises it
+    except SharedError:  # every process raises it
         watch.close()
         raise
     except BaseException as error:
+        if isinstance(error, StoppedError) and error.is_shared:
+            watch.close()
+            raise
         if _is_lost_connection(error):
             # The cause lies in another process: the watch will name it, and end this one.
             deadline = time.monotonic() + watch.patience + 5 * watch.interval

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Trainer:
         self.done = 0
         self.saved_step: int | None = None
         self._is_mid_step = False
+        self._made_folder = False
         self.unreadable = UnreadableLimit(len(loader.dataset.source), config.data.max_unreadable)
         self._new_unreadable: list[str] = []
         if resumed is not None:
@@ -121,6 +123,7 @@ class Trainer:
 
     def _open(self) -> None:
         output = self.config.output
+        self._made_folder = not Path(output).exists()
         folder = RunFolder.reopen(output) if self.reopen else RunFolder(output)
         note_folder(output)
         try:
@@ -129,7 +132,7 @@ class Trainer:
                 learner.open(self.done)
         except SingerError:
             self._close()
-            if not self.reopen:
+            if self._made_folder:
                 folder.remove()
             raise
 
@@ -159,11 +162,19 @@ class Trainer:
                 except (SingerError, KeyboardInterrupt):
                     self._wind_up()
                     raise
+                except torch.OutOfMemoryError as error:
+                    self._wind_up()
+                    raise SingerError(
+                        f"train.batch_size: {train.batch_size} images in {train.accumulate} parts "
+                        f"and {self.accelerator.num_processes} processes need more memory than "
+                        f"there is; raise train.accumulate ({error})"
+                    ) from error
                 progress.step()
                 is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
                 is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
                 if is_save or step % train.log_every == 0 or self._stops_alone():
-                    self._log(progress)
+                    self._log_losses(progress)
+                    self._share_unreadable()
                     if is_save:
                         self._save()
                     self._heed_stop()
@@ -193,21 +204,27 @@ class Trainer:
         """Whether to stop now; with several processes, all must do so at the same step."""
         return self.stop.requested is not None and self.accelerator.num_processes == 1
 
-    def _log(self, progress: TrainingProgress | None = None) -> None:
+    def _log_losses(self, progress: TrainingProgress | None = None) -> None:
         for learner in self.learners:
             newest = learner.log()
             if progress is not None and newest and learner is self.learners[0]:
                 progress.losses({name: newest[-1][name] for name in learner.loss_names})
-        self._share_unreadable()
+
+    def _take_unreadable(self) -> list[str]:
+        own, self._new_unreadable = self._new_unreadable, []
+        return own
+
+    def _name_unreadable(self, names: list[str]) -> None:
+        for name in self.unreadable.add(names):
+            if self.accelerator.is_main_process:
+                _logger.warning("%s can't be read; another image takes its place", name)
 
     def _share_unreadable(self) -> None:
         """Name newly found unreadable images in the log; end the run if there are too many."""
-        own, self._new_unreadable = self._new_unreadable, []
+        own = self._take_unreadable()
         if not self._any(bool(own)):
             return
-        for name in self.unreadable.add(gather_object(own)):
-            if self.accelerator.is_main_process:
-                _logger.warning("%s can't be read; another image takes its place", name)
+        self._name_unreadable(gather_object(own))
         if self.unreadable.exceeded:
             if self.saved_step != self.done:
                 self._save()
@@ -226,19 +243,18 @@ class Trainer:
         if self.done > 0 and self.saved_step != self.done:
             self._save()
         names = [name for name in gather_object([self.stop.requested]) if name is not None]
-        raise StoppedError(
-            f"stopped by {names[0]} after step {self.done} of {self.steps}; "
-            f"go on with the same command and --resume"
-        )
+        raise StoppedError(names[0], f"after step {self.done} of {self.steps}")
 
     def _wind_up(self) -> None:
         """Keep what a run did before a step failed; leave no folder if it did nothing."""
         if self.accelerator.num_processes > 1:
             return  # the others may be in another step
-        if self.done == 0 and not self.reopen:
-            RunFolder.reopen(self.config.output).remove()
+        if self.done == 0:
+            if self._made_folder:
+                RunFolder.reopen(self.config.output).remove()
             return
-        self._log()
+        self._log_losses()
+        self._name_unreadable(self._take_unreadable())
         # In the middle of a step, weights or random generators may have moved on.
         if self.saved_step != self.done and not self._is_mid_step:
             self._save()

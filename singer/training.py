@@ -21,7 +21,7 @@ from singer.checkpoints import Checkpoint, CheckpointStore
 from singer.config import Config, load_config
 from singer.config_changes import differences
 from singer.data import BatchLoader, calibration_images, create_loader
-from singer.errors import SharedError, SingerError
+from singer.errors import SharedError, SingerError, StoppedError
 from singer.learner import Learner
 from singer.methods import METHODS, Distiller
 from singer.methods.base import match_models
@@ -162,12 +162,15 @@ def _cached_tokens(
     loader: BatchLoader,
     images_digest: str,
     accelerator: Accelerator,
+    stop: StopRequest,
 ) -> TeacherTokens:
     """Return what reads the teacher's tokens from the configured cache, which is filled first."""
     teacher, layers, dataset = methods[0].teacher, _layers(methods), loader.dataset
     device = accelerator.device
 
     def crops(indices: list[int]) -> Tensor:
+        if stop.requested is not None:  # complete shards stay
+            raise StoppedError(stop.requested, "while teacher.cache was filled", is_shared=False)
         batch = dataset.batch(indices)
         if batch.unreadable:
             raise SingerError(
@@ -199,7 +202,7 @@ def _cached_tokens(
         identity,
         len(dataset.source),
         compute,
-        batch_size=config.train.batch_size // accelerator.num_processes,
+        batch_size=loader.batch_sampler.share // config.train.accumulate,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         wait=PatientBarrier(accelerator),
@@ -249,7 +252,11 @@ def _checkpoint_to_resume(
         if set(output.iterdir()) - set(leftovers(output)):
             raise SingerError(f"output: {str(output)!r} is no run's folder: it has no {CONFIG}")
         return None
-    changed = differences(load_config(written), config)
+    try:
+        before = load_config(written)
+    except SingerError as error:
+        raise SingerError(f"output: {written} is damaged ({error})") from error
+    changed = differences(before, config)
     checkpoint = store.newest()
     if checkpoint is not None:
         for key, value in identity.items():
@@ -263,7 +270,11 @@ def _checkpoint_to_resume(
         )
     if changed:
         _logger.warning("going on with another configuration (%s)", "; ".join(changed))
-    return None if checkpoint is None else checkpoint.step
+    if checkpoint is None:
+        _logger.warning("%s holds no checkpoint: the run begins anew", output)
+        return None
+    _logger.info("going on after step %d", checkpoint.step)
+    return checkpoint.step
 
 
 def _read_on_all(store: CheckpointStore, step: int) -> Checkpoint:
@@ -330,7 +341,7 @@ def _train(
     if config.teacher.cache is None:
         tokens = _computed_tokens(methods)
     else:
-        tokens = _cached_tokens(config, methods, loader, identity["images"], accelerator)
+        tokens = _cached_tokens(config, methods, loader, identity["images"], accelerator, stop)
     set_seed(config.train.seed, device_specific=True)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
     steps = config.train.steps or config.train.epochs * steps_per_epoch

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from interrupted_runs import QUIET
 from PIL import Image
 
+from singer import training
 from singer.config import Config, parse_config
 
 TEACHER = {
@@ -83,3 +85,29 @@ def make_config(values: dict[str, Any]) -> Callable[..., Config]:
         return parse_config(_merge(values, changes))
 
     return make
+
+
+@pytest.fixture
+def whole(values, tmp_path):
+    """The tiny run's configuration, with all that has a state, and an uninterrupted run of it."""
+    values["train"] = {
+        "steps": 9,
+        "batch_size": 4,
+        "accumulate": 2,
+        "clip_norm": 0.05,
+        "ema": 0.9,
+        "log_every": 2,
+        "save_every": 2,
+    }
+    values["data"]["epoch_size"] = 20  # five steps: no other step than 5 ends an epoch
+    # Random numbers in training: dropped paths.
+    values["student"] = {**values["student"]}
+    values["student"]["options"] = {**values["student"]["options"], "drop_path_rate": 0.3}
+
+    def run(**changes):
+        values.update(changes)
+        reference = {**values, "output": str(tmp_path / "whole")}
+        training.train(parse_config(reference), QUIET)
+        return parse_config(values), tmp_path / "whole"
+
+    return run

@@ -1,7 +1,6 @@
 """A run that was interrupted ends with the very weights of one that was not."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,23 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted_runs import QUIET, assert_same, interrupted
 from omegaconf import OmegaConf
-from rich.console import Console
-from safetensors.torch import load_file
-from torch.utils.tensorboard import SummaryWriter
 
 from singer import training
 from singer.checkpoints import CheckpointStore
 from singer.cli import main
-from singer.config import parse_config
-from singer.config_changes import differences
-from singer.data import ImageCrops
 from singer.errors import SingerError, StoppedError
 from singer.methods import SiNGER
-from singer.run_folder import RunFolder
-from singer.trainer import Trainer
-
-QUIET = Console(quiet=True)
 
 KILLED = """
 import os, signal, sys
@@ -67,71 +57,15 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def _weights(folder):
-    return {path.name: load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-
-
-def _assert_same(folder, expected):
-    found, wanted = _weights(folder), _weights(expected)
-    assert found.keys() == wanted.keys() >= {"student.safetensors", "student_ema.safetensors"}
-    for name, tensors in wanted.items():
-        assert tensors.keys() == found[name].keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(found[name][key], tensor), f"{name}: {key}"
-    lines = [Path(path, "metrics.jsonl").read_text() for path in (folder, expected)]
-    assert lines[0] == lines[1]
-
-
-@pytest.fixture
-def whole(values, tmp_path):
-    """The tiny run's configuration, with all that has a state, and an uninterrupted run of it."""
-    values["train"] = {
-        "steps": 9,
-        "batch_size": 4,
-        "accumulate": 2,
-        "clip_norm": 0.05,
-        "ema": 0.9,
-        "log_every": 2,
-        "save_every": 2,
-    }
-    values["data"]["epoch_size"] = 20  # five steps: no other step than 5 ends an epoch
-    # Random numbers in training: dropped paths.
-    values["student"] = {**values["student"]}
-    values["student"]["options"] = {**values["student"]["options"], "drop_path_rate": 0.3}
-
-    def run(**changes):
-        values.update(changes)
-        reference = {**values, "output": str(tmp_path / "whole")}
-        training.train(parse_config(reference), QUIET)
-        return parse_config(values), tmp_path / "whole"
-
-    return run
-
-
-def _interrupted(monkeypatch, config, step):
-    """Run until just before a step's update, as if the power failed."""
-    original = Trainer._step
-
-    def fail(self, number, batches):
-        if number == step:
-            raise RuntimeError("the power failed")
-        original(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "_step", fail)
-    with pytest.raises(RuntimeError, match="power"):
-        training.train(config, QUIET, resume=True)
-    monkeypatch.setattr(Trainer, "_step", original)
-
-
 @pytest.mark.parametrize("method", ["singer", "fitnet", "vitkd"])
 def test_every_method_goes_on_exactly(whole, monkeypatch, method):
     options = {"rank": 8} if method == "singer" else {}
     config, expected = whole(method={"name": method, **options})
     for step in (2, 4, 9):  # before any checkpoint, after one, before the last step
         torch.rand(step)
-        _interrupted(monkeypatch, config, step)
+        interrupted(monkeypatch, config, step)
     training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
 def test_several_students_go_on_exactly(whole, values, monkeypatch):
@@ -139,10 +73,10 @@ def test_several_students_go_on_exactly(whole, values, monkeypatch):
     students = [{**student, "folder": name} for name in ("a", "b")]
     students[1]["options"] = {**student["options"], "embed_dim": 32}
     config, expected = whole(students=students)
-    _interrupted(monkeypatch, config, 6)
+    interrupted(monkeypatch, config, 6)
     training.train(config, QUIET, resume=True)
     for name in ("a", "b"):
-        _assert_same(f"{config.output}/{name}", expected / name)
+        assert_same(f"{config.output}/{name}", expected / name)
 
 
 def _command(place, tmp_path, config):
@@ -165,11 +99,13 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_has_an_exit_code_of_its_own(whole, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(
+    whole, tmp_path, monkeypatch, capsys, name, code
+):
     config, expected = whole()
     path = tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
@@ -183,7 +119,7 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(whole, tmp_path, monkeyp
 
     monkeypatch.setattr(SiNGER, "losses", losses)
     handler = signal.getsignal(getattr(signal, name))
-    assert main(["distill", "--config", str(path), "train.log_every=100"]) == 75
+    assert main(["distill", "--config", str(path), "train.log_every=100"]) == code
     assert signal.getsignal(getattr(signal, name)) == handler
     assert f"stopped by {name} after step 3 of 9" in capsys.readouterr().err
     assert CheckpointStore(Path(config.output, "checkpoints")).newest().step == 3
@@ -191,7 +127,7 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(whole, tmp_path, monkeyp
         update={"train": config.train.model_copy(update={"log_every": 100})}
     )
     training.train(changed, QUIET, resume=True)
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
 def test_a_signal_before_the_first_step_saves_nothing(make_config, monkeypatch):
@@ -215,216 +151,22 @@ def _flip_last_byte(path):
     path.write_bytes(content)
 
 
-def _fail_at(monkeypatch, owner, name, call, error):
-    """Raise an error in place of a method's n-th call; return what undoes it."""
-    original, calls = getattr(owner, name), []
-
-    def fail(self, *arguments):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return original(self, *arguments)
-
-    monkeypatch.setattr(owner, name, fail)
-    return lambda: monkeypatch.setattr(owner, name, original)
-
-
-def _steps(config):
-    with open(f"{config.output}/metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line)["step"] for line in file]
-
-
-def _saved(config):
-    return CheckpointStore(Path(config.output, "checkpoints")).steps()
-
-
-@pytest.mark.parametrize(
-    ("call", "error"), [(5, KeyboardInterrupt()), (6, KeyboardInterrupt()), (6, SingerError("bad"))]
-)
-def test_what_ends_in_the_middle_of_a_step_keeps_the_steps_before(whole, monkeypatch, call, error):
-    config, expected = whole()
-    undo = _fail_at(monkeypatch, SiNGER, "losses", call, error)  # step 3, its first or second part
-    with pytest.raises(type(error)) as caught:
-        training.train(config, QUIET)
-    assert caught.value is error
-    assert _steps(config) == [1, 2]
-    assert _saved(config) == [2]
-    undo()
-    training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
-
-
-@pytest.mark.parametrize(("batch", "saved"), [(7, [2, 3]), (8, [2])])
-def test_images_that_fail_keep_what_can_be_gone_on_from(whole, monkeypatch, batch, saved):
-    config, expected = whole()
-    # Of step 4: its first part, before anything moved on, or its second. Two calls calibrate.
-    undo = _fail_at(monkeypatch, ImageCrops, "batch", batch + 1, SingerError("no image"))
-    with pytest.raises(SingerError, match="no image"):
-        training.train(config, QUIET)
-    assert _steps(config) == [1, 2, 3]
-    assert _saved(config) == saved
-    undo()
-    training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
-
-
-def test_records_that_could_not_be_written_are_not_missing_in_the_end(whole, monkeypatch):
-    config, expected = whole()
-    undo = _fail_at(monkeypatch, RunFolder, "append_metrics", 3, SingerError("disk full"))
-    with pytest.raises(SingerError, match="disk full"):
-        training.train(config, QUIET)
-    assert _saved(config) == [2, 4]
-    undo()
-    training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
-
-
-@pytest.mark.parametrize("place", ["__init__", "add_scalar"])
-def test_tensorboard_on_a_full_disk_is_one_line(make_config, monkeypatch, place):
-    config = make_config()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SummaryWriter, place, full)
-    with pytest.raises(SingerError, match=r"tensorboard can't be written: No space left"):
-        training.train(config, QUIET)
-    # What was begun and did nothing leaves no folder.
-    assert Path(config.output).exists() == (place == "add_scalar")
-
-
-def test_a_run_that_cannot_be_reopened_keeps_its_checkpoints(make_config, monkeypatch):
-    config = make_config()
-    training.train(config, QUIET)
-    saved = _saved(config)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SummaryWriter, "__init__", full)
-    with pytest.raises(SingerError, match="No space left"):
-        training.train(config, QUIET, resume=True)
-    assert _saved(config) == saved
-
-
-def test_a_kill_before_the_configuration_is_written_can_be_resumed(make_config):
-    config = make_config()
-    Path(config.output).mkdir()
-    Path(config.output, ".config.yaml.partial").write_text("teach")
-    assert training.distill(config, QUIET, resume=True).steps == 6
-
-
-@pytest.mark.parametrize("damage", ["NULs", "missing"])
-def test_damaged_records_do_not_stop_a_run(whole, monkeypatch, caplog, damage):
-    config, _ = whole()
-    _interrupted(monkeypatch, config, 5)
-    path = Path(config.output, "metrics.jsonl")
-    lines = path.read_bytes().splitlines(keepends=True)
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]))
-    training.train(config, QUIET, resume=True)
-    lost = [1, 2, 3, 4] if damage == "missing" else [2, 3, 4]
-    assert _steps(config) == [step for step in range(1, 10) if step not in lost]
-    if damage == "NULs":
-        assert "records of some steps up to 4 are lost" in caplog.text
-    path.unlink()
-    assert training.distill(config, QUIET, resume=True).losses == {}
-
-
-def test_tensorboard_is_told_what_is_done_again(whole, monkeypatch):
-    config, _ = whole()
-    told = []
-    original = SummaryWriter.__init__
-
-    def init(self, *arguments, purge_step=None, **options):
-        told.append(purge_step)
-        original(self, *arguments, purge_step=purge_step, **options)
-
-    monkeypatch.setattr(SummaryWriter, "__init__", init)
-    for step in (2, 5):
-        _interrupted(monkeypatch, config, step)
-    training.train(config, QUIET, resume=True)
-    assert told == [1, 1, 5]
-
-
-def test_what_is_known_of_unreadable_images_is_kept(
-    whole, values, image_folder, monkeypatch, caplog
-):
-    (image_folder / "class0" / "4.png").write_bytes(b"broken")
-    values["data"]["max_unreadable"] = 0.1
-    config, expected = whole()
-    caplog.clear()
-    _interrupted(monkeypatch, config, 8)
-    training.train(config, QUIET, resume=True)
-    assert caplog.text.count("4.png can't be read; another image takes its place") == 1
-    _assert_same(config.output, expected)
-
-
-def test_a_loss_gone_bad_names_the_checkpoint_that_was_resumed(whole, monkeypatch):
-    config, _ = whole()
-    _interrupted(monkeypatch, config, 3)
-    original = SiNGER.losses
-    monkeypatch.setattr(
-        SiNGER,
-        "losses",
-        lambda *given: {name: loss * math.nan for name, loss in original(*given).items()},
-    )
-    with pytest.raises(
-        SingerError, match=r"step 3: info is nan; .*student\.safetensors, of step 2"
-    ):
-        training.train(config, QUIET, resume=True)
-
-
-def test_fewer_steps_than_are_done_are_refused(make_config):
-    training.train(make_config(), QUIET)
-    shorter = make_config(train={"steps": 5})
-    before = Path(shorter.output, "config.yaml").read_text()
-    with pytest.raises(SingerError, match=r"train\.steps: got 5 in all, .*has done 6"):
-        training.train(shorter, QUIET, resume=True, force=True)
-    assert Path(shorter.output, "config.yaml").read_text() == before
-
-
-def test_a_changed_student_of_several_is_named(values):
-    student = values.pop("student")
-    values["students"] = [student, {**student, "folder": "b"}]
-    before = parse_config(values)
-    values["students"][1] = {
-        **student,
-        "folder": "b",
-        "options": {**student["options"], "depth": 3},
-    }
-    assert differences(before, parse_config(values)) == ["students.1.options.depth: 2 → 3"]
-
-
-def test_options_may_stand_between_overrides(values, tmp_path, capsys):
-    path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    command = ["distill", "--config", str(path)]
-    assert main([*command, "train.lr=1e-4", "--resume", "train.steps=2"]) == 0
-    assert len(_steps(parse_config(values))) == 2
-    with pytest.raises(SystemExit):
-        main([*command, "train.lr=1e-4", "--resumee"])
-    assert "unrecognized arguments: --resumee" in capsys.readouterr().err
-
-
 def test_a_damaged_checkpoint_is_passed_over(whole, monkeypatch, caplog):
     config, expected = whole()
-    _interrupted(monkeypatch, config, 8)
+    interrupted(monkeypatch, config, 8)
     newest = max(Path(config.output, "checkpoints").iterdir())
     assert newest.name == "step-000000006"
     _flip_last_byte(newest / "student.optimizer.safetensors")
     training.train(config, QUIET, resume=True)
     assert f"{newest / 'student.optimizer.safetensors'} is truncated or altered" in caplog.text
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
 def test_a_finished_run_stays_as_it_is(whole):
     config, expected = whole()
     training.train(config, QUIET)
     assert training.distill(config, QUIET, resume=True).losses["loss"] > 0
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
 def test_another_configuration_is_refused_unless_forced(make_config, monkeypatch, caplog):
@@ -486,7 +228,7 @@ def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(whole, monkeypatc
     store = CheckpointStore(Path(config.output, "checkpoints"))
     assert store.newest().step >= 2
     training.train(config, QUIET, resume=True)
-    _assert_same(config.output, expected)
+    assert_same(config.output, expected)
 
 
 def test_force_goes_with_resume(tmp_path, capsys):

@@ -4,6 +4,8 @@ import copy
 import functools
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from singer import training
 from singer.config import parse_config
-from singer.data import create_loader
-from singer.errors import SingerError
+from singer.data import ImageCrops, create_loader
+from singer.errors import SingerError, StoppedError
 from singer.learner import Learner
 from singer.trainer import Trainer
 
@@ -320,6 +322,25 @@ def test_a_cache_needs_every_image(cached, image_folder):
     (image_folder / "class0" / "2.png").write_bytes(b"broken")
     with pytest.raises(SingerError, match=r"2\.png can't be read, and teacher\.cache needs every"):
         training.train(cached("run", data={"max_unreadable": 1.0}), QUIET)
+
+
+def test_filling_a_cache_heeds_a_signal(cached, monkeypatch):
+    calls = []
+    original = ImageCrops.batch
+
+    def batch(self, tickets):
+        calls.append(1)
+        if len(calls) == 4:  # after the calibration, and the look at a first image
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, tickets)
+
+    config = cached("run", train={"accumulate": 4})  # an image at a time
+    monkeypatch.setattr(ImageCrops, "batch", batch)
+    with pytest.raises(StoppedError, match=r"by SIGTERM while teacher\.cache was filled"):
+        training.train(config, QUIET)
+    assert len(calls) == 4
+    assert not Path(config.output).exists()
+    assert training.distill(config, QUIET).steps == 6
 
 
 def test_an_image_lost_after_its_tokens_were_kept_ends_the_run(cached, image_folder):
