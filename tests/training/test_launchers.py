@@ -93,9 +93,10 @@ def _assert_close(folder, expected):
     ids=["torchrun-2", "accelerate-4"],
 )
 def test_several_processes_train_as_one(distill, tmp_path, launcher, overrides):
-    alone = _run([sys.executable, *CLI, *distill("alone")])
+    photographs = {"data": {"source": "photos", "num_workers": 0, "epoch_size": 24}}
+    alone = _run([sys.executable, *CLI, *distill("alone", **photographs)])
     assert alone.returncode == 0, alone.stderr
-    done = _run([*launcher, *distill("several", *overrides)])
+    done = _run([*launcher, *distill("several", *overrides, **photographs)])
     assert done.returncode == 0, done.stderr
     _assert_close(tmp_path / "several", tmp_path / "alone")
     assert done.stdout.count("images per second") == 1
