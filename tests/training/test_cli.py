@@ -9,6 +9,7 @@ import pytest
 import timm
 from omegaconf import OmegaConf
 
+import singer
 from singer.cli import main
 
 
@@ -27,6 +28,7 @@ def test_distill_runs_as_a_program(config_file, values):
         "check": False,
         "timeout": 300,
         "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "cwd": Path(singer.__file__).parents[1],  # where Python looks first: the package tested
     }
     done = subprocess.run([*command, "train.steps=3"], **options)
     assert done.returncode == 0, done.stderr

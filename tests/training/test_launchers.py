@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import singer
 from singer.errors import EXIT_PEER_LOST
 
+PACKAGE_ROOT = Path(singer.__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 CLI = ["-m", "singer.cli"]
@@ -46,15 +47,14 @@ sys.exit(main(sys.argv[2:]))
 
 def _environment(**extra):
     # A script's own folder is where Python looks first, not the one that the tests run in.
-    path = os.pathsep.join(
-        [str(Path(singer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
+    path = os.pathsep.join([str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
 def _run(command, **options):
     options = {"capture_output": True, "text": True, "check": False, "timeout": 300, **options}
-    return subprocess.run(command, env=_environment(), **options)
+    # Python looks where it is started: there, too, lies the package that is tested.
+    return subprocess.run(command, env=_environment(), cwd=PACKAGE_ROOT, **options)
 
 
 def _metrics(folder):

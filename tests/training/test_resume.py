@@ -12,6 +12,7 @@ import torch
 from interrupted_runs import QUIET, assert_same, interrupted
 from omegaconf import OmegaConf
 
+import singer
 from singer import training
 from singer.checkpoints import CheckpointStore
 from singer.cli import main
@@ -96,6 +97,7 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
         check=False,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(singer.__file__).parents[1],  # where Python looks first: the package tested
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     training.train(config, QUIET, resume=True)
