@@ -21,39 +21,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from eager import gram_loss, outlier_loss, refine
 from torch import Tensor, nn
 
 from singer.backbones import BlockTokens
 from singer.methods import SiNGER
 
 Match = Callable[[Tensor, Tensor], Tensor]
-
-
-def refine(tokens: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return ``F̂ = F + (F Wd) Wu`` on all tokens ``[B, T, D]`` but the first, in a new tensor."""
-    patches = tokens[:, 1:]
-    return torch.cat([tokens[:, :1], patches + (patches @ down) @ up], dim=1)
-
-
-def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
-    """Return the mean squared excess of the patch norms above their image's quantile.
-
-    Args:
-        refined: F̂, ``[B, 1 + P, D]``.
-        quantile: γ in [0, 1].
-    """
-    norms = refined[:, 1:].norm(dim=-1)
-    limit = torch.quantile(norms, quantile, dim=1, keepdim=True).detach()
-    outliers = norms[norms > limit]
-    if outliers.numel() == 0:
-        return norms.new_zeros(())
-    return F.mse_loss(outliers, limit.expand_as(norms)[norms > limit])
-
-
-def gram_loss(tokens: Tensor, target: Tensor) -> Tensor:
-    """Return the MSE of two cosine-similarity matrices of the patches of ``[B, 1 + P, D]``."""
-    rows, others = (F.normalize(x[:, 1:], dim=-1) for x in (tokens, target))
-    return F.mse_loss(rows @ rows.mT, others @ others.mT)
 
 
 class AuthorsStep(nn.Module):

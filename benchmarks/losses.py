@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from eager import gram_loss, outlier_loss, refine
 from torch import Tensor
 
 from singer_kernels import backends, fused_losses, reference
@@ -35,15 +36,9 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def eager(student: Tensor, teacher: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Return the total loss of a last layer the way the authors' code computes it."""
-    patches = teacher[:, 1:] + (teacher[:, 1:] @ down) @ up
-    refined = torch.cat([teacher[:, :1], patches], dim=1)
-    norms = refined[:, 1:].norm(dim=-1).float()  # torch.quantile takes nothing narrower
-    limit = torch.quantile(norms, 0.97, dim=1, keepdim=True).detach()
-    above = norms > limit
-    outlier = F.mse_loss(norms[above], limit.expand_as(norms)[above])
-    rows, plain = F.normalize(refined[:, 1:], dim=-1), F.normalize(teacher[:, 1:], dim=-1)
-    info = F.mse_loss(rows @ rows.mT, plain @ plain.mT)
-    kd = F.mse_loss(student, refined)
+    refined = refine(teacher, down, up)
+    kd, outlier = F.mse_loss(student, refined), outlier_loss(refined, 0.97)
+    info = gram_loss(refined, teacher)
     return WEIGHTS[0] * kd + WEIGHTS[1] * outlier + WEIGHTS[2] * info
 
 
