@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # argparse wants the overrides in one row
-    if arguments.command != "distill" or any(text[0] == "-" for text in rest):
+    if arguments.command != "distill" or any(text.startswith("-") for text in rest):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
@@ -146,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except StoppedError as stopped:
         if _is_main_process() or not stopped.is_shared:
-            print(f"singer: {stopped}", file=sys.stderr)
+            advice = "; go on with the same command and --resume"
+            print(
+                f"singer: {stopped}{advice if arguments.command == 'distill' else ''}",
+                file=sys.stderr,
+            )
         if stopped.is_shared:
             _leave_group()
         return EXIT_INTERRUPTED if stopped.signal == "SIGINT" else EXIT_STOPPED

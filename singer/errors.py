@@ -41,7 +41,7 @@ class StoppedError(Exception):
     """
 
     def __init__(self, signal: str, place: str, is_shared: bool = True) -> None:
-        super().__init__(f"stopped by {signal} {place}; go on with the same command and --resume")
+        super().__init__(f"stopped by {signal} {place}")
         self.signal = signal
         self.is_shared = is_shared
 

@@ -24,8 +24,12 @@ STUDENT_EMA = "student_ema.safetensors"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 
 
-def check_new(path: str | Path) -> Path:
+def check_new(path: str | Path, advice: str = "") -> Path:
     """Check that a run's folder does not exist yet, and return it as a path.
+
+    Args:
+        path: the folder.
+        advice: what else a user can do than to name another one.
 
     Raises:
         SingerError: it exists, or can't be made.
@@ -35,8 +39,8 @@ def check_new(path: str | Path) -> Path:
         exists = path.exists()
     if exists:
         raise SingerError(
-            f"output: {str(path)!r} exists already and is left untouched; name another folder, or "
-            f"go on with the run in it by --resume"
+            f"output: {str(path)!r} exists already and is left untouched; name another folder"
+            f"{advice}"
         )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from singer.backbones import BlockTokens, create_backbone, inspect_backbone
-from singer.checkpoints import Checkpoint, CheckpointStore
+from singer.checkpoints import Checkpoint, CheckpointStore, DamagedError
 from singer.config import Config, load_config
 from singer.config_changes import differences
 from singer.data import BatchLoader, calibration_images, create_loader
@@ -85,7 +85,7 @@ def check(
         SingerError: something does not fit; the message names the key.
     """
     if process_index == 0 and not resume:
-        check_new(config.output)
+        check_new(config.output, ", or go on with the run in it by --resume")
     if config.train.precision == "fp16" and config.students:
         raise SingerError(
             "train.precision: got 'fp16' with several students, which can't share the scale of "
@@ -280,7 +280,7 @@ def _checkpoint_to_resume(
 def _read_on_all(store: CheckpointStore, step: int) -> Checkpoint:
     try:
         return store.read(step)
-    except Exception as error:
+    except DamagedError as error:
         raise SingerError(
             f"output: the checkpoint of step {step} can't be read here ({error}); with several "
             f"machines, the folder must be on a file system that they share"
