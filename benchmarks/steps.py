@@ -20,11 +20,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -34,10 +31,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import timm
+import machine
 import torch
 from authors_step import AuthorsStep
+from memory import peak_rise
 from step_check import check, is_right
+from timing import Turn, interleave
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,8 +57,14 @@ PROVIDERS = {  # and on which device each is timed unless others are named
 }
 PHASES = ("teacher", "student", "losses", "backward", "optimiser")
 BATCHES = 4
+MIB = 2**20
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
 WARM_UP_ROUNDS = 3
+
+
+def names_on(device: str) -> list[str]:
+    """Return the providers that are timed on ``cpu`` or ``cuda`` unless others are named."""
+    return [name for name in PROVIDERS if device in PROVIDERS[name]]
 
 
 def setting(device: str, path: str | None, variant: str) -> Config:
@@ -210,24 +215,22 @@ def measure(
     providers: Sequence[Provider], batches: Sequence[Tensor], rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """Return, for each provider and round, the seconds that each phase of a step took."""
-    if not providers:
-        return {}
-    device = providers[0].device
-    steps = STEPS_PER_TURN[device]
-    watch = Stopwatch(device)
-    times: dict[str, list[dict[str, float]]] = {provider.name: [] for provider in providers}
-    for number in range(rounds + WARM_UP_ROUNDS):
-        first = number % len(providers)  # who follows whom changes
-        for provider in (*providers[first:], *providers[:first]):
+
+    def turn_of(provider: Provider) -> Turn:
+        watch, steps = Stopwatch(provider.device), STEPS_PER_TURN[provider.device]
+
+        def turn(number: int) -> dict[str, float]:
             if watch.on_gpu:
                 torch.cuda.synchronize()
             watch.mark("start")
             for step in range(steps):
                 provider.step(batches[(number + step) % len(batches)], watch)
-            taken = watch.read()
-            if number >= WARM_UP_ROUNDS:
-                times[provider.name].append({name: t / steps for name, t in taken.items()})
-    return times
+            return {name: taken / steps for name, taken in watch.read().items()}
+
+        return turn
+
+    turns = {provider.name: turn_of(provider) for provider in providers}
+    return interleave(turns, rounds, warm_up=WARM_UP_ROUNDS)
 
 
 def fused_losses_seconds(provider: Provider, images: Tensor, rounds: int) -> float:
@@ -274,12 +277,6 @@ def dense_gflops(method: SiNGER, config: Config, images: Tensor, device: str) ->
     return found
 
 
-def _resident(field: str) -> int:
-    """Return a size of this process in bytes; Linux only."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def peak_memory(config: Config, name: str, device: str) -> float | None:
     """Return by how much three steps raise this process's memory at their peak, in MiB.
 
@@ -289,22 +286,13 @@ def peak_memory(config: Config, name: str, device: str) -> float | None:
     provider = Provider(name, method, config, device)
     del method
     batches = make_batches(config, device)
-    gc.collect()
-    reset = Path("/proc/self/clear_refs")
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        level = torch.cuda.memory_allocated()
-    else:
-        if not os.access(reset, os.W_OK) or platform.libc_ver()[0] != "glibc":
-            return None
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before does not hide a rise
-        reset.write_text("5", encoding="ascii")  # VmHWM falls to what is resident now
-        level = _resident("VmRSS")
-    for images in batches[:3]:
-        provider.step(images, Stopwatch(device))
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
-    return (peak - level) / 2**20
+
+    def run() -> None:
+        for images in batches[:3]:
+            provider.step(images, Stopwatch(device))
+
+    rise = peak_rise(run, torch.device(device))
+    return None if rise is None else rise / MIB
 
 
 def peak_memories(config: Config, names: Sequence[str], device: str) -> dict[str, float | None]:
@@ -317,14 +305,9 @@ def peak_memories(config: Config, names: Sequence[str], device: str) -> dict[str
 
 
 def environment(config: Config, device: str) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    on_gpu = device == "cuda"
-    capability = torch.backends.cpu.get_cpu_capability()
+    """Return what the figures depend on: the machine, and what is trained."""
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {capability}",
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        **machine.environment(torch.device(device)),
         "backend": resolve_backend(config.method.backend, torch.device(device)),
         "teacher": config.teacher.name,
         "student": config.student.name,
@@ -390,6 +373,47 @@ def show(
             print(f"| {name} | {speed} | {' | '.join(ratios)} | {mib} | {phases} | {share} |")
 
 
+def run(
+    config: Config, names: Sequence[str], device: str, rounds: int, with_memory: bool
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Check and measure whole training steps.
+
+    Args:
+        config: the run; see :func:`setting`.
+        names: of :data:`PROVIDERS`.
+        device: ``cpu`` or ``cuda``.
+        rounds: how many are counted.
+        with_memory: whether peak memory is measured, in processes of its own.
+
+    Returns:
+        ``setting``, ``error_in_tolerances``, ``results`` (see :func:`summarize`; of those that are
+        right), ``peak_MiB`` and ``dense_gflops``; and the seconds of each step of each provider.
+    """
+    facts = environment(config, device)
+    memory = peak_memories(config, names, device) if with_memory else {}
+    method = build(config, device)
+    providers = [Provider(name, method, config, device) for name in names]
+    batches = make_batches(config, device)
+    losses = {provider.name: provider.loss_values for provider in providers}
+    shares = check(losses, method, batches[0])
+    right = [provider for provider in providers if is_right(shares[provider.name])]
+    times = measure(right, batches, rounds)
+    results = summarize(times, config.train.batch_size)
+    for provider in right:
+        if not provider.is_authors:
+            taken = 1e3 * fused_losses_seconds(provider, batches[0], rounds)
+            results[provider.name]["fused_losses_milliseconds"] = taken
+    facts["load after"] = os.getloadavg()[0]
+    found = {
+        "setting": facts,
+        "error_in_tolerances": shares,
+        "results": results,
+        "peak_MiB": memory,
+        "dense_gflops": dense_gflops(method, config, batches[0], device),
+    }
+    return found, {name: [sum(row.values()) for row in rows] for name, rows in times.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and print; return 1 if a provider is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -403,38 +427,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.rounds < 2:
         parser.error(f"--rounds: got {given.rounds}, expected at least 2")
-    names = given.providers or [name for name in PROVIDERS if given.device in PROVIDERS[name]]
+    names = given.providers or names_on(given.device)
     config = setting(given.device, given.config, given.variant)
-    facts = environment(config, given.device)
-    print(json.dumps(facts))
-    memory = {} if given.no_memory else peak_memories(config, names, given.device)
-    method = build(config, given.device)
-    providers = [Provider(name, method, config, given.device) for name in names]
-    batches = make_batches(config, given.device)
-    losses = {provider.name: provider.loss_values for provider in providers}
-    shares = check(losses, method, batches[0])
-    right = [provider for provider in providers if is_right(shares[provider.name])]
-    results = summarize(measure(right, batches, given.rounds), config.train.batch_size)
-    for provider in right:
-        if not provider.is_authors:
-            taken = 1e3 * fused_losses_seconds(provider, batches[0], given.rounds)
-            results[provider.name]["fused_losses_milliseconds"] = taken
-    dense = dense_gflops(method, config, batches[0], given.device)
-    facts["load after"] = os.getloadavg()[0]
-    show(results, shares, memory)
+    found, _ = run(config, names, given.device, given.rounds, not given.no_memory)
+    print(json.dumps(found["setting"]))
+    show(found["results"], found["error_in_tolerances"], found["peak_MiB"])
+    dense = found["dense_gflops"]
     ratio = dense["authors"] / dense["ours"]
     rounded = ", ".join(f"{name} {count:.4g}" for name, count in dense.items())
     print(f"dense products of a step, GFLOP: {rounded} ({ratio:.2f}x)")
     if given.json:
-        found = {
-            "setting": facts,
-            "error_in_tolerances": shares,
-            "results": results,
-            "peak_MiB": memory,
-            "dense_gflops": dense,
-        }
         Path(given.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(not all(map(is_right, shares.values())))
+    return int(not all(map(is_right, found["error_in_tolerances"].values())))
 
 
 if __name__ == "__main__":

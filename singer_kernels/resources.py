@@ -15,12 +15,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from singer_kernels.backends.operators import ForwardOutput
 from singer_kernels.backends.triton import configs, is_interpreted, ops, stages
 from singer_kernels.backends.triton.stages import backward, gram, outlier, refine
 
@@ -124,21 +126,23 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
 
 
 class _Recorder:
-    """Stands in for a kernel: notes its launches instead of running them."""
+    """Stands in for a kernel: notes its launches, and the bytes of the tensors they are handed."""
 
-    def __init__(self, name: str, kernel: Any, found: list[Launch]) -> None:
+    def __init__(self, name: str, kernel: Any, found: list[tuple[Launch, int]]) -> None:
         self.name, self.kernel, self.found = name, kernel, found
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def record(*args: Any, **options: Any) -> None:
-            self.found.append(_launch(self.name, self.kernel.params, args, dict(options)))
+            launch = _launch(self.name, self.kernel.params, args, dict(options))
+            handed = sum(value.nbytes for value in args if isinstance(value, Tensor))
+            self.found.append((launch, handed))
 
         return record
 
 
 @contextlib.contextmanager
-def _recording(arch: int) -> Iterator[list[Launch]]:
-    found: list[Launch] = []
+def _recording(arch: int) -> Iterator[list[tuple[Launch, int]]]:
+    found: list[tuple[Launch, int]] = []
     architecture = stages.architecture
     try:
         for name, (module, kernel) in _KERNELS.items():
@@ -151,72 +155,102 @@ def _recording(arch: int) -> Iterator[list[Launch]]:
         stages.architecture = architecture
 
 
-def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
-    """Yield the calls whose launches are compiled: training steps, on tensors without data."""
+def training_step(
+    operators: Any,
+    dtype: torch.dtype,
+    rank: int,
+    patches: int,
+    *,
+    images: int = 16,
+    width: int = 1024,
+    target: bool = False,
+    gram: bool = True,
+    trains: bool = True,
+    trains_target: bool = False,
+) -> None:
+    """Call the operators of a training step on one layer, on tensors without data.
+
+    Args:
+        operators: what has ``losses_forward`` and ``losses_backward``: the module ``ops`` of a
+            backend whose operators are written in Python.
+        dtype: of the features, the adapter and the products.
+        rank: r.
+        patches: P; there is one prefix token.
+        images: B.
+        width: D.
+        target: whether the Gram target is another one than the teacher.
+        gram: whether the layer is a last one; an intermediate one gives F̂, and its gradient comes
+            back.
+        trains: whether there is a backward.
+        trains_target: whether the Gram target gets a gradient.
+    """
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def step(
-        patches: int,
-        width: int = 1024,
-        target: bool = False,
-        gram: bool = True,
-        trains: bool = True,
-        trains_target: bool = False,
-    ) -> None:
-        images, tokens = 16, patches + 1
-        student, teacher = (new(images, tokens, width, dtype=dtype) for _ in range(2))
-        down, up = new(width, rank, dtype=dtype), new(rank, width, dtype=dtype)
-        arithmetic = (torch.float32, dtype)
-        out = ops.ForwardOutput(
-            *ops.losses_forward(
-                student,
-                teacher,
-                down,
-                up,
-                new(images, tokens, width, dtype=dtype) if target else None,
-                gram,
-                0.97,
-                1,
-                not gram,
-                trains,
-                gram and trains,
-                trains_target,
-                *arithmetic,
-                dtype,
-            )
-        )
-        if not trains:
-            return
-        one = new()
-        ops.losses_backward(
+    def features() -> Tensor:
+        return new(images, 1 + patches, width, dtype=dtype)
+
+    student, teacher = features(), features()
+    down, up = new(width, rank, dtype=dtype), new(rank, width, dtype=dtype)
+    arithmetic = (torch.float32, dtype)
+    out = ForwardOutput(
+        *operators.losses_forward(
             student,
             teacher,
+            down,
             up,
-            out.columns,
-            out.gram_columns if gram else None,
-            out.residual,
-            out.norms,
-            out.threshold,
-            out.outlier_weight,
-            one,
-            one,
-            one if gram else None,
-            None if gram else new(images, tokens, width, dtype=dtype),
+            features() if target else None,
+            gram,
+            0.97,
             1,
+            not gram,
+            trains,
+            gram and trains,
+            trains_target,
             *arithmetic,
             dtype,
-            torch.float32,
-            torch.float32,
         )
+    )
+    if not trains:
+        return
+    one = new()
+    operators.losses_backward(
+        student,
+        teacher,
+        up,
+        out.columns,
+        out.gram_columns if gram else None,
+        out.residual,
+        out.norms,
+        out.threshold,
+        out.outlier_weight,
+        one,
+        one,
+        one if gram else None,
+        None if gram else features(),
+        1,
+        *arithmetic,
+        dtype,
+        torch.float32,
+        torch.float32,
+    )
 
+
+def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
+    """Yield the calls whose launches are compiled."""
+    step = partial(training_step, ops, dtype, rank)
     yield lambda: step(196)
     yield lambda: step(196, gram=False)
     yield lambda: step(196, target=True)
     yield lambda: step(196, target=True, trains_target=True)
     yield lambda: step(1369)
     yield lambda: step(196, trains=False)
+
+
+def _require_compiler() -> None:
+    if is_interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels can't be compiled")
 
 
 def launches(arch: int, operand: str, rank: int) -> list[Launch]:
@@ -233,12 +267,38 @@ def launches(arch: int, operand: str, rank: int) -> list[Launch]:
     Raises:
         RuntimeError: Triton's interpreter is on: then there is nothing to compile.
     """
-    if is_interpreted():
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels can't be compiled")
+    _require_compiler()
     with _recording(arch) as found:
         for call in _calls(DTYPES[operand], rank):
             call()
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(launch for launch, _ in found))
+
+
+def traffic(
+    arch: int, operand: str, rank: int, patches: int, **sizes: int
+) -> list[tuple[str, int]]:
+    """Return the launches of a last layer's training step, and what each is handed.
+
+    A kernel reads or writes a tensor that it is handed once at least: the sum bounds from below
+    what the step moves.
+
+    Args:
+        arch: one of ``configs.ARCHITECTURES``.
+        operand: a key of ``DTYPES``.
+        rank: r.
+        patches: P.
+        sizes: ``images`` and ``width``; see :func:`training_step`.
+
+    Returns:
+        Kernel and bytes, launch by launch.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on.
+    """
+    _require_compiler()
+    with _recording(arch) as found:
+        training_step(ops, DTYPES[operand], rank, patches, **sizes)
+    return [(launch.kernel.removesuffix("_kernel"), handed) for launch, handed in found]
 
 
 def _cuobjdump() -> str:

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from singer_kernels.backends.triton import configs
 from singer_kernels.resources import DTYPES, RANKS, Usage
+
+EXPECTED = Path(__file__).parents[2] / "benchmarks" / "expected"
 
 PRODUCTS = ("refine", "gram_rows", "gram_pairs", "gram_apply", "backward_tokens")
 
@@ -28,6 +31,18 @@ def usages():
     done = resources("--json", "--operand", "bfloat16", "float32")
     assert done.returncode == 0, done.stderr
     return [Usage(**usage) for usage in json.loads(done.stdout)]
+
+
+def test_they_are_the_committed_ones(usages):
+    """If a change is wanted, write that file anew, with the command below."""
+    release = ".".join(triton.__version__.split(".")[:2])
+    path = EXPECTED / f"resources-triton-{release}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in EXPECTED.glob("resources-triton-*")))
+        pytest.skip(f"of Triton {release} nothing is committed, only {known}")
+    # All of it is compiled by now.
+    done = resources("--operand", "bfloat16", "float32", "--rank", "64")
+    assert done.stdout.splitlines() == path.read_text(encoding="utf-8").splitlines()
 
 
 def test_everything_is_compiled(usages):

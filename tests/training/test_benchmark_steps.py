@@ -193,7 +193,7 @@ def test_main_measures_and_writes_json(config, tmp_path, capsys):
     assert steps.main([*arguments, "--providers", "ours"]) == 0
     written = json.loads(found.read_text(encoding="utf-8"))
     assert written["dense_gflops"]["authors"] > written["dense_gflops"]["ours"] > 0
-    assert {"torch", "timm"} == written["setting"]["versions"].keys()
+    assert {"torch", "timm"} <= written["setting"]["versions"].keys()
     assert written["setting"]["variant"] == "official"
     memory = written["peak_MiB"]["ours"]
     # The gradients and AdamW's two moments of the student's 7,000 weights are 0.08 MiB.

@@ -1,0 +1,67 @@
+"""Start-up: what importing costs, and each backend's first call, in processes of their own.
+
+``cold`` has an empty folder for the kernels that a backend compiles at its first call, ``warm``
+finds there what ``cold`` left. A backend that compiles nothing has ``warm`` alone. The operating
+system's cache of files is as warm as earlier processes left it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from providers import BACKENDS, unavailable_reason
+from replay import replay, replays
+from session import Session
+
+COMPILING = ("triton",)
+STARTS = {"cold": 1, "warm": 2}
+LIMIT = 120  # seconds of one start
+SCRIPT = Path(__file__).with_name("startup.py")
+
+
+def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(SCRIPT), backend, "--device", device]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+    if done.returncode != 0:
+        pytest.fail(f"{backend}: a start failed:\n{done.stderr}", pytrace=False)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the caches of compiled kernels."""
+    return tmp_path_factory.mktemp("caches")
+
+
+@replays
+@pytest.mark.parametrize("state", list(STARTS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_call(
+    session: Session, caches: Path, backend: str, state: str, benchmark: Any
+) -> None:
+    """Measure a backend's first call."""
+    reason = unavailable_reason(backend, session.device)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    if state == "cold" and backend not in COMPILING:
+        pytest.skip("it compiles nothing at its first call: only warm")
+    session.require_time(f"start-up of {backend}")
+    starts = [
+        _start(backend, session.device.type, caches / backend)
+        for _ in range(1 if session.quick else STARTS[state])
+    ]
+    medians = {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+    session.found["startup"].setdefault(backend, {})[state] = medians
+    session.save()
+    benchmark.group = f"start-up: first call, {state}"
+    replay(benchmark, [start["first_call"] for start in starts], medians)

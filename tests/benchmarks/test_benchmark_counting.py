@@ -1,0 +1,100 @@
+"""Bytes, operations and memory of each provider, counted: no more than what was committed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import counting
+import pytest
+import torch
+from counting import EXPECTED, Counter
+from memory import held_for_backward, peak_rise
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def found():
+    pytest.importorskip("triton")
+    # In a process of its own: in this one the interpreter may be on.
+    command = [sys.executable, counting.__file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("provider", ["eager", "eager-masked", "torch", "cpu", "cuda", "triton"])
+def test_counts_are_the_committed_ones(found, provider):
+    """A change that moves more, or less, is to be seen: python benchmarks/counting.py --write."""
+    if provider == "cpu" and provider not in found:
+        pytest.skip("the compiled extension is not there")
+    assert found[provider] == json.loads(EXPECTED.read_text(encoding="utf-8"))[provider]
+
+
+def test_the_counts_say_what_the_backends_are_for(found):
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
+    for precision in ("fp32", "bf16"):
+        eager, ours = expected["eager"][precision], expected["cpu"][precision]
+        assert 3 * ours["forward"]["held"] < eager["forward"]["held"]
+        moved = sum(handed for _, handed in expected["triton"][precision])
+        assert 3 * moved < sum(eager[phase]["bytes"] for phase in ("forward", "backward"))
+
+
+def test_a_product_is_counted():
+    a, b = torch.ones(3, 4), torch.ones(4, 5)
+    with Counter() as counter:
+        a @ b
+    numbers = 3 * 4 + 4 * 5 + 3 * 5
+    assert counter.total == {"operators": 1, "bytes": 4 * numbers, "operations": 2 * 3 * 4 * 5}
+
+
+def test_views_and_empty_tensors_are_free():
+    a = torch.ones(3, 4)
+    with Counter() as counter:
+        a.T[1:].reshape(9).unsqueeze(0)
+        torch.empty(5)
+    # The reshape of a transposed tensor copies.
+    assert counter.total == {"operators": 1, "bytes": 2 * 9 * 4, "operations": 0}
+
+
+def test_what_is_expanded_is_in_memory_once():
+    a = torch.ones(1, 4).expand(3, 4)
+    with Counter() as counter:
+        a + 1
+    assert counter.total["bytes"] == (4 + 12) * 4
+
+
+def test_held_memory_counts_each_storage_once_and_no_input():
+    x = torch.ones(10, requires_grad=True)
+    y = x.exp()  # keeps its result
+    z = (y * y).sum()  # keeps it again
+    assert held_for_backward([z], [x]) == y.nbytes
+    w = (x * torch.full((10,), 2.0)).sum() + z
+    assert held_for_backward([w], [x]) == 2 * y.nbytes
+    assert held_for_backward([x.detach()], [x]) == 0
+
+
+def test_held_memory_of_functions_written_in_python():
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, x.new_ones(7), None)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise NotImplementedError
+
+    x = torch.ones(10, requires_grad=True)
+    assert held_for_backward([Keeps.apply(x)], [x]) == 7 * 4
+
+
+def test_a_rise_of_memory_is_seen():
+    size = 64 * 2**20
+    rise = peak_rise(lambda: torch.ones(size // 4).sum().item(), CPU)
+    if rise is None:
+        pytest.skip("there is no accounting of resident memory")
+    assert 0.9 * size < rise < 1.5 * size
+    assert peak_rise(lambda: None, CPU) < 0.1 * size

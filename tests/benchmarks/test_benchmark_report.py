@@ -1,0 +1,209 @@
+"""The README and the page of figures say what the results say, and the tables show all of it."""
+
+import copy
+import json
+import re
+
+import pytest
+import report
+import results
+import tables
+from plots import draw
+from providers import NAMES
+from report import BEGIN, END, RESULTS, with_section
+
+SETTING = {
+    "date": "2026-01-02",
+    "device": "A Processor",
+    "type": "cpu",
+    "threads": 2,
+    "versions": {"torch": "2.99", "triton": None},
+    "vectors": {"torch": "X", "extension": "avx512"},
+}
+
+
+def phases(value):
+    return {"forward": value / 3, "backward": 2 * value / 3, "both": value}
+
+
+def entry(milliseconds, ratio):
+    spread = {
+        phase: {"median": v, "low": 0.9 * v, "high": 1.1 * v, "fastest": 0.8 * v}
+        for phase, v in phases(milliseconds).items()
+    }
+    return {
+        "status": "timed",
+        "errors": dict.fromkeys(("kd", "outlier", "info", "d_student", "d_down", "d_up"), 1e-7),
+        "milliseconds": spread,
+        "ratio": {"eager": dict.fromkeys(phases(1.0), ratio)},
+        "share_of_ceiling": dict.fromkeys(phases(1.0), 0.125),
+        "held_MiB": 3.5,
+        "peak_MiB": None,
+    }
+
+
+def comparison(series, patches, precision="fp32"):
+    return {
+        "series": series,
+        "workload": {"name": "W", "images": 2, "patches": patches, "width": 64, "rank": 8},
+        "precision": precision,
+        "rounds": 5,
+        "sets": 2,
+        "inputs_MiB": 1.5,
+        "least": {name: {"bytes": 10**6, "operations": 10**9} for name in phases(1.0)},
+        "ceilings": {"bytes_per_second": 1e10, "operations_per_second": 1e11},
+        "floor_milliseconds": phases(1.0),
+        "providers": {
+            "eager": entry(8.0, 1.0),
+            "torch": {"status": "wrong", "reason": "kd 1.0e+00 (allowed 1.0e-06)"},
+            "cpu": entry(2.0, 4.0),
+        },
+    }
+
+
+@pytest.fixture
+def found():
+    made = results.empty(SETTING, quick=True)
+    made["losses"] = [
+        comparison("workloads", 196),
+        comparison("workloads", 196, "bf16"),
+        comparison("patches", 64),
+        comparison("patches", 128),
+    ]
+    made["startup"] = {"cpu": {"warm": {"import_torch": 2.0, "first_call": 0.0123}}}
+    made["unavailable"] = {"triton": "it needs a CUDA device"}
+    made["left_out"] = {"no time left": ["widths/D192-fp32"]}
+    made["steps"] = {
+        "setting": {
+            "teacher": "big",
+            "student": "small",
+            "image_size": 126,
+            "batch_size": 16,
+            "variant": "official",
+        },
+        "error_in_tolerances": {
+            "ours-fp64": {"kd": 0.1},
+            "authors": {"kd": 0.1},
+            "ours": {"kd": 2},
+        },
+        "results": {
+            "authors": {
+                "images_per_second": 23.0,
+                "ratio_to": {"authors": 1.0},
+                "milliseconds": {"teacher": 1.0, "student": 2.0},
+            }
+        },
+        "peak_MiB": {"authors": 300.0, "ours": 200.0},
+        "dense_gflops": {"authors": 2.0, "ours": 1.0},
+    }
+    return made
+
+
+def test_the_pages_are_what_the_committed_results_say(capsys):
+    """If this fails: python benchmarks/report.py."""
+    assert list(RESULTS.glob("*.json")), "no results are committed"
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_committed_results_are_whole_runs():
+    for path in RESULTS.glob("*.json"):
+        found = results.read(path)
+        assert not found["quick"], path
+        assert found["left_out"] == {}, path
+        assert (report.ROOT / "docs" / f"{path.stem}.svg").is_file()
+        for record in found["losses"]:
+            for name, provider in record["providers"].items():
+                assert provider["status"] == "timed", (path, name)
+
+
+def test_a_changed_figure_is_found(tmp_path, monkeypatch, capsys, found):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    results.write(tmp_path / "device.json", found)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    written = readme.read_text(encoding="utf-8")
+    assert written.startswith("before\n")
+    assert written.endswith("after\n")
+    assert "| 2 x 196 x 64 | 8 ms (1.00x) | wrong | 2 ms (4.00x) |" in written
+    assert (tmp_path / "docs/device.svg").stat().st_size > 1000
+    readme.write_text(written.replace("(4.00x)", "(5.00x)"), encoding="utf-8")
+    assert report.main(["--check"]) == 1
+    assert "README.md: differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
+def test_a_readme_without_its_marks_is_refused(text):
+    with pytest.raises(ValueError, match=r"README.md: expected .* once each"):
+        with_section(text, "new")
+
+
+def test_other_files_are_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    for text, message in (
+        ("{", "no JSON"),
+        ("[]", "schema: got None, expected 1"),
+        (json.dumps({"schema": 0}), "schema: got 0, expected 1"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit):
+            report.main([str(path), "--summary"])
+        assert message in capsys.readouterr().err
+
+
+def test_the_summary_shows_what_is_wrong_and_what_is_missing(tmp_path, capsys, found):
+    results.write(tmp_path / "device.json", found)
+    arguments = [str(tmp_path / "device.json"), "--summary", "--output", str(tmp_path / "s.md")]
+    assert report.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "s.md").read_text(encoding="utf-8") == printed
+    assert "A Processor, 2 threads, avx512 kernels; torch 2.99; 2026-01-02" in printed
+    assert "| 2 x 196 x 64 | 1 ms | 12% |  | 12% |" in printed
+    assert "| `ours` | wrong" in printed
+    assert "| `authors` | 23.0 | 1.00x |  | 300 MiB | 1, 2 |" in printed
+    assert '| `"cpu"` | warm | 2000 ms | 12 ms |' in printed
+    assert "left out, no time left: widths/D192-fp32" in printed
+
+
+def test_the_page_has_every_comparison(found):
+    page = report.page({"device": found})
+    assert len(re.findall("^#### ", page, re.MULTILINE)) == len(found["losses"])
+    assert "wrong: kd 1.0e+00 (allowed 1.0e-06)" in page
+    assert "3.5 / ?" in page
+    assert "- `triton`: it needs a CUDA device." in page
+    # As many columns in each row as in its header.
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({row.count("|") for row in block.splitlines()}) == 1, block
+
+
+def test_ratios_over_workloads(found):
+    assert tables.ratio_range(found["losses"][:2], "cpu", "eager") == "4.00 to 4.00"
+    assert tables.ratio_range(found["losses"][:2], "torch", "eager") is None
+    assert tables.other_precisions(found) == [
+        '- bf16: `"cpu"` 4.00 to 4.00 times as fast as `eager`.'
+    ]
+
+
+def test_a_figure_is_drawn_of_what_there_is(tmp_path, found):
+    draw(found, tmp_path / "whole.png")
+    less = copy.deepcopy(found)
+    less["losses"] = less["losses"][:1]
+    draw(less, tmp_path / "less.svg")
+    for name in ("whole.png", "less.svg"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_results_are_rounded_and_replaced(tmp_path):
+    path = tmp_path / "new" / "r.json"
+    results.write(path, {"schema": 1, "a": [1 / 3, {"b": 123456.7}], "n": 1234567})
+    assert results.read(path) == {"schema": 1, "a": [0.33333, {"b": 123460.0}], "n": 1234567}
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_every_provider_has_a_colour_and_a_place():
+    from plots import COLOURS
+
+    assert COLOURS.keys() == set(NAMES)

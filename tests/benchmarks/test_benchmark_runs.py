@@ -1,0 +1,110 @@
+"""``pytest benchmarks/ --benchmark-only``, in tiny sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, **variables):
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--quick"]
+    command += ["-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_everything_is_measured_and_written(tmp_path):
+    path, plugin_path = tmp_path / "r.json", tmp_path / "plugin.json"
+    # Compiling takes most of the time: once is enough.
+    done = run(
+        "--device=cpu",
+        f"--results={path}",
+        f"--benchmark-json={plugin_path}",
+        "-k=not compiled or (test_losses and fp32)",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["quick"]
+    assert found["left_out"] == {}
+    measured = {(r["series"], r["precision"]): r for r in found["losses"]}
+    assert measured.keys() == {
+        *(("workloads", precision) for precision in ("fp32", "bf16", "autocast")),
+        ("patches", "fp32"),
+        ("widths", "fp32"),
+    }
+    providers = measured["workloads", "fp32"]["providers"]
+    assert {"eager", "eager-masked", "compiled", "torch"} <= providers.keys()
+    assert {entry["status"] for entry in providers.values()} == {"timed"}
+    assert providers["torch"]["ratio"].keys() == {"eager", "compiled"}
+    assert found["unavailable"].keys() >= {"triton", "cuda", "compiled-max"}
+    assert found["startup"]["torch"]["warm"]["first_call"] > 0
+    assert found["steps"]["results"].keys() == {"authors", "authors-bf16", "ours", "ours-bf16"}
+
+    # The plugin reports the very times that were measured.
+    reported = json.loads(plugin_path.read_text(encoding="utf-8"))["benchmarks"]
+    for benchmark in reported:
+        if benchmark["name"] == "test_losses[tiny-fp32-torch]":
+            seconds = 1e-3 * providers["torch"]["milliseconds"]["both"]["median"]
+            assert benchmark["stats"]["median"] == pytest.approx(seconds, rel=1e-4)
+            assert benchmark["group"] == "losses: tiny (2 x 20 x 64), fp32"
+            break
+    else:
+        raise AssertionError("the plugin did not report it")
+    assert "| 2 x 20 x 64 |" in done.stdout
+
+
+def test_no_measurement_begins_after_the_time(tmp_path):
+    done = run("--device=cpu", f"--results={tmp_path}", "--time-limit=0", "-k=fp32 or step")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["losses"] == []
+    assert found["left_out"]["no time left within 0 s"] == [
+        "workloads/tiny-fp32",
+        "patches/P16-fp32",
+        "patches/P32-fp32",
+        "widths/D32-fp32",
+        "widths/D64-fp32",
+        "whole training steps",
+    ]
+
+
+def test_what_is_selected_is_measured_beside_eager(tmp_path):
+    done = run("--device=cpu", f"--results={tmp_path / 'r.json'}", "-k=tiny-bf16-torch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["losses"]
+    assert list(record["providers"]) == ["eager", "torch"]
+
+
+def test_a_wrong_provider_fails_its_test_alone(tmp_path):
+    (tmp_path / "spoiler.py").write_text(
+        "import comparison, providers\n"
+        "def build(name):\n"
+        "    right = providers.build(name)\n"
+        "    if name != 'torch':\n"
+        "        return right\n"
+        "    return lambda inputs: right(inputs)._replace(kd=2 * right(inputs).kd)\n"
+        "def pytest_collection_finish():\n"
+        "    comparison.build = build\n",
+        encoding="utf-8",
+    )
+    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(tmp_path)])
+    arguments = ["--device=cpu", "-p", "spoiler", "-k=tiny-fp32 and (torch or eager)"]
+    done = run(*arguments, PYTHONPATH=paths)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "torch is wrong: kd" in done.stdout
+    assert "1 failed, 2 passed" in done.stdout
+    assert "| wrong |" in done.stdout
