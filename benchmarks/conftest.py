@@ -11,7 +11,9 @@ from providers import unavailable_reason
 from replay import replay
 from session import Session
 from tables import summary
-from workloads import Point
+from workloads import Point, workloads
+
+COLUMNS = ["median", "iqr", "min", "rounds"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +40,8 @@ SESSION = pytest.StashKey[Session]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the run."""
+    # The plugin would show ten columns, as wide as two screens.
+    config.option.benchmark_columns = config.option.benchmark_columns or COLUMNS
     config.stash[SESSION] = Session(config)
 
 
@@ -54,7 +58,7 @@ def measure_losses(request: pytest.FixtureRequest, session: Session, benchmark: 
     """Return what measures a provider of the losses on a point, beside all others of the run."""
 
     def measure(point: Point, provider: str) -> None:
-        reason = unavailable_reason(provider, session.device)
+        reason = unavailable_reason(provider, session.device, point)
         if reason is not None:
             session.found["unavailable"][provider] = reason
             pytest.skip(f"{provider}: {reason}")
@@ -67,7 +71,7 @@ def measure_losses(request: pytest.FixtureRequest, session: Session, benchmark: 
         # What ratios are taken to is measured even if it was not selected.
         names = dict.fromkeys(["eager", *together])
         record, seconds = session.losses(
-            point, [name for name in names if unavailable_reason(name, session.device) is None]
+            point, [n for n in names if unavailable_reason(n, session.device, point) is None]
         )
         entry = record["providers"][provider]
         if entry["status"] != "timed":
@@ -86,6 +90,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         session = metafunc.config.stash[SESSION]
         chosen = points(session.device.type, session.quick)
         metafunc.parametrize("point", chosen, ids=[point.label for point in chosen])
+
+
+def _place(item: pytest.Item) -> int:
+    """Return when a benchmark's turn comes: the most telling first, for the time may end."""
+    order = ("bench_losses", "bench_steps", "bench_scaling", "bench_startup")
+    session = item.config.stash[SESSION]
+    point = item.callspec.params.get("point")
+    if point is not None and point.precision != workloads(session.device.type)[0].precision:
+        return len(order)
+    return order.index(item.module.__name__)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the benchmarks."""
+    here = Path(__file__).parent
+    mine = [item for item in items if item.path.parent == here]
+    others = [item for item in items if item.path.parent != here]
+    items[:] = [*others, *sorted(mine, key=_place)]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from eager import gram_loss, masked_outlier_loss, outlier_loss, refine
 from torch import Tensor
-from workloads import QUANTILE, Inputs
+from workloads import QUANTILE, Inputs, Point
 
 from singer_kernels import backends, fused_losses
 
@@ -27,6 +27,8 @@ Loss = Callable[[Inputs], Losses]
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 NAMES = ("eager", "eager-masked", "compiled", "compiled-max", *BACKENDS)
 """All providers; each is described in ``benchmarks/README.md``."""
+
+AUTOTUNED = ("A-vit-l16-224px-bf16", "B-dinov2-l14-518px-bf16")
 
 
 def eager(inputs: Inputs) -> Losses:
@@ -63,12 +65,21 @@ def build(name: str) -> Loss:
     return _fused(name)
 
 
-def unavailable_reason(name: str, device: torch.device) -> str | None:
-    """Return why a provider is not measured on a device, in one line, or None."""
+def unavailable_reason(name: str, device: torch.device, point: Point | None = None) -> str | None:
+    """Return why a provider is not measured, in one line, or None.
+
+    Args:
+        name: of :data:`NAMES`.
+        device: where.
+        point: on what; None: on anything.
+    """
     if name in BACKENDS:
         if device.type == "cpu" and name in ("triton", "cuda"):
             return "it needs a CUDA device"  # the interpreter tests Triton, but times nothing
         return backends.unavailable_reason(name, device)
-    if name == "compiled-max" and device.type != "cuda":
-        return "autotuning of products is a GPU's"
+    if name == "compiled-max":
+        if device.type != "cuda":
+            return "autotuning of products is a GPU's"
+        if point is not None and point.label not in AUTOTUNED:
+            return "tuning takes long: only " + " and ".join(AUTOTUNED)
     return None

@@ -12,8 +12,8 @@ A provider is timed only if its losses are right: see ``step_check.py``. Provide
 each round, so that a drift of the machine's speed hits all alike. Images per second are medians
 over the rounds; a ratio is the median of the ratios within the rounds. Where other programs take
 turns on the machine, the fastest step of each says more: they only add time. Peak memory is that of
-the first three steps above the level before them, weights of both models excluded, in a fresh
-process per provider: resident memory on a CPU (``VmHWM``), ``max_memory_allocated`` on a GPU.
+the first three steps above the level before them, weights of both models excluded: resident memory
+(``VmHWM``) of a fresh process per provider on a CPU, ``max_memory_allocated`` on a GPU.
 """
 
 from __future__ import annotations
@@ -277,30 +277,45 @@ def dense_gflops(method: SiNGER, config: Config, images: Tensor, device: str) ->
     return found
 
 
-def peak_memory(config: Config, name: str, device: str) -> float | None:
-    """Return by how much three steps raise this process's memory at their peak, in MiB.
+def peak_memory(provider: Provider, batches: Sequence[Tensor]) -> float | None:
+    """Return by how much the first three steps raise memory at their peak, in MiB.
 
-    Meant for a fresh process. It gives None on a CPU without Linux's accounting.
+    Args:
+        provider: one that has taken no step.
+        batches: three or more.
+
+    Returns:
+        The rise; None on a CPU without Linux's accounting.
     """
-    method = build(config, device)
-    provider = Provider(name, method, config, device)
-    del method
-    batches = make_batches(config, device)
 
     def run() -> None:
         for images in batches[:3]:
-            provider.step(images, Stopwatch(device))
+            provider.step(images, Stopwatch(provider.device))
 
-    rise = peak_rise(run, torch.device(device))
+    rise = peak_rise(run, torch.device(provider.device))
     return None if rise is None else rise / MIB
 
 
+def _fresh_peak_memory(config: Config, name: str, device: str) -> float | None:
+    provider = Provider(name, build(config, device), config, device)
+    return peak_memory(provider, make_batches(config, device))
+
+
 def peak_memories(config: Config, names: Sequence[str], device: str) -> dict[str, float | None]:
-    """Return :func:`peak_memory` of each provider, measured in a process of its own."""
+    """Return :func:`peak_memory` of each provider.
+
+    On a CPU each is measured in a process of its own: there, what was freed before can't be told
+    from what is taken. A GPU's allocator counts exactly.
+    """
+    if device == "cuda":
+        method, batches = build(config, device), make_batches(config, device)
+        return {
+            name: peak_memory(Provider(name, method, config, device), batches) for name in names
+        }
     found = {}
     for name in names:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found[name] = pool.submit(peak_memory, config, name, device).result()
+            found[name] = pool.submit(_fresh_peak_memory, config, name, device).result()
     return found
 
 

@@ -9,6 +9,9 @@ from oracle import OUTPUTS
 from providers import NAMES
 from workloads import PHASES, Workload
 
+BUSY = 0.5
+"""Load at the start from which on a run's setting says so."""
+
 Found = dict[str, Any]
 """Results of a run; see :func:`results.empty`."""
 
@@ -47,9 +50,10 @@ def setting_line(found: Found) -> str:
     )
     where = setting["device"]
     if setting["type"] == "cpu":
-        where += (
-            f", {setting['threads']} threads, {setting['vectors']['extension'] or 'no'} kernels"
-        )
+        vectors = setting["vectors"]["extension"] or "no"
+        where += f", {setting['threads']} threads, {vectors} kernels"
+    if setting["load"] > BUSY:
+        where += f" (busy: its load was {setting['load']:.1f})"
     return f"{where}; {versions}; {setting['date']}"
 
 

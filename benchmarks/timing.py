@@ -17,6 +17,7 @@ Turn = Callable[[int], dict[str, float]]
 
 WARM_UP_ROUNDS = 2
 QUEUE_HZ = 2e9  # a GPU's clock, at most: cycles that keep it busy for a time
+MOST_QUEUED = 0.05  # seconds
 
 
 def interleave(
@@ -65,8 +66,8 @@ class PassTurn:
     """A provider's turn: forward, then backward to student and adapter.
 
     On a CPU times are the host's. On a GPU they are the stream's, by events, behind enough queued
-    work that launches are not waited for, and ``host`` is how long the host was busy issuing them
-    (or, where the provider makes it wait, waiting).
+    work that launches are not waited for; ``host`` is how long, on a device with nothing to do, the
+    host is busy issuing them (or, where the provider makes it wait, waiting).
 
     Args:
         loss: the provider.
@@ -84,7 +85,6 @@ class PassTurn:
     ) -> None:
         self.loss, self.sets, self.upstream = loss, sets, upstream
         self.precision, self.device = precision, sets[0].student.device
-        self.queued = 0.0  # seconds of work in front of a turn
 
     def run(self, inputs: Inputs, between: Callable[[], Any] = lambda: None) -> None:
         """Run forward, ``between`` and backward once."""
@@ -106,16 +106,17 @@ class PassTurn:
         return {"forward": middle - begin, "backward": end - middle, "both": end - begin}
 
     def _on_gpu(self, inputs: Inputs) -> dict[str, float]:
-        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda._sleep(int(self.queued * QUEUE_HZ))
-        begin.record()
+        torch.cuda.synchronize()
         start = time.perf_counter()
-        self.run(inputs, middle.record)
+        self.run(inputs)
         host = time.perf_counter() - start
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        # The device has more to do than the host needs for the launches.
+        torch.cuda._sleep(int(min(MOST_QUEUED, 1.5 * host) * QUEUE_HZ))
+        begin.record()
+        self.run(inputs, middle.record)
         end.record()
         end.synchronize()
-        # The next turn finds work queued for longer than the host needs.
-        self.queued = min(0.02, max(self.queued, 1.5 * host))
         forward, backward = 1e-3 * begin.elapsed_time(middle), 1e-3 * middle.elapsed_time(end)
         return {
             "forward": forward,

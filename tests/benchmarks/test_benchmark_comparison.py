@@ -187,6 +187,49 @@ def test_a_turn_runs_forward_and_backward_on_the_next_set():
     assert all(tensor.grad is None for tensor in inputs[0])
 
 
+def test_on_a_gpu_times_are_the_streams(monkeypatch):
+    """The logic, with a stream that is a list: its device is not needed."""
+    stream = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.place = len(stream)
+
+        def synchronize(self):
+            stream.append("synchronize")
+
+        def elapsed_time(self, other):
+            return 1000.0 * len([x for x in stream[self.place : other.place] if x == "work"])
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stream.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.append("queue"))
+
+    class Work(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            stream.append("work")
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            stream.extend(["work", "work"])
+            return grad.expand(3)
+
+    x = torch.ones(3, requires_grad=True)
+    inputs = make_inputs(SMALL, PRECISIONS["fp32"], CPU)._replace(student=x, down=x, up=x)
+    turn = PassTurn(lambda given: [Work.apply(given.student)], [inputs], PRECISIONS["fp32"], [x[0]])
+    turn.device = torch.device("cuda")
+    taken = turn(0)
+    assert taken.pop("host") > 0
+    assert taken == {"forward": 1.0, "backward": 2.0, "both": 3.0}
+    one = ["work"] * 3
+    assert stream == ["synchronize", *one, "queue", *one, "synchronize"]
+
+
 def test_spread_and_ratio():
     found = spread([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found == {"median": 3e3, "low": 1.5e3, "high": 4.5e3, "fastest": 1e3}

@@ -17,6 +17,7 @@ SETTING = {
     "device": "A Processor",
     "type": "cpu",
     "threads": 2,
+    "load": 0.1,
     "versions": {"torch": "2.99", "triton": None},
     "vectors": {"torch": "X", "extension": "avx512"},
 }
@@ -166,6 +167,11 @@ def test_the_summary_shows_what_is_wrong_and_what_is_missing(tmp_path, capsys, f
     assert "| `authors` | 23.0 | 1.00x |  | 300 MiB | 1, 2 |" in printed
     assert '| `"cpu"` | warm | 2000 ms | 12 ms |' in printed
     assert "left out, no time left: widths/D192-fp32" in printed
+
+
+def test_a_busy_machine_is_named(found):
+    found["setting"]["load"] = 1.26
+    assert "avx512 kernels (busy: its load was 1.3); torch" in tables.setting_line(found)
 
 
 def test_the_page_has_every_comparison(found):

@@ -74,11 +74,11 @@ def test_no_measurement_begins_after_the_time(tmp_path):
     assert found["losses"] == []
     assert found["left_out"]["no time left within 0 s"] == [
         "workloads/tiny-fp32",
+        "whole training steps",
         "patches/P16-fp32",
         "patches/P32-fp32",
         "widths/D32-fp32",
         "widths/D64-fp32",
-        "whole training steps",
     ]
 
 
