@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -39,13 +40,35 @@ inline bool is_supported(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// A dense floating tensor on the device of `like` with that many dimensions.
-inline void check_tensor(const char* name, const Tensor& tensor, int64_t dims, const Tensor& like) {
+// By torch's own code: ScalarType is not convertible from every dtype.
+inline bool has_supported_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype == aoti_torch_dtype_float64() || dtype == aoti_torch_dtype_float32() ||
+         dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16();
+}
+
+// Where a schema says Tensor, torch lets None pass.
+inline void check_given(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.defined(), name, ": got None, expected a tensor");
+}
+
+// A dense floating tensor, each number on a border of its size, as the kernels read it.
+inline void check_floating(const char* name, const Tensor& tensor) {
+  check_given(name, tensor);
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor");
-  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
+  STD_TORCH_CHECK(has_supported_dtype(tensor), name,
                   ": expected float64, float32, bfloat16 or float16");
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(address % tensor.element_size() == 0, name, ": got the address ", address,
+                  ", expected a multiple of ", tensor.element_size());
+}
+
+// Such a tensor on the device of `like` with that many dimensions.
+inline void check_tensor(const char* name, const Tensor& tensor, int64_t dims, const Tensor& like) {
+  check_floating(name, tensor);
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": got ", tensor.dim(), " dimensions, expected ",
                   dims);
   STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.is_cuda() == like.is_cuda() &&
@@ -76,9 +99,16 @@ inline void check_kept(const char* name, const std::optional<Tensor>& tensor,
   if (tensor.has_value()) check_kept(name, *tensor, shape, dtype, like);
 }
 
-inline void check_acc(ScalarType acc) {
-  STD_TORCH_CHECK(acc == ScalarType::Float || acc == ScalarType::Double,
-                  "acc: expected float32 or float64");
+inline void check_acc(const char* name, ScalarType acc) {
+  STD_TORCH_CHECK(acc == ScalarType::Float || acc == ScalarType::Double, name,
+                  ": expected float32 or float64");
+}
+
+// The accumulation dtype, which that tensor has.
+inline ScalarType acc_of(const char* name, const Tensor& tensor) {
+  check_floating(name, tensor);
+  check_acc(name, tensor.scalar_type());
+  return tensor.scalar_type();
 }
 
 inline void check_product(const char* name, ScalarType product) {

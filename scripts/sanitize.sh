@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Builds the CPU operators with AddressSanitizer and UndefinedBehaviorSanitizer, and runs their
-# fuzz cases in every vector width that this processor has. Needs g++ and the packages of
-# ".[test]" in the environment of `python`.
+# Builds the CPU operators, and the CUDA kernels as plain C++, with AddressSanitizer and
+# UndefinedBehaviorSanitizer, and runs their fuzz cases; those of the CPU in every vector width that
+# this processor has. Needs g++ and the packages of ".[test]" in the environment of `python`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 torch=$(python -c 'import importlib.util; print(importlib.util.find_spec("torch").submodule_search_locations[0])')
+sanitizers=(-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 cp -r singer_kernels tests pyproject.toml "$scratch"
-g++ -std=c++17 -O1 -g -fPIC -shared -fopenmp-simd -fno-math-errno -fno-omit-frame-pointer \
-  -fvisibility=hidden \
-  -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+g++ -std=c++17 -O1 -fPIC -shared -fopenmp-simd -fno-math-errno -fvisibility=hidden \
+  "${sanitizers[@]}" \
   -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc "-I$torch/include" csrc/cpu/*.cpp \
   "-L$torch/lib" -ltorch_cpu -o "$scratch/singer_kernels/_ops.so"
+export SINGER_EMULATED_LIBRARY=$scratch/emulated.so
+python tests/kernels/emulation.py "$SINGER_EMULATED_LIBRARY" -O1 "${sanitizers[@]}"
 cd "$scratch"
 report="
 from singer_kernels import extension
@@ -25,6 +27,8 @@ sanitized() { # Python and torch free not everything they hold: leaks are not lo
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" "$@"
 }
 
+fuzz() { sanitized python -m pytest -q -p no:cacheprovider "$@"; }
+
 for vectors in baseline avx2 avx512; do
   export SINGER_CPU_VECTORS=$vectors
   echo "== $vectors"
@@ -32,6 +36,8 @@ for vectors in baseline avx2 avx512; do
     echo "left out: the processor has none"
     continue
   fi
-  sanitized python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu_operators.py \
-    -k "raise or bit"
+  fuzz tests/kernels/test_cpu_operators.py -k "raise or bit"
 done
+unset SINGER_CPU_VECTORS
+echo "== CUDA kernels"
+fuzz tests/kernels/test_cuda_fuzz.py -k "raise"

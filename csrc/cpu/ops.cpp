@@ -41,6 +41,7 @@ double total(const T* values, int64_t count) {
 }
 
 void check_cpu(const char* name, const Tensor& tensor) {
+  check_given(name, tensor);
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
 }
 
@@ -266,7 +267,7 @@ Outputs losses_forward(Tensor student, Tensor teacher, Tensor down, Tensor up,
   STD_TORCH_CHECK(!has_d_target || gram_target.has_value(),
                   "gram_target: got None, expected a tensor with has_d_target");
   STD_TORCH_CHECK(quantile >= 0 && quantile <= 1, "quantile: got ", quantile, ", expected 0 to 1");
-  check_acc(acc);
+  check_acc("acc", acc);
   check_product("product", product);
   check_product("gram_product", gram_product);
   const Sizes sizes{shape[0], shape[1], prefix, shape[2], rank};
@@ -346,7 +347,7 @@ Gradients losses_backward(Optional student, Tensor teacher, Tensor up, Tensor co
                           std::optional<ScalarType> up_dtype) {
   check_cpu("teacher", teacher);
   check_tokens("teacher", teacher, prefix);
-  check_acc(acc);
+  check_acc("acc", acc);
   check_product("product", product);
   for (const auto& dtype : {student_dtype, down_dtype, up_dtype}) {
     if (dtype.has_value()) check_product("a gradient's dtype", *dtype);
@@ -422,7 +423,7 @@ Gradients gram_loss(Tensor tokens, Tensor target, int64_t prefix, bool has_d_tok
   check_cpu("tokens", tokens);
   check_tokens("tokens", tokens, prefix);
   check_shape("target", target, shape_of(tokens), tokens);
-  check_acc(acc);
+  check_acc("acc", acc);
   check_product("product", product);
   const auto run = acc == ScalarType::Double ? run_gram_loss<double> : run_gram_loss<float>;
   return run(tokens, target, prefix, has_d_tokens, has_d_target, product);

@@ -127,11 +127,11 @@ void columns(Tensor columns, Optional gram_columns, Optional residual, Optional 
              int64_t tokens, int64_t width) {
   check_tensor("columns", columns, 3, columns);
   const auto shape = shape_of(columns);
-  const ScalarType acc = columns.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("columns", columns);
   STD_TORCH_CHECK(shape[2] % 2 == 0, "columns: got shape ", shape_text(shape),
                   ", expected [B, P, 2r]");
-  STD_TORCH_CHECK(tokens >= shape[1] && width > 0, "tokens, width: got ", tokens, " and ", width);
+  STD_TORCH_CHECK(tokens >= shape[1], "tokens: got ", tokens, ", expected at least ", shape[1]);
+  STD_TORCH_CHECK(width > 0, "width: got ", width, ", expected at least 1");
   const std::vector<int64_t> half{shape[0], shape[1], shape[2] / 2};
   const auto need = [&](const char* name, const Optional& tensor, const Optional& with,
                         const std::vector<int64_t>& expected, std::optional<ScalarType> dtype) {
@@ -151,6 +151,17 @@ void columns(Tensor columns, Optional gram_columns, Optional residual, Optional 
   need("d_info", d_info, std::nullopt, {}, std::nullopt);
   need("d_hidden", d_hidden, std::nullopt, half, std::nullopt);
   need("turned", turned, std::nullopt, half, std::nullopt);
+  check_apart({{"d_hidden", d_hidden}, {"turned", turned}},
+              {{"columns", columns},
+               {"gram_columns", gram_columns},
+               {"residual", residual},
+               {"through_up", through_up},
+               {"norms", norms},
+               {"threshold", threshold},
+               {"outlier_weight", outlier_weight},
+               {"d_kd", d_kd},
+               {"d_outlier", d_outlier},
+               {"d_info", d_info}});
   const ColumnsCall call{columns,        gram_columns, residual,  through_up, norms,
                          threshold,      outlier_weight, d_kd,    d_outlier,  d_info,
                          d_hidden,       turned,       tokens,    width};
@@ -177,8 +188,9 @@ void tokens(Tensor teacher, Optional student, Tensor delta, Optional d_refined, 
   check_tokens("teacher", teacher, prefix);
   const auto shape = shape_of(teacher);
   const std::vector<int64_t> patches{shape[0], shape[1] - prefix, shape[2]};
-  const ScalarType acc = delta.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("delta", delta);
+  STD_TORCH_CHECK(!d_student.has_value() || d_kd.has_value(),
+                  "d_kd: got None, expected a tensor with d_student");
   STD_TORCH_CHECK(!d_kd.has_value() || student.has_value(),
                   "student: got None, expected a tensor with d_kd");
   check_dense("teacher", teacher, shape, teacher);
@@ -189,6 +201,12 @@ void tokens(Tensor teacher, Optional student, Tensor delta, Optional d_refined, 
   check_dense("d_student", d_student, shape, teacher);
   check_dense("refined", refined, patches, teacher);
   check_dense("dense", dense, patches, teacher);
+  check_apart({{"d_student", d_student}, {"refined", refined}, {"dense", dense}},
+              {{"teacher", teacher},
+               {"student", student},
+               {"delta", delta},
+               {"d_refined", d_refined},
+               {"d_kd", d_kd}});
   SINGER_BY_DTYPE(acc, run_tokens, teacher, student, delta, d_refined, d_kd, d_student, refined,
                   dense, prefix);
 }

@@ -94,8 +94,7 @@ void difference(Tensor cosines, Tensor targets, std::optional<Tensor> difference
                 Tensor slopes, Tensor target_slopes) {
   check_tensor("cosines", cosines, 3, cosines);
   const auto shape = shape_of(cosines);
-  const ScalarType acc = squares.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("squares", squares);
   STD_TORCH_CHECK(shape[1] == shape[2], "cosines: got shape ", shape_text(shape),
                   ", expected [B, P, P]");
   check_dense("cosines", cosines, shape, cosines);
@@ -104,6 +103,11 @@ void difference(Tensor cosines, Tensor targets, std::optional<Tensor> difference
   check_dense("squares", squares, {shape[0], shape[1]}, cosines, acc);
   check_dense("slopes", slopes, {shape[0], shape[1]}, cosines, acc);
   check_dense("target_slopes", target_slopes, {shape[0], shape[1]}, cosines, acc);
+  check_apart({{"differences", differences},
+               {"squares", squares},
+               {"slopes", slopes},
+               {"target_slopes", target_slopes}},
+              {{"cosines", cosines}, {"targets", targets}});
   SINGER_BY_DTYPE(acc, run_difference, cosines, targets, differences, squares, slopes,
                   target_slopes);
 }
@@ -119,11 +123,12 @@ void run_scale(const Tensor& columns, const Tensor& norms, const Tensor& out) {
 void scale(Tensor columns, Tensor norms, Tensor out) {
   check_tensor("columns", columns, 3, columns);
   const auto shape = shape_of(columns);
-  check_acc(norms.scalar_type());
+  const ScalarType acc = acc_of("norms", norms);
   check_dense("columns", columns, shape, columns);
   check_dense("norms", norms, {shape[0], shape[1]}, columns);
   check_dense("out", out, shape, columns);
-  SINGER_BY_DTYPE(norms.scalar_type(), run_scale, columns, norms, out);
+  check_apart({{"out", out}}, {{"columns", columns}, {"norms", norms}});
+  SINGER_BY_DTYPE(acc, run_scale, columns, norms, out);
 }
 
 template <typename T>
@@ -143,8 +148,7 @@ void gradient(Tensor turned, Tensor columns, Tensor norms, Tensor slopes, double
               int64_t prefix) {
   check_tensor("turned", turned, 3, turned);
   const auto shape = shape_of(turned);
-  const ScalarType acc = norms.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("norms", norms);
   STD_TORCH_CHECK(prefix >= 0 && prefix < (int64_t{1} << 31), "num_prefix_tokens: got ", prefix,
                   ", expected 0 or more");
   check_dense("turned", turned, shape, turned);
@@ -152,6 +156,8 @@ void gradient(Tensor turned, Tensor columns, Tensor norms, Tensor slopes, double
   check_dense("norms", norms, {shape[0], shape[1]}, turned);
   check_dense("slopes", slopes, {shape[0], shape[1]}, turned, acc);
   check_dense("out", out, shape, turned);
+  check_apart({{"out", out}},
+              {{"turned", turned}, {"columns", columns}, {"norms", norms}, {"slopes", slopes}});
   SINGER_BY_DTYPE(acc, run_gradient, turned, columns, norms, slopes, factor, out, prefix);
 }
 

@@ -4,6 +4,8 @@
 // plain C++: a warp has one lane, and a launch is a loop.
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 #include "math/portable.h"
 
@@ -241,6 +243,44 @@ inline void check_dense(const char* name, const std::optional<Tensor>& tensor,
                         const std::vector<int64_t>& shape, const Tensor& like,
                         std::optional<ScalarType> dtype = std::nullopt) {
   if (tensor.has_value()) check_dense(name, *tensor, shape, like, dtype);
+}
+
+// A tensor of a call, if there is one.
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+
+  Named(const char* name, const Tensor& tensor) : name(name), tensor(&tensor) {}
+  Named(const char* name, const std::optional<Tensor>& tensor)
+      : name(name), tensor(tensor.has_value() ? &*tensor : nullptr) {}
+};
+
+// Outputs that share no memory with any other tensor of the call; all are contiguous.
+inline void check_apart(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
+  struct Range {
+    const char* name;
+    uintptr_t begin, end;
+  };
+  std::vector<Range> ranges;
+  const auto add = [&](const Named& named, const void* data) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    ranges.push_back({named.name, begin,
+                      begin + named.tensor->numel() * named.tensor->element_size()});
+  };
+  for (const Named& named : outputs) {  // memory that is shared until it is written is parted here
+    if (named.tensor != nullptr) add(named, named.tensor->mutable_data_ptr());
+  }
+  const size_t written = ranges.size();
+  for (const Named& named : inputs) {
+    if (named.tensor != nullptr) add(named, named.tensor->const_data_ptr());
+  }
+  for (size_t i = 0; i < written; ++i) {
+    for (size_t j = i + 1; j < ranges.size(); ++j) {
+      const Range &own = ranges[i], &other = ranges[j];
+      STD_TORCH_CHECK(std::max(own.begin, other.begin) >= std::min(own.end, other.end), own.name,
+                      ": shares memory with ", other.name);
+    }
+  }
 }
 
 // `float` or `double` kernels, by the accumulation dtype.

@@ -64,14 +64,15 @@ void run_outlier(const Tensor& norms, double quantile, const Tensor& threshold,
 void outlier(Tensor norms, double quantile, Tensor threshold, Tensor squares, Tensor counts) {
   check_tensor("norms", norms, 2, norms);
   const auto shape = shape_of(norms);
-  const ScalarType acc = norms.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("norms", norms);
   STD_TORCH_CHECK(norms.numel() > 0, "norms: got the empty shape ", shape_text(shape));
   STD_TORCH_CHECK(quantile >= 0 && quantile <= 1, "quantile: got ", quantile, ", expected 0 to 1");
   check_dense("norms", norms, shape, norms);
   check_dense("threshold", threshold, {shape[0]}, norms, acc);
   check_dense("squares", squares, {shape[0]}, norms, acc);
   check_dense("counts", counts, {shape[0]}, norms, acc);
+  check_apart({{"threshold", threshold}, {"squares", squares}, {"counts", counts}},
+              {{"norms", norms}});
   SINGER_BY_DTYPE(acc, run_outlier, norms, quantile, threshold, squares, counts);
 }
 

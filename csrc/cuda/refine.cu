@@ -104,8 +104,7 @@ void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor
             std::optional<Tensor> differences) {
   check_tokens("teacher", teacher, prefix);
   const auto shape = shape_of(teacher);
-  const ScalarType acc = delta.scalar_type();
-  check_acc(acc);
+  const ScalarType acc = acc_of("delta", delta);
   check_dense("teacher", teacher, shape, teacher);
   check_dense("student", student, shape, teacher);
   check_dense("delta", delta, shape, teacher);
@@ -114,6 +113,12 @@ void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor
   check_dense("refined", refined, shape, teacher);
   check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, teacher);
   check_dense("differences", differences, {shape[0], shape[1] - prefix, shape[2]}, teacher);
+  check_apart({{"norms", norms},
+               {"kd_parts", kd_parts},
+               {"refined", refined},
+               {"rows", rows},
+               {"differences", differences}},
+              {{"teacher", teacher}, {"student", student}, {"delta", delta}});
   SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_parts, refined, rows,
                   differences);
 }
@@ -130,11 +135,12 @@ void run_normalize(const Tensor& tokens, int64_t prefix, const Tensor& norms, co
 void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
   check_tokens("tokens", tokens, prefix);
   const auto shape = shape_of(tokens);
-  check_acc(norms.scalar_type());
+  const ScalarType acc = acc_of("norms", norms);
   check_dense("tokens", tokens, shape, tokens);
   check_dense("norms", norms, {shape[0], shape[1] - prefix}, tokens);
   check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, tokens);
-  SINGER_BY_DTYPE(norms.scalar_type(), run_normalize, tokens, prefix, norms, rows);
+  check_apart({{"norms", norms}, {"rows", rows}}, {{"tokens", tokens}});
+  SINGER_BY_DTYPE(acc, run_normalize, tokens, prefix, norms, rows);
 }
 
 }  // namespace

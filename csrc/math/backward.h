@@ -8,7 +8,8 @@ namespace singer {
 // a = 2 / (B T D), times the upstream gradient.
 template <typename T>
 SINGER_FN T kd_scale(int64_t images, int64_t tokens, int64_t width, T upstream) {
-  return upstream * (T(2) / (static_cast<T>(images * tokens) * static_cast<T>(width)));
+  const T count = static_cast<T>(images) * static_cast<T>(tokens) * static_cast<T>(width);
+  return upstream * (T(2) / count);
 }
 
 template <typename T>

@@ -1,40 +1,55 @@
 """The CUDA kernels compiled as plain C++, one lane to a warp: for tests without a GPU.
 
-What a lane computes, the launches and everything around them are as on a device; how the lanes of a
-warp share a row is not, for there is one.
+What a lane computes, the launches and everything around them are as on a device; how the lanes of
+a warp share a row is not, for there is one. ``python emulation.py LIBRARY [OPTION ...]`` compiles
+them with further options; ``SINGER_EMULATED_LIBRARY`` then names that library to the tests.
 """
 
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+VARIABLE = "SINGER_EMULATED_LIBRARY"
 SOURCES = Path(__file__).parents[2] / "csrc"
 FOLDER = tempfile.TemporaryDirectory()  # as long as the process lives
 
 
-def load():
-    """Compile and load the kernels; return why that can't be done, or None."""
-    compiler, torch_folder = shutil.which("g++"), Path(torch.__file__).parent
-    if compiler is None:
-        return "there is no g++"
-    options = ["-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-DSINGER_EMULATED"]
-    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{SOURCES}"]
-    options += ["-isystem", str(torch_folder / "include")]
+def build(library, extra=()):
+    """Compile the kernels into a library, with further options; there must be a g++."""
+    torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+    options += ["-DSINGER_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    options += [f"-I{SOURCES}", "-isystem", str(torch_folder / "include"), *extra]
     objects = [Path(FOLDER.name, f"{path.stem}.o") for path in sorted(SOURCES.glob("cuda/*.cu"))]
 
     def compile_one(target):
         source = SOURCES / "cuda" / f"{target.stem}.cu"
-        command = [compiler, "-x", "c++", *options, "-c", str(source), "-o", str(target)]
+        command = ["g++", "-x", "c++", *options, "-c", str(source), "-o", str(target)]
         subprocess.run(command, check=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, objects))
-    library = Path(FOLDER.name, "emulated.so")
-    link = [compiler, "-shared", *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([*link, "-o", str(library)], check=True)
+    link = ["g++", "-shared", *extra, *map(str, objects), f"-L{torch_folder / 'lib'}"]
+    subprocess.run([*link, "-ltorch_cpu", "-o", str(library)], check=True)
+
+
+def load():
+    """Load the kernels, compiled here unless there is a library; return why not, or None."""
+    given = os.environ.get(VARIABLE)
+    library = Path(given) if given else Path(FOLDER.name, "emulated.so")
+    if not given:
+        if shutil.which("g++") is None:
+            return "there is no g++"
+        build(library)
     torch.ops.load_library(str(library))
     return None
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), sys.argv[2:])

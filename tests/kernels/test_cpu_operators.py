@@ -3,6 +3,7 @@
 Each call either raises or returns what the fake implementation says; nothing else may happen.
 """
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,12 @@ def tensors(draw, shape):
         ]
     if layout == 3:  # no strides at all
         return torch.ones([1] * len(shape), dtype=dtype).expand(shape)
-    if layout == 4 and draw(ODD) == 0:
+    odd = draw(ODD) if layout == 4 else None
+    if odd == 0:
         return torch.ones(shape, dtype=torch.float32).to_sparse()
+    if odd in (1, 2) and 0 not in shape:  # no number on a border of its size
+        held = bytearray(math.prod(shape) * dtype.itemsize + 1)
+        return torch.frombuffer(held, dtype=dtype, offset=1).view(shape)
     tensor = torch.ones(shape, dtype=dtype)
     if tensor.is_floating_point() and tensor.numel() and draw(ODD) < 3:
         tensor.view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf"), 0.0, 1e30]))

@@ -1,0 +1,385 @@
+"""The raw CUDA kernels, compiled as plain C++: no input from Python may crash the process.
+
+What each takes is written down here a second time. A call that keeps to it returns, fills its
+outputs and leaves all else as it was; any other raises, names an argument that is at fault, and
+writes nothing.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from singer_kernels import extension
+from singer_kernels.backends.cuda import ops
+
+pytestmark = pytest.mark.skipif(
+    not extension.has_kernels("cuda_refine", "cpu"), reason="there is no g++ to emulate with"
+)
+
+CASES = 2000
+ACC = (torch.float32, torch.float64)
+DTYPES = (*ACC, torch.bfloat16, torch.float16)
+ODD_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2, torch.bits8)
+
+
+class Contract(NamedTuple):
+    """What a kernel takes, by the shape of its first tensor and the number of prefix tokens."""
+
+    shapes: dict[str, str]  # of its tensors, in letters; the first tensor's name them
+    acc: tuple[str, ...]  # float32 or float64, the first; the others have its dtype
+    needs: tuple[tuple[str, str], ...] = ()  # tensors needed with others
+    is_filled: bool = False  # whether no size is 0
+
+
+# N is T - prefix, and Q P + prefix; an R is half of its letter.
+CONTRACTS = {
+    "refine": Contract(
+        {
+            "teacher": "BTD",
+            "student": "BTD",
+            "delta": "BTD",
+            "norms": "BN",
+            "kd_parts": "BT",
+            "refined": "BTD",
+            "rows": "BND",
+            "differences": "BND",
+        },
+        ("delta", "norms", "kd_parts"),
+        is_filled=True,
+    ),
+    "normalize": Contract(
+        {"tokens": "BTD", "norms": "BN", "rows": "BND"}, ("norms",), is_filled=True
+    ),
+    "outlier": Contract(
+        {"norms": "BP", "threshold": "B", "squares": "B", "counts": "B"},
+        ("norms", "threshold", "squares", "counts"),
+        is_filled=True,
+    ),
+    "gram_difference": Contract(
+        {
+            "cosines": "BPP",
+            "targets": "BPP",
+            "differences": "BPP",
+            "squares": "BP",
+            "slopes": "BP",
+            "target_slopes": "BP",
+        },
+        ("squares", "slopes", "target_slopes"),
+    ),
+    "gram_scale": Contract({"columns": "BPD", "norms": "BP", "out": "BPD"}, ("norms",)),
+    "gram_gradient": Contract(
+        {"turned": "BPD", "columns": "BQD", "norms": "BP", "slopes": "BP", "out": "BPD"},
+        ("norms", "slopes"),
+    ),
+    "backward_columns": Contract(
+        {
+            "columns": "BPC",
+            "gram_columns": "BPC",
+            "residual": "BPR",
+            "through_up": "BPR",
+            "norms": "BP",
+            "threshold": "B",
+            "outlier_weight": "",
+            "d_kd": "",
+            "d_outlier": "",
+            "d_info": "",
+            "d_hidden": "BPR",
+            "turned": "BPR",
+        },
+        ("columns", "norms", "threshold", "outlier_weight"),
+        (
+            ("d_kd", "residual"),
+            ("gram_columns", "d_info"),
+            ("norms", "d_outlier"),
+            ("threshold", "d_outlier"),
+            ("outlier_weight", "d_outlier"),
+        ),
+    ),
+    "backward_tokens": Contract(
+        {
+            "teacher": "BTD",
+            "student": "BTD",
+            "delta": "BTD",
+            "d_refined": "BTD",
+            "d_kd": "",
+            "d_student": "BTD",
+            "refined": "BND",
+            "dense": "BND",
+        },
+        ("delta",),
+        (("d_kd", "d_student"), ("student", "d_kd")),
+        is_filled=True,
+    ),
+}
+
+
+def arguments_of(kernel):
+    return operator_of(kernel).default._schema.arguments
+
+
+def operator_of(kernel):
+    return getattr(torch.ops.singer_kernels, f"cuda_{kernel}")
+
+
+def outputs(kernel):
+    given = arguments_of(kernel)
+    return {x.name for x in given if x.alias_info is not None and x.alias_info.is_write}
+
+
+def optionals(kernel):
+    return {x.name for x in arguments_of(kernel) if str(x.type) == "Optional[Tensor]"}
+
+
+def sizes_of(kernel, shape, prefix):
+    """Return the size that each letter stands for; None if the first tensor's shape is none."""
+    letters = next(iter(CONTRACTS[kernel].shapes.values()))
+    sizes = dict(zip(letters, shape, strict=False))
+    if len(shape) != len(letters) or any(
+        sizes[letter] != size for letter, size in zip(letters, shape, strict=True)
+    ):
+        return None
+    derived = {"N": sizes.get("T", 0) - prefix, "Q": sizes.get("P", 0) + prefix}
+    return sizes | derived | {"R": sizes.get("C", 0) // 2}
+
+
+def extent(tensor):
+    """The bytes of a contiguous tensor."""
+    start = tensor.data_ptr()
+    return range(start, start + tensor.numel() * tensor.itemsize)
+
+
+def overlap(a, b):
+    return max(a.start, b.start) < min(a.stop, b.stop)
+
+
+def is_foreign(value):
+    """Whether torch has no kernel to hand that to."""
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and (value.layout != torch.strided or value.device.type != "cpu")
+
+
+def faults(kernel, handed):
+    """Return the names of the arguments that break the contract."""
+    contract, written = CONTRACTS[kernel], outputs(kernel)
+    tensors = {name: handed[name] for name in contract.shapes if handed[name] is not None}
+    found = {name for name in contract.shapes if handed[name] is None} - optionals(kernel)
+    found |= {x for x, with_ in contract.needs if with_ in tensors and x not in tensors}
+    first, main = contract.acc[0], next(iter(contract.shapes))
+    prefix = handed.get("num_prefix_tokens", 0)
+    if main not in tensors:
+        return found
+    sizes = sizes_of(kernel, tuple(tensors[main].shape), prefix)
+    if sizes is None or (contract.is_filled and tensors[main].numel() == 0):
+        return found | {main}
+    if prefix < 0 or prefix >= sizes.get("T", 2**31):
+        return found | {"num_prefix_tokens"}
+    if sizes.get("C", 0) % 2:
+        found.add(main)
+    if not 0 <= handed.get("quantile", 0) <= 1:
+        found.add("quantile")
+    if kernel == "backward_columns":
+        found |= {"tokens"} if handed["tokens"] < sizes["P"] else set()
+        found |= {"width"} if handed["width"] < 1 else set()
+    for name, tensor in tensors.items():
+        shape = tuple(sizes[letter] for letter in contract.shapes[name])
+        dtypes = DTYPES
+        if name in contract.acc:
+            dtypes = ACC if name == first or first not in tensors else (tensors[first].dtype,)
+        if (
+            tuple(tensor.shape) != shape
+            or tensor.dtype not in dtypes
+            or not tensor.is_contiguous()
+            or tensor.data_ptr() % tensor.itemsize
+        ):
+            found.add(name)
+        others = {other: x for other, x in tensors.items() if other != name}
+        if name in written and any(overlap(extent(tensor), extent(x)) for x in others.values()):
+            found.add(name)
+    return found
+
+
+SIZES = st.sampled_from([1, 1, 2, 2, 3, 4, 5, 6, 7, 0, 33])
+WIDTHS = st.sampled_from([1, 2, 3, 5, 8, 8, 16, 24, 0, 40])  # of many, vectors are whole
+WAYS = ("shape", "dims", "dtype", "turned", "steps", "expanded", "off", "shared", "none", "foreign")
+
+
+def dense(draw, shape, dtype):
+    """A contiguous tensor of numbers that no kernel overflows; some start inside a larger one."""
+    before, after = draw(st.sampled_from([(0, 0), (0, 0), (1, 2), (8, 8)]))
+    count = math.prod(shape)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    numbers = 0.5 + torch.rand(before + count + after, generator=generator)
+    if draw(st.integers(0, 9)) == 0:
+        numbers = torch.zeros_like(numbers)
+    return numbers.to(dtype)[before : before + count].view(shape)
+
+
+def spoilt(draw, way, shape, dtype, others):
+    """A tensor, or None, that a kernel must refuse, most often."""
+    shape = list(shape)
+    if way == "none":
+        return None
+    if way == "shape" and shape:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 9))
+    elif way == "dims":
+        shape = shape[:-1] if draw(st.booleans()) else [*shape, 1]
+    elif way == "dtype":
+        dtype = draw(st.sampled_from((*DTYPES, *ODD_DTYPES)))
+        if dtype == torch.bits8:
+            return torch.zeros(shape, dtype=torch.uint8).view(dtype)
+    elif way == "turned":
+        return dense(draw, shape[::-1], dtype).permute(list(range(len(shape)))[::-1])
+    elif way == "steps":
+        whole = dense(draw, [2 * size for size in shape], dtype)
+        return whole[(slice(None, None, 2),) * len(shape)]
+    elif way == "expanded":
+        return dense(draw, [1] * len(shape), dtype).expand(shape)
+    elif way == "off":  # no multiple of the dtype's size
+        count = math.prod(shape) * dtype.itemsize
+        if count > 0:
+            return torch.frombuffer(bytearray(count + 1), dtype=dtype, offset=1).view(shape)
+    elif way == "shared" and others:
+        other = draw(st.sampled_from(others))
+        storage, start = other.untyped_storage(), own_bytes(other).start // dtype.itemsize
+        if other.is_contiguous() and (start + math.prod(shape)) * dtype.itemsize <= len(storage):
+            return torch.empty(0, dtype=dtype).set_(storage, start, shape)
+    elif way == "foreign":
+        tensor = dense(draw, shape, dtype)
+        return tensor.to("meta") if draw(st.booleans()) or not shape else tensor.to_sparse()
+    return dense(draw, shape, dtype)
+
+
+def scalars(draw, kernel, sizes, prefix, is_odd):
+    """The arguments that are no tensors, by name."""
+    huge = [-1, 0, sizes["B"], sizes.get("T", 0), 2**40, 2**62, -(2**63), 2**63 - 1]
+    given = {"num_prefix_tokens": draw(st.sampled_from(huge)) if is_odd else prefix}
+    given["quantile"] = draw(
+        st.sampled_from([-0.1, 1.1, math.nan, math.inf] if is_odd else [0.0, 0.3, 0.97, 1.0])
+    )
+    given["scale"] = draw(st.sampled_from([math.nan, 1e300] if is_odd else [-0.5, 0.0, 2.0]))
+    for name, least in (("tokens", sizes.get("P", 0)), ("width", 1)):
+        given[name] = draw(st.sampled_from(huge) if is_odd else st.integers(least, least + 5))
+    names = {x.name for x in arguments_of(kernel)} - set(CONTRACTS[kernel].shapes)
+    return {name: given[name] for name in names}
+
+
+@st.composite
+def calls(draw, kernel):
+    """A call's arguments by name, and whether all numbers in it are ordinary."""
+    contract = CONTRACTS[kernel]
+    prefix = draw(st.integers(0, 3))
+    sizes = {letter: draw(SIZES) for letter in "BP"}
+    sizes |= {"D": draw(WIDTHS), "R": draw(WIDTHS), "N": sizes["P"], "T": sizes["P"] + prefix}
+    sizes |= {"C": 2 * sizes["R"], "Q": sizes["T"]}
+    acc = draw(st.sampled_from(ACC))
+    spoilable = st.sampled_from([*contract.shapes, "scalars"])
+    to_spoil = draw(st.one_of(st.just(set()), st.sets(spoilable, min_size=1, max_size=2)))
+    handed = scalars(draw, kernel, sizes, prefix, "scalars" in to_spoil)
+    absent = {name for name in sorted(optionals(kernel)) if draw(st.booleans())}
+    for name, with_ in contract.needs:
+        absent -= {name} if with_ not in absent else set()
+    for name, letters in contract.shapes.items():
+        shape = tuple(sizes[letter] for letter in letters)
+        dtype = acc if name in contract.acc else draw(st.sampled_from(DTYPES))
+        if name in to_spoil:
+            others = [x for x in handed.values() if isinstance(x, torch.Tensor)]
+            others = [x for x in others if not is_foreign(x)]
+            handed[name] = spoilt(draw, draw(st.sampled_from(WAYS)), shape, dtype, others)
+        else:
+            handed[name] = None if name in absent else dense(draw, shape, dtype)
+    is_ordinary = "scalars" not in to_spoil
+    if draw(st.integers(0, 4)) == 0:
+        for name in draw(st.sets(st.sampled_from(list(contract.shapes)), min_size=1, max_size=2)):
+            tensor = handed[name]
+            usable = isinstance(tensor, torch.Tensor) and not is_foreign(tensor)
+            if usable and tensor.is_floating_point() and tensor.numel():
+                is_ordinary = False
+                odd = draw(st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 1e-30, 6e4]))
+                tensor[(0,) * tensor.dim()] = odd
+    return {x.name: handed[x.name] for x in arguments_of(kernel)}, is_ordinary
+
+
+def memory(tensor):
+    """All bytes of the memory that a tensor lies in, its own and those around."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def own_bytes(tensor):
+    start = tensor.storage_offset() * tensor.itemsize
+    return slice(start, start + tensor.numel() * tensor.itemsize)
+
+
+def message_of(kernel, handed):
+    """Call a kernel; return what it raised, or None."""
+    try:
+        operator_of(kernel)(*handed.values())
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def check(kernel, handed, is_ordinary):
+    """Call a kernel, twice if it returns; return which of both it did."""
+    tensors = {name: x for name, x in handed.items() if isinstance(x, torch.Tensor)}
+    if any(is_foreign(x) for x in tensors.values()):
+        assert f"singer_kernels::cuda_{kernel}" in message_of(kernel, handed)
+        return "raised"
+    found, filled = faults(kernel, handed), []
+    written = outputs(kernel) & tensors.keys()
+    for byte in (0xFF, 0x55):
+        for name in written:
+            if tensors[name].is_contiguous():
+                memory(tensors[name])[own_bytes(tensors[name])] = byte
+        before = {name: memory(x).clone() for name, x in tensors.items()}
+        message = message_of(kernel, handed)
+        if message is None:
+            assert not found, found
+            for name in written:
+                own = own_bytes(tensors[name])
+                before[name][own] = memory(tensors[name])[own]
+        for name, x in tensors.items():
+            assert torch.equal(memory(x), before[name]), name
+        if message is not None:
+            named = {x for x in handed if re.search(rf"\b{x}: (got|expected|shares)", message)}
+            assert named, message
+            assert named <= found, (message, found)
+            return "raised"
+        filled.append({name: before[name] for name in written})
+    for name in written:
+        assert torch.equal(filled[0][name], filled[1][name]), name  # nothing of before is left
+        if is_ordinary:
+            assert tensors[name].isfinite().all(), name
+    return "returned"
+
+
+@pytest.mark.parametrize("kernel", list(CONTRACTS))
+def test_two_thousand_calls_raise_or_fill_their_outputs(kernel):
+    outcomes = {"returned": 0, "raised": 0}
+
+    @settings(
+        max_examples=CASES // len(CONTRACTS),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls(kernel))
+    def check_one(call):
+        outcomes[check(kernel, *call)] += 1
+
+    check_one()
+    # Neither all calls rejected nor none: both halves of the code are reached.
+    assert min(outcomes.values()) >= CASES // len(CONTRACTS) // 5, outcomes
+
+
+def test_every_kernel_has_its_contract():
+    named = [schema.partition("(")[0].removeprefix("cuda_") for schema in ops._KERNELS]
+    assert sorted(named) == sorted(CONTRACTS)
+    for kernel, contract in CONTRACTS.items():
+        tensors = [x.name for x in arguments_of(kernel) if "Tensor" in str(x.type)]
+        assert tensors == list(contract.shapes)
