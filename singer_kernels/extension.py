@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +17,24 @@ RECORD = Path(__file__).parent / "_install.json"
 
 VECTORS_VARIABLE = "SINGER_CPU_VECTORS"
 VECTORS = ("baseline", "avx2", "avx512")
+
+
+class KernelUsage(NamedTuple):
+    """What one of the extension's CUDA kernels takes of a device."""
+
+    kernel: str  # such as refine_kernel<float>: the dtype that sums are kept in
+    registers: int  # of a thread
+    local: int  # bytes of a thread's own memory: what is spilled, and arrays
+    shared: int  # bytes of a block
+    blocks: int  # that a multiprocessor holds at once
+    warps: int  # of those blocks
+    most_warps: int  # that it holds of any kernel
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps, from 0 to 1."""
+        return self.warps / self.most_warps
+
 
 _outcomes: dict[Path, str | None] = {}  # the library to why it can't be used; None: it is loaded
 
@@ -96,6 +116,46 @@ def vectors() -> str | None:
     name = ctypes.CDLL(str(LIBRARY)).singer_cpu_vectors
     name.restype = ctypes.c_char_p
     return str(name().decode())
+
+
+def cuda_kernels() -> list[str]:
+    """Return the names of the extension's CUDA kernels, in the order that the library has them.
+
+    Returns:
+        Such as ``refine_kernel<float>``, each once; empty if the extension can't be loaded or was
+        built without CUDA.
+    """
+    library = ctypes.CDLL(str(LIBRARY)) if load() is None else None
+    if not hasattr(library, "singer_cuda_kernel_name"):
+        return []
+    name_of = library.singer_cuda_kernel_name
+    name_of.argtypes, name_of.restype = [ctypes.c_int32], ctypes.c_char_p
+    return [name.decode() for name in iter(map(name_of, itertools.count()).__next__, None)]
+
+
+def cuda_usages(device: int) -> tuple[list[KernelUsage], str]:
+    """Return what the extension's CUDA kernels take of a device, as CUDA tells it.
+
+    Args:
+        device: the index of the CUDA device. The thread's current one stays as it was.
+
+    Returns:
+        An entry for each of :func:`cuda_kernels` and ``""``; or nothing, and in one line why.
+    """
+    names = cuda_kernels()
+    if not names:
+        off = load()
+        return [], "the extension is built without CUDA" if off is None else "the extension is off"
+    usage_of = ctypes.CDLL(str(LIBRARY)).singer_cuda_kernel_usage
+    numbers = (ctypes.c_int32 * (len(KernelUsage._fields) - 1))()
+    usage_of.argtypes, usage_of.restype = [ctypes.c_int32] * 2 + [type(numbers)], ctypes.c_char_p
+    usages = []
+    for index, name in enumerate(names):
+        reason = usage_of(index, device, numbers)
+        if reason is not None:
+            return [], f"CUDA answers: {reason.decode()}"
+        usages.append(KernelUsage(name, *numbers))
+    return usages, ""
 
 
 def has_kernels(name: str, device_type: str) -> bool:

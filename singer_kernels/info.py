@@ -39,12 +39,26 @@ def _extension() -> list[str]:
     return lines + [f"  {name:<18}  {value or '-'}" for name, value in entries.items()]
 
 
+def _kernels(device: int) -> list[str]:
+    usages, reason = extension.cuda_usages(device)
+    if not usages:
+        return [f"cuda kernels    {len(extension.cuda_kernels()) or 'none'}; {reason}"]
+    lines = ["cuda kernels              registers  local bytes  shared bytes  blocks  occupancy"]
+    for usage in sorted(usages):
+        numbers = f"{usage.registers:>9}  {usage.local:>11}  {usage.shared:>12}  {usage.blocks:>6}"
+        lines.append(f"  {usage.kernel:<24}{numbers}  {usage.occupancy:>9.0%}")
+    return lines
+
+
 def report() -> str:
     """Return what this machine offers, as lines of text.
 
     Returns:
         Versions; whether the compiled extension is loaded, or why not, and how it was built; then
-        for each device the backends that can run on it, and the reason for each that can't.
+        for each device the backends that can run on it, and the reason for each that can't; and
+        what the extension's CUDA kernels take of each GPU: a thread's registers and bytes of local
+        memory (spills, if any), a block's of shared memory, how many blocks a multiprocessor holds
+        at once, and the share of its warps that those are; or in one line why that can't be told.
     """
     lines = [
         f"singer_kernels  {__version__}",
@@ -60,6 +74,10 @@ def report() -> str:
         for name in backends.names():
             reason = backends.unavailable_reason(name, device)
             lines.append(f"  {name:<12}  {'available' if reason is None else f'off: {reason}'}")
+        if device.type == "cuda":
+            lines += _kernels(device.index)
+    if not torch.cuda.is_available():
+        lines += _kernels(0)
     return "\n".join(lines)
 
 

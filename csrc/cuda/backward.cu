@@ -54,7 +54,7 @@ __global__ void columns_kernel(const T* columns, Rows gram_columns, Rows residua
       load(through_up, place, term);
       value[0] += term[0];
     }
-    const Output& out = is_latent ? d_hidden : turned;
+    const Output out = is_latent ? d_hidden : turned;  // a reference would put both in memory
     if (out.data != nullptr) store(value, out, place);
   }
 }
@@ -113,7 +113,7 @@ void run_columns(const ColumnsCall& call) {
   const int64_t images = call.columns.size(0), patches = call.columns.size(1);
   const Upstream upstream{rows_or_null(call.d_kd), rows_or_null(call.d_outlier),
                           rows_or_null(call.d_info)};
-  launch(columns_kernel<T>, images * patches, call.columns,
+  launch<columns_kernel<T>>(images * patches, call.columns,
          static_cast<const T*>(call.columns.const_data_ptr()), rows_or_null(call.gram_columns),
          rows_or_null(call.residual), rows_or_null(call.through_up), data_or_null<T>(call.norms),
          data_or_null<T>(call.threshold), data_or_null<T>(call.outlier_weight), upstream,
@@ -176,7 +176,7 @@ void run_tokens(const Tensor& teacher, const Optional& student, const Tensor& de
   const Rows own = rows_or_null(student), back = rows_or_null(d_refined);
   const Output to_student = output_or_null(d_student), to_refined = output_or_null(refined),
                to_dense = output_or_null(dense);
-  launch(tokens_kernel<T>, images * tokens, teacher, Rows::of(teacher), own,
+  launch<tokens_kernel<T>>(images * tokens, teacher, Rows::of(teacher), own,
          static_cast<const T*>(delta.const_data_ptr()), back, rows_or_null(d_kd), to_student,
          to_refined, to_dense, images, tokens, prefix, width,
          is_aligned(width, {teacher.const_data_ptr(), delta.const_data_ptr(), own.data, back.data,

@@ -85,7 +85,7 @@ void run_difference(const Tensor& cosines, const Tensor& targets,
                     const Tensor& slopes, const Tensor& target_slopes) {
   const int64_t patches = cosines.size(2), count = cosines.size(0) * patches;
   const Output out = output_or_null(differences);
-  launch(difference_kernel<T>, count, cosines, Rows::of(cosines), Rows::of(targets), out,
+  launch<difference_kernel<T>>(count, cosines, Rows::of(cosines), Rows::of(targets), out,
          data_of<T>(squares), data_of<T>(slopes), data_of<T>(target_slopes), count, patches,
          is_aligned(patches, {cosines.const_data_ptr(), targets.const_data_ptr(), out.data}));
 }
@@ -115,7 +115,7 @@ void difference(Tensor cosines, Tensor targets, std::optional<Tensor> difference
 template <typename T>
 void run_scale(const Tensor& columns, const Tensor& norms, const Tensor& out) {
   const int64_t width = columns.size(2), count = columns.size(0) * columns.size(1);
-  launch(scale_kernel<T>, count, columns, Rows::of(columns),
+  launch<scale_kernel<T>>(count, columns, Rows::of(columns),
          static_cast<const T*>(norms.const_data_ptr()), Output::of(out), count, width,
          is_aligned(width, {columns.const_data_ptr(), out.const_data_ptr()}));
 }
@@ -136,7 +136,7 @@ void run_gradient(const Tensor& turned, const Tensor& columns, const Tensor& nor
                   const Tensor& slopes, double factor, const Tensor& out, int64_t prefix) {
   const int64_t patches = turned.size(1), width = turned.size(2);
   const int64_t count = turned.size(0) * patches;
-  launch(gradient_kernel<T>, count, turned, Rows::of(turned), Rows::of(columns),
+  launch<gradient_kernel<T>>(count, turned, Rows::of(turned), Rows::of(columns),
          static_cast<const T*>(norms.const_data_ptr()),
          static_cast<const T*>(slopes.const_data_ptr()), factor, Output::of(out), count, patches,
          prefix, width,

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cuda/registry.h"
 #include "math/portable.h"
 
 #ifdef SINGER_EMULATED
@@ -37,6 +38,7 @@ constexpr int kLanes = 32;
 #define SINGER_KEY CUDA
 #endif
 constexpr int kWarps = 4;  // a block's
+constexpr int kThreads = kLanes * kWarps;
 
 // The numbers of a 16-byte load of the narrowest dtype.
 constexpr int kVector = 8;
@@ -206,16 +208,17 @@ inline bool is_aligned(int64_t width, std::initializer_list<const void*> starts)
 }
 
 // Launches a kernel with one warp for each of `count` rows, on the current stream of the device.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t count, const Tensor& like,
-            const Arguments&... arguments) {
+template <auto kKernel, typename... Arguments>
+void launch(int64_t count, const Tensor& like, const Arguments&... arguments) {
+  const Kernel& kernel = Registered<kKernel>::entry;
   if (count == 0) return;
   const int64_t blocks = (count + kWarps - 1) / kWarps;
-  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "got ", count, " rows, more than a grid has");
+  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, kernel.name, ": got ", count,
+                  " rows, more than a grid has");
 #ifdef SINGER_EMULATED
-  blockDim.x = kLanes * kWarps;
+  blockDim.x = kThreads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kKernel(arguments...);
   }
 #else
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
@@ -223,10 +226,10 @@ void launch(void (*kernel)(Parameters...), int64_t count, const Tensor& like,
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  kernel<<<static_cast<unsigned>(blocks), kLanes * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<Parameters>(arguments)...);
+  kKernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      arguments...);
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "a kernel could not be launched: ",
+  STD_TORCH_CHECK(error == cudaSuccess, kernel.name, " could not be launched: ",
                   cudaGetErrorString(error));
 #endif
 }

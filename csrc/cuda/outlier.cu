@@ -56,7 +56,7 @@ void run_outlier(const Tensor& norms, double quantile, const Tensor& threshold,
                  const Tensor& squares, const Tensor& counts) {
   const int64_t images = norms.size(0), patches = norms.size(1);
   const auto rank = Rank<T>::of(quantile, patches);
-  launch(outlier_kernel<T>, images, norms, static_cast<const T*>(norms.const_data_ptr()),
+  launch<outlier_kernel<T>>(images, norms, static_cast<const T*>(norms.const_data_ptr()),
          static_cast<T*>(threshold.mutable_data_ptr()), static_cast<T*>(squares.mutable_data_ptr()),
          static_cast<T*>(counts.mutable_data_ptr()), images, patches, rank.below, rank.share);
 }

@@ -90,7 +90,7 @@ void run_refine(const Tensor& teacher, const Tensor& student, const Tensor& delt
   const int64_t count = teacher.size(0) * tokens;
   const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows),
                to_differences = output_or_null(differences);
-  launch(refine_kernel<T>, count, teacher, Rows::of(teacher), Rows::of(student),
+  launch<refine_kernel<T>>(count, teacher, Rows::of(teacher), Rows::of(student),
          static_cast<const T*>(delta.const_data_ptr()), static_cast<T*>(norms.mutable_data_ptr()),
          static_cast<T*>(kd_parts.mutable_data_ptr()), to_refined, to_rows, to_differences, count, tokens,
          prefix, width,
@@ -127,7 +127,7 @@ template <typename T>
 void run_normalize(const Tensor& tokens, int64_t prefix, const Tensor& norms, const Tensor& rows) {
   const int64_t patches = tokens.size(1) - prefix, width = tokens.size(2);
   const int64_t count = tokens.size(0) * patches;
-  launch(normalize_kernel<T>, count, tokens, Rows::of(tokens),
+  launch<normalize_kernel<T>>(count, tokens, Rows::of(tokens),
          static_cast<T*>(norms.mutable_data_ptr()), Output::of(rows), count, patches, prefix, width,
          is_aligned(width, {tokens.const_data_ptr(), rows.const_data_ptr()}));
 }

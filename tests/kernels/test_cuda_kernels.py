@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 
@@ -55,9 +56,10 @@ def compiled(request, tmp_path_factory):
 def test_no_kernel_spills(compiled):
     kernels = 0
     for text in compiled.values():
-        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        kernels += len(spills)
-        assert set(spills) == {("0", "0")}, text
+        # Nor has one memory of its own for what is no spill.
+        used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
+        kernels += len(used)
+        assert set(used) <= {("0", "0", "0")}, text
     assert kernels == 16  # eight, in float and double
 
 
@@ -75,12 +77,45 @@ def test_rows_are_read_and_written_by_16_bytes(compiled, stage):
 needs_emulation = pytest.mark.skipif(
     not extension.has_kernels("cuda_refine", "cpu"), reason="there is no g++ to emulate with"
 )
-
-
-@pytest.mark.skipif(
+needs_cuda_library = pytest.mark.skipif(
     torch.version.cuda is None or not extension.has_kernels("cuda_refine", "cuda"),
     reason="torch or the extension is built without CUDA",
 )
+
+
+def names_of(symbols):
+    """Return kernels' names as C++ has them, of all their symbols in a text."""
+    found = re.findall(r"\d+([a-z_]+_kernel)I([fd])E", symbols)
+    return sorted(f"{name}<{({'f': 'float', 'd': 'double'})[dtype]}>" for name, dtype in found)
+
+
+@needs_emulation
+def test_each_compiled_kernel_is_listed_once(compiled, monkeypatch):
+    monkeypatch.setattr(extension, "LIBRARY", emulation.library())
+    entries = [
+        line
+        for text in compiled.values()
+        for line in re.findall(r"Compiling entry function '(\S+)'", text)
+    ]
+    assert sorted(extension.cuda_kernels()) == names_of("\n".join(entries))
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump")
+@needs_cuda_library
+def test_the_library_lists_each_of_its_kernels_once():
+    printed = subprocess.run(
+        [CUOBJDUMP, "-res-usage", str(extension.LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # Each architecture has them all.
+    assert set(names_of(printed)) == set(extension.cuda_kernels())
+    assert len(set(names_of(printed))) == len(extension.cuda_kernels())
+    assert set(re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)) == {("0", "0")}
+
+
+@needs_cuda_library
 def test_the_library_reaches_the_streams_of_torch():
     # A weak symbol, of the part of torch that the library must load without.
     found = ctypes.CDLL(str(extension.LIBRARY)).singer_has_cuda_stream

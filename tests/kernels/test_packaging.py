@@ -277,6 +277,7 @@ def test_info_says_why_the_extension_is_off(installed, monkeypatch):
 def test_info_says_how_the_extension_was_built(installed, monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: None)
     monkeypatch.setattr(extension, "vectors", lambda: "avx2")
+    monkeypatch.setattr(extension, "cuda_kernels", lambda: [])
     monkeypatch.setattr(extension, "build_report", lambda: {"compiler": "GCC 12", "cuda": None})
     record(installed, requested="cpu", built="cpu", reason="")
     lines = info.report().splitlines()
