@@ -40,7 +40,7 @@ def readme_section(runs: dict[str, Found]) -> str:
         if records:
             parts.append(f"Losses of one layer, {leading}, rank {records[0]['workload']['rank']}:")
             parts.append(tables.losses_table(records))
-            parts.append("\n".join(tables.other_precisions(found)))
+            parts.append("\n".join(tables.precision_lines(found)))
         steps = tables.steps_table(found)
         if steps is not None:
             setting = found["steps"]["setting"]

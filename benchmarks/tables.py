@@ -91,25 +91,34 @@ def ratio_range(records: Sequence[dict[str, Any]], name: str, base: str) -> str 
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else None
 
 
-def other_precisions(found: Found) -> list[str]:
-    """Return a line a precision but the leading one: the backends' ratios over the workloads."""
+def precision_lines(found: Found) -> list[str]:
+    """Return a line a precision: the backends' ratios over the workloads, and all errors."""
     leading = leading_precision(found)
     records = of_series(found, "workloads")
     lines = []
     for precision in dict.fromkeys(record["precision"] for record in records):
         of_precision = [record for record in records if record["precision"] == precision]
-        parts = []
+        parts, errors = [], []
         for name in providers_in(of_precision):
+            timed = [r["providers"][name] for r in of_precision if _is_timed(r, name)]
+            if timed:
+                largest = max(max(entry["errors"].values()) for entry in timed)
+                errors.append(f"`{name}` {largest:.0e}")
             ranges = {base: ratio_range(of_precision, name, base) for base in ("eager", "compiled")}
             if name.startswith(("eager", "compiled")) or ranges["eager"] is None:
                 continue
-            part = f'`"{name}"` {ranges["eager"]} times as fast as `eager`'
+            part = f"`{name}` {ranges['eager']} times as fast as `eager`"
             if ranges["compiled"] is not None:
                 part += f", {ranges['compiled']} as `compiled`"
             parts.append(part)
-        if parts and precision != leading:
-            lines.append(f"- {precision}: {'; '.join(parts)}.")
+        # Of the leading one there is a table of times.
+        ratios = "" if precision == leading else f"{'; '.join(parts)}. "
+        lines.append(f"- {precision}: {ratios}Largest relative errors: {', '.join(errors)}.")
     return lines
+
+
+def _is_timed(record: dict[str, Any], name: str) -> bool:
+    return record["providers"].get(name, {}).get("status") == "timed"
 
 
 def steps_table(found: Found) -> str | None:

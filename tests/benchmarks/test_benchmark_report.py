@@ -188,8 +188,10 @@ def test_the_page_has_every_comparison(found):
 def test_ratios_over_workloads(found):
     assert tables.ratio_range(found["losses"][:2], "cpu", "eager") == "4.00 to 4.00"
     assert tables.ratio_range(found["losses"][:2], "torch", "eager") is None
-    assert tables.other_precisions(found) == [
-        '- bf16: `"cpu"` 4.00 to 4.00 times as fast as `eager`.'
+    assert tables.precision_lines(found) == [
+        "- fp32: Largest relative errors: `eager` 1e-07, `cpu` 1e-07.",
+        "- bf16: `cpu` 4.00 to 4.00 times as fast as `eager`. "
+        "Largest relative errors: `eager` 1e-07, `cpu` 1e-07.",
     ]
 
 
