@@ -20,6 +20,8 @@ from providers import BACKENDS, unavailable_reason
 from replay import replay, replays
 from session import Session
 
+import singer_kernels
+
 COMPILING = ("triton",)
 STARTS = {"cold": 1, "warm": 2}
 LIMIT = 120  # seconds of one start
@@ -27,7 +29,14 @@ SCRIPT = Path(__file__).with_name("startup.py")
 
 
 def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    # The package that is measured here, wherever it was found.
+    package = str(Path(singer_kernels.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     command = [sys.executable, str(SCRIPT), backend, "--device", device]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT

@@ -5,6 +5,8 @@ Prefix tokens are CLS alone, as their code has it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +18,9 @@ def refine(tokens: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.cat([tokens[:, :1], patches + (patches @ down) @ up], dim=1)
 
 
-def _norms_and_limit(refined: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+def _norms(refined: Tensor) -> Tensor:
     norms = refined[:, 1:].norm(dim=-1)
-    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))  # what torch.quantile takes
-    return norms, torch.quantile(norms, quantile, dim=1, keepdim=True).detach()
+    return norms.to(torch.promote_types(norms.dtype, torch.float32))  # what torch.quantile takes
 
 
 def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
@@ -29,7 +30,8 @@ def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
         refined: F̂, ``[B, 1 + P, D]``.
         quantile: γ in [0, 1].
     """
-    norms, limit = _norms_and_limit(refined, quantile)
+    norms = _norms(refined)
+    limit = torch.quantile(norms, quantile, dim=1, keepdim=True).detach()
     outliers = norms[norms > limit]
     if outliers.numel() == 0:
         return norms.new_zeros(())
@@ -37,8 +39,16 @@ def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
 
 
 def masked_outlier_loss(refined: Tensor, quantile: float) -> Tensor:
-    """Return the same as :func:`outlier_loss`, without an index whose size the host waits for."""
-    norms, limit = _norms_and_limit(refined, quantile)
+    """Return the same as :func:`outlier_loss`, by what every torch compiles into one graph.
+
+    No index has a size that the host waits for; and the quantile is read off the sorted norms, for
+    ``torch.quantile`` looks at its argument's values in some releases.
+    """
+    norms = _norms(refined)
+    ordered = norms.detach().sort(dim=1).values
+    rank = quantile * (norms.shape[1] - 1)
+    below, above = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)]
+    limit = torch.lerp(below, above, rank - math.floor(rank))[:, None]
     count = (norms > limit).sum().clamp_min(1)
     return (norms - limit).clamp_min(0).square().sum() / count
 

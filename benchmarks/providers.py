@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ def eager(inputs: Inputs) -> Losses:
 
 
 def eager_masked(inputs: Inputs) -> Losses:
-    """Compute the same without boolean indexing, so that the host never waits."""
+    """Compute the same without boolean indexing, so that the host does not wait."""
     refined = refine(inputs.teacher, inputs.down, inputs.up)
     kd, outlier = F.mse_loss(inputs.student, refined), masked_outlier_loss(refined, QUANTILE)
     return Losses(kd, outlier, gram_loss(refined, inputs.teacher))
@@ -77,6 +79,9 @@ def unavailable_reason(name: str, device: torch.device, point: Point | None = No
         if device.type == "cpu" and name in ("triton", "cuda"):
             return "it needs a CUDA device"  # the interpreter tests Triton, but times nothing
         return backends.unavailable_reason(name, device)
+    if name == "compiled" and device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        return None if shutil.which(compiler) else f"torch.compile finds no {compiler}"
     if name == "compiled-max":
         if device.type != "cuda":
             return "autotuning of products is a GPU's"

@@ -242,3 +242,11 @@ def test_what_is_not_measured_has_a_reason():
     assert unavailable_reason("compiled-max", CPU) is not None
     assert unavailable_reason("eager", CPU) is None
     assert unavailable_reason("compiled-max", torch.device("cuda")) is None
+    large = point()._replace(workload=SMALL._replace(name="large"))
+    assert "tuning" in unavailable_reason("compiled-max", torch.device("cuda"), large)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert unavailable_reason("compiled", CPU) == "torch.compile finds no no-such-compiler"
+    assert unavailable_reason("compiled", torch.device("cuda")) is None
