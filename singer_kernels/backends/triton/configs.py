@@ -81,19 +81,23 @@ _BOTH = ("bfloat16", "float32")
 
 _BF16, _F32 = ("bfloat16",), ("float32",)
 _HOPPER, _AMPERE = (90, 100), (80, 86)
+_BEFORE_100 = (80, 86, 90)
 
 TABLE: dict[str, tuple[Choice, ...]] = {
     "refine": (
         Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 3, 255), "64 rows fill wgmma"),
         Choice(_ALL, _BF16, 256, Config(32, 32, 8, 2, 255), "64 rows spill on sm_80"),
-        Choice(_ALL, _F32, 64, Config(32, 32, 8, 2, 255), "64 rows spill"),
+        Choice(_ALL, _F32, 16, Config(32, 32, 8, 2, 255), "64 rows spill"),
+        Choice(_BEFORE_100, _F32, 64, Config(32, 32, 8, 2, 255), "64 rows spill"),
+        Choice((100,), _F32, 64, Config(32, 16, 8, 2, 255), "32 columns spill with Triton 3.8"),
         Choice(_ALL, _F32, 128, Config(16, 32, 8, 2, 255), "32 rows spill at rank 128"),
+        Choice((80,), _F32, 256, Config(16, 16, 8, 2, 255), "spills without 255, Triton 3.8"),
         Choice(_ALL, _F32, 256, Config(16, 16, 8, 2), "32 columns spill at rank 256"),
     ),
     "gram_rows": (
         Choice(_HOPPER, _BF16, 64, Config(64, 64, 8, 3), "64 rows fill wgmma; 128 spill"),
         Choice(_AMPERE, _BF16, 64, Config(32, 64, 4, 2, 255), "64 rows spill on sm_80"),
-        Choice(_ALL, _F32, 64, Config(16, 32, 8, 2, 255), "32 rows spill on sm_90"),
+        Choice(_ALL, _F32, 64, Config(16, 32, 8, 3), "32 rows spill; so do 2 stages with 3.8"),
     ),
     "gram_rows_formed": (
         Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 2), "64 columns spill; rows as gram_rows"),
@@ -114,23 +118,26 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_AMPERE, _F32, 256, Config(32, 64, 4, 2), "64 rows spill on sm_80"),
     ),
     "backward_rows": (
-        Choice(_ALL, _BOTH, 128, Config(32, 32, 4, 2), "bound by memory: many small programs"),
+        Choice(_ALL, _BF16, 128, Config(32, 32, 4, 2), "bound by memory: many small programs"),
+        Choice(_ALL, _F32, 128, Config(32, 32, 8, 2, 255), "4 warps spill with Triton 3.8"),
         Choice(_ALL, _BOTH, 256, Config(16, 32, 8, 2), "32 rows spill at rank 256"),
     ),
     "backward_tokens": (
         Choice(_HOPPER, _BF16, 64, Config(32, 128, 8, 2, 255), "wide: H is read D / 128 times"),
         Choice(_AMPERE, _BF16, 64, Config(32, 32, 8, 2), "64 columns spill on sm_86"),
-        Choice(_HOPPER, _BF16, 128, Config(32, 64, 8, 2), "128 columns spill at rank 128"),
+        Choice(_HOPPER, _BF16, 128, Config(16, 64, 8, 2), "32 rows spill with Triton 3.7"),
         Choice(_AMPERE, _BF16, 128, Config(16, 32, 8, 2), "32 rows spill on sm_80"),
         Choice(_ALL, _BF16, 256, Config(16, 16, 8, 2), "32 columns spill at rank 256"),
         Choice(_ALL, _F32, 32, Config(32, 32, 8, 2, 255), "4 warps spill"),
-        Choice(_ALL, _F32, 64, Config(32, 32, 8, 2), "4 warps spill"),
+        Choice(_AMPERE, _F32, 64, Config(32, 32, 8, 2), "4 warps spill"),
+        Choice(_HOPPER, _F32, 64, Config(16, 32, 8, 2), "32 rows spill with Triton 3.8"),
         Choice(_ALL, _F32, 128, Config(16, 32, 8, 2), "32 rows spill at rank 128"),
         Choice(_ALL, _F32, 256, Config(16, 16, 8, 1), "two stages spill on sm_90"),
     ),
 }
-"""What spills and what does not is read off ``python -m singer_kernels.resources``, with Triton 3.6
-and 3.9; the choice among what fits is by computation, not yet by measurement on a device."""
+"""What spills and what does not is read off ``python -m singer_kernels.resources``, with Triton
+3.6, 3.7, 3.8 and 3.9; the choice among what fits is by computation, not yet by measurement on a
+device."""
 
 
 def architecture(capability: tuple[int, int]) -> int:
