@@ -88,6 +88,7 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 3, 255), "64 rows fill wgmma"),
         Choice(_ALL, _BF16, 256, Config(32, 32, 8, 2, 255), "64 rows spill on sm_80"),
         Choice(_ALL, _F32, 16, Config(32, 32, 8, 2, 255), "64 rows spill"),
+        Choice(_ALL, _F32, 32, Config(32, 16, 8, 2, 255), "32 columns spill at rank 32"),
         Choice(_BEFORE_100, _F32, 64, Config(32, 32, 8, 2, 255), "64 rows spill"),
         Choice((100,), _F32, 64, Config(32, 16, 8, 2, 255), "32 columns spill with Triton 3.8"),
         Choice(_ALL, _F32, 128, Config(16, 32, 8, 2, 255), "32 rows spill at rank 128"),
