@@ -17,7 +17,7 @@ from step_check import is_right
 
 from singer.config import Config, parse_config
 
-ROUNDS = {"cpu": 8, "cuda": 10}
+ROUNDS = {"cpu": 6, "cuda": 10}
 _TINY = {
     "name": "vit_tiny_patch16_224",
     "weights": "random",

@@ -15,7 +15,7 @@ from machine import environment, slug
 from workloads import Point
 
 LIMITS = {"cpu": 290, "cuda": 350}  # seconds
-EFFORT = {"cpu": Effort(3.0), "cuda": Effort(0.7, least=10, most=200)}
+EFFORT = {"cpu": Effort(1.5), "cuda": Effort(0.7, least=10, most=200)}
 QUICK = Effort(0.0, least=2)
 
 
