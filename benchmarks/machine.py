@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,30 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=64 * 2**20)
 
 
+def _processor_times() -> tuple[int, int]:
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    numbers = list(map(int, fields[:8]))  # user, nice, system, idle, iowait, irq, softirq, steal
+    return sum(numbers), numbers[3] + numbers[4]
+
+
+def busy_processors(seconds: float = 0.5) -> float | None:
+    """Return how many processors others keep busy, while this thread waits; Linux only.
+
+    Args:
+        seconds: how long it waits.
+
+    Returns:
+        From 0 to the number of processors; None where it can't be told.
+    """
+    try:
+        begin = _processor_times()
+        time.sleep(seconds)
+        total, idle = (b - a for a, b in zip(begin, _processor_times(), strict=True))
+    except OSError:
+        return None
+    return (os.cpu_count() or 1) * (1 - idle / total) if total else None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -72,7 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "singer_kernels": __version__,
         "threads": torch.get_num_threads(),
         "cache_MiB": cache_bytes(device) / 2**20,
-        "load": os.getloadavg()[0],
+        "busy_processors": busy_processors(),
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
 import sys
 import time
@@ -418,7 +417,7 @@ def run(
         if not provider.is_authors:
             taken = 1e3 * fused_losses_seconds(provider, batches[0], rounds)
             results[provider.name]["fused_losses_milliseconds"] = taken
-    facts["load after"] = os.getloadavg()[0]
+    facts["busy_processors_after"] = machine.busy_processors()
     found = {
         "setting": facts,
         "error_in_tolerances": shares,

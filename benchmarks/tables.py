@@ -9,8 +9,8 @@ from oracle import OUTPUTS
 from providers import NAMES
 from workloads import PHASES, Workload
 
-BUSY = 0.5
-"""Load at the start from which on a run's setting says so."""
+BUSY = 0.2
+"""How many processors others may keep busy before a run's setting says so."""
 
 Found = dict[str, Any]
 """Results of a run; see :func:`results.empty`."""
@@ -52,8 +52,8 @@ def setting_line(found: Found) -> str:
     if setting["type"] == "cpu":
         vectors = setting["vectors"]["extension"] or "no"
         where += f", {setting['threads']} threads, {vectors} kernels"
-    if setting["load"] > BUSY:
-        where += f" (busy: its load was {setting['load']:.1f})"
+    if (busy := setting["busy_processors"]) is not None and busy > BUSY:
+        where += f" (others kept {busy:.1f} processors busy)"
     return f"{where}; {versions}; {setting['date']}"
 
 

@@ -2,8 +2,13 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
+import machine
 import pytest
 import report
 import results
@@ -17,7 +22,7 @@ SETTING = {
     "device": "A Processor",
     "type": "cpu",
     "threads": 2,
-    "load": 0.1,
+    "busy_processors": 0.1,
     "versions": {"torch": "2.99", "triton": None},
     "vectors": {"torch": "X", "extension": "avx512"},
 }
@@ -169,9 +174,22 @@ def test_the_summary_shows_what_is_wrong_and_what_is_missing(tmp_path, capsys, f
     assert "left out, no time left: widths/D192-fp32" in printed
 
 
+def test_a_busy_machine_is_noticed():
+    rest = machine.busy_processors(0.2)
+    if rest is None:
+        pytest.skip("there is no accounting of processors")
+    command = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(command) as other:
+        time.sleep(0.3)
+        busy = machine.busy_processors(0.5)
+        other.kill()
+    assert 0 <= rest <= os.cpu_count()
+    assert 0.5 < busy <= os.cpu_count()
+
+
 def test_a_busy_machine_is_named(found):
-    found["setting"]["load"] = 1.26
-    assert "avx512 kernels (busy: its load was 1.3); torch" in tables.setting_line(found)
+    found["setting"]["busy_processors"] = 1.26
+    assert "avx512 kernels (others kept 1.3 processors busy); torch" in tables.setting_line(found)
 
 
 def test_the_page_has_every_comparison(found):
