@@ -95,11 +95,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _place(item: pytest.Item) -> int:
     """Return when a benchmark's turn comes: the most telling first, for the time may end."""
     order = ("bench_losses", "bench_steps", "bench_scaling", "bench_startup")
-    session = item.config.stash[SESSION]
-    point = item.callspec.params.get("point")
-    if point is not None and point.precision != workloads(session.device.type)[0].precision:
-        return len(order)
-    return order.index(item.module.__name__)
+    leading = workloads(item.config.stash[SESSION].device.type)[0].precision
+    point = item.callspec.params.get("point") if hasattr(item, "callspec") else None
+    is_leading = point is None or point.precision == leading
+    return order.index(item.module.__name__) if is_leading else len(order)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,8 +34,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from workloads import PRECISIONS, Workload, make_inputs
 
-from singer_kernels import resources
-
 WORKLOAD = Workload("small", 2, 48, 128, 16)
 EXPECTED = Path(__file__).with_name("expected") / "counts.json"
 Count = dict[str, int]
@@ -116,6 +114,7 @@ def count_pass(name: str, precision: str) -> dict[str, Count]:
 
 def count_cuda() -> Count:
     """Return what a step of the backend ``"cuda"`` counts in float32."""
+    from singer_kernels import resources  # it imports Triton, for good as it is then set up
     from singer_kernels.backends.cuda import ops
 
     with Counter() as counter:
@@ -132,6 +131,8 @@ def count_cuda() -> Count:
 
 def count_triton(precision: str) -> list[tuple[str, int]]:
     """Return the launches of a step of the backend ``"triton"`` on Hopper, with their bytes."""
+    from singer_kernels import resources
+
     operand = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     return resources.traffic(
         90, operand, WORKLOAD.rank, WORKLOAD.patches, images=WORKLOAD.images, width=WORKLOAD.width
