@@ -1,15 +1,8 @@
 """Settings that every test of the kernels shares."""
 
-import os
-
+import emulation
 import pytest
 import torch
-
-# Before anything imports Triton: without a GPU its interpreter runs the kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import emulation
 
 from singer_kernels import backends
 
