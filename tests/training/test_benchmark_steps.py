@@ -7,19 +7,16 @@ import copy
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
+import step_check
+import steps
 import torch
+from authors_step import AuthorsStep
 from tiny_models import SIGLIP, VIT, tiny_backbone
 
 from singer.config import parse_config, to_yaml
 from singer.methods import SiNGER
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import step_check
-import steps
-from authors_step import AuthorsStep
 
 LAYERS = [1, 2]
 RANK = 4

@@ -1,6 +1,0 @@
-"""The benchmarks' modules lie beside each other, outside any package."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
