@@ -1,4 +1,6 @@
-// Stage `backward`: dS, and the sums over patches dWd = F^T dH, dWu = V^T F^ + H^T (Y - dS).
+// Stage `backward`: dS, and the sums over patches dWd = F^T dH, dWu = V^T F^ + H^T (Y - dS). First
+// dH and V, by rows; then all of width D, where a thread takes some columns of all patches, so that
+// nothing of that width is kept and sums have one order.
 #include "math/backward.h"
 
 #include "cpu/stages.h"
@@ -8,23 +10,25 @@ namespace singer::cpu {
 
 namespace {
 
-// Columns of F and F^ that one thread takes at once in the products of dWd and dWu.
-constexpr int64_t kColumnsAtOnce = 48;
+// Patches whose columns a thread works on at once.
+constexpr int64_t kPatchesAtOnce = 96;
 
-template <typename T>
-void write_matrix(const Matrix<const T>& matrix, const Tensor& out) {
-  const Dtype dtype = dtype_of(out.scalar_type());
-  char* data = static_cast<char*>(out.mutable_data_ptr());
-  parallel_ranges(matrix.rows, matrix.columns, [&](int64_t begin, int64_t end) {
-    const Scratch<T> buffer(matrix.columns);
-    for (int64_t i = begin; i < end; ++i) {
-      // Only to take the stride out.
-      loops<T>().read(matrix.row(i), dtype_of(scalar_type<T>()), matrix.column_stride,
-                      matrix.columns, dtype_of(scalar_type<T>()), buffer.data());
-      loops<T>().write(buffer.data(), dtype, matrix.columns,
-                       data + i * matrix.columns * size_of(dtype));
+// Blocks of columns that a thread takes at once, at most: more make longer pieces of rows.
+constexpr int64_t kMostBlocks = 4;
+
+// As many as let all threads end at about the same time.
+int64_t blocks_at_once(int64_t blocks) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  int64_t best = 1, least = blocks + 1;
+  for (int64_t width = 1; width <= kMostBlocks; ++width) {
+    const int64_t tasks = (blocks + width - 1) / width;
+    const int64_t longest = (tasks + threads - 1) / threads * width;
+    if (longest <= least) {
+      best = width;
+      least = longest;
     }
-  });
+  }
+  return best;
 }
 
 template <typename T>
@@ -33,69 +37,52 @@ class Backward {
   explicit Backward(const BackwardCall<T>& call)
       : call_(call),
         sizes_(call.sizes),
+        patches_(sizes_.images * sizes_.patches()),
         has_kd_(call.d_kd != nullptr),
         has_back_(call.d_refined.has_value()),
         has_turned_(call.d_outlier != nullptr || call.d_info != nullptr),
         needs_down_(call.d_down.has_value()),
         needs_up_(call.d_up.has_value()),
-        needs_refined_(has_kd_ || (needs_up_ && has_turned_)),
+        needs_turned_(needs_up_ && has_turned_),
+        needs_refined_(has_kd_ || needs_turned_),
         alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
-        chunk_(std::min(kGroupRows, sizes_.images * sizes_.patches())),
-        in_place_(sizes_.patches() >= kRunRows),
-        plain_in_place_(in_place_ && call.operand.in_place(0, 0, 1).data != nullptr),
-        pulled_in_place_(in_place_ && call.d_student != nullptr &&
-                         call.d_student_dtype == dtype_of(scalar_type<T>())),
-        plain_(needs_down_ && !plain_in_place_ ? chunk_ * sizes_.width : 0),
-        refined_(needs_refined_ ? chunk_ * sizes_.width : 0),
-        pulled_(has_kd_ && !pulled_in_place_ ? chunk_ * sizes_.width : 0),
-        back_(has_back_ ? chunk_ * sizes_.width : 0) {}
+        is_student_direct_(call.d_student_dtype == dtype_of(scalar_type<T>())),
+        d_hidden_(needs_down_ ? patches_ * sizes_.rank : 0),
+        turned_(needs_turned_ ? patches_ * sizes_.rank : 0) {}
 
   void prefix() const;
-  void patches() const;
+  void rows() const;
+  void columns() const;
 
  private:
-  // Where dS of a patch is written first: to its place in the output, or to a buffer.
-  T* pulled(int64_t patch, const Run& chunk) const {
-    if (!pulled_in_place_) return pulled_.data() + (patch - chunk.first) * sizes_.width;
-    const int64_t row = patch / sizes_.patches() * sizes_.tokens + sizes_.prefix +
-                        patch % sizes_.patches();
-    return reinterpret_cast<T*>(call_.d_student) + row * sizes_.width;
-  }
-
-  // The columns of F from `start` on, transposed, of a part of the chunk in one image.
-  Matrix<const T> plain_columns(const Run& part, const Run& chunk, int64_t start,
-                                int64_t count) const {
-    const int64_t width = sizes_.width, patches = sizes_.patches();
-    Matrix<const T> rows{plain_.data() + (part.first - chunk.first) * width, part.count, width,
-                         width};
-    if (plain_in_place_) {
-      rows = call_.operand.in_place(part.first / patches, sizes_.prefix + part.first % patches,
-                                    part.count);
-    }
-    return rows.transposed().from(start, count);
-  }
-
-  struct Factors {
-    const Packed<T>&hidden, &d_hidden, &turned;  // H, dH and V of a chunk
+  struct Place {
+    int64_t image, token;
   };
-
-  void row_gradients(const Run& run, const Run& chunk, const Factors& factors,
-                     const Scratch<T>& row_buffer) const;
-  void write_student(const T* row, int64_t image, int64_t token) const {
-    loops<T>().write(row, call_.d_student_dtype, sizes_.width,
-                     call_.d_student + (image * sizes_.tokens + token) * sizes_.width *
-                                           size_of(call_.d_student_dtype));
+  Place place_of(int64_t patch) const {
+    return {patch / sizes_.patches(), sizes_.prefix + patch % sizes_.patches()};
   }
+
+  char* d_student_at(const Place& place, int64_t column) const {
+    const int64_t row = place.image * sizes_.tokens + place.token;
+    return call_.d_student + (row * sizes_.width + column) * size_of(call_.d_student_dtype);
+  }
+
+  // The transpose of some patches' rows of a matrix [B P, r].
+  Matrix<const T> turned_rows(const T* data, int64_t stride, int64_t first, int64_t count) const {
+    return Matrix<const T>{data + first * stride, count, sizes_.rank, stride}.transposed();
+  }
+
+  class Columns;
 
   const BackwardCall<T>& call_;
   const Sizes& sizes_;
+  int64_t patches_;
   bool has_kd_, has_back_, has_turned_, needs_down_, needs_up_;
-  bool needs_refined_;  // by dS and, through V, by dWu
+  bool needs_turned_;   // V, by dWu
+  bool needs_refined_;  // by dS and, beside V, by dWu
   T alpha_;
-  int64_t chunk_;
-  bool in_place_;  // images are large enough for products of their own
-  bool plain_in_place_, pulled_in_place_;
-  Scratch<T> plain_, refined_, pulled_, back_;  // F, F^, dS and Y of a chunk
+  bool is_student_direct_;
+  Scratch<T> d_hidden_, turned_;  // dH and V, [B P, r]
 };
 
 template <typename T>
@@ -103,135 +90,216 @@ void Backward<T>::prefix() const {
   const int64_t width = sizes_.width, count = sizes_.images * sizes_.prefix;
   if (call_.d_student == nullptr) return;
   parallel_ranges(count, 4 * width, [&](int64_t begin, int64_t end) {
-    const Scratch<T> buffer(4 * width);
-    T *refined = buffer.data() + 2 * width, *out = refined + width;
+    const Scratch<T> buffer(3 * width);
+    T* out = buffer.data() + 2 * width;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / sizes_.prefix, token = i % sizes_.prefix;
-      const T* teacher = call_.teacher.row(image, token, buffer.data());
-      const T* student = call_.student->row(image, token, buffer.data() + width);
-      std::fill(refined, refined + width, T(0));
-      loops<T>().student_gradient(refined, teacher, student, alpha_, width, out);
-      write_student(out, image, token);
+      const Place place{i / sizes_.prefix, i % sizes_.prefix};
+      const T* teacher = call_.teacher.row(place.image, place.token, buffer.data());
+      const T* student = call_.student->row(place.image, place.token, buffer.data() + width);
+      loops<T>().student_gradient(teacher, student, alpha_, width, out);
+      loops<T>().write(out, call_.d_student_dtype, width, d_student_at(place, 0));
     }
   });
 }
 
-// What each row of a run gives by itself: dS, dH and V.
+// dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T and V = X H + c H.
 template <typename T>
-void Backward<T>::row_gradients(const Run& run, const Run& chunk, const Factors& factors,
-                                const Scratch<T>& row_buffer) const {
+void Backward<T>::rows() const {
+  if (!needs_down_ && !needs_turned_) return;
   const Loops<T>& loop = loops<T>();
-  const int64_t width = sizes_.width, rank = sizes_.rank, patches = sizes_.patches();
-  const int64_t place = run.first - chunk.first;
-  const Matrix<const T> columns = call_.columns.from(run.first, run.count);
-  const Matrix<const T> hidden{columns.data, run.count, rank, columns.row_stride};
-  const Matrix<T> refined{refined_.data() + place * width, run.count, width, width};
-  const Matrix<T> back{back_.data() + place * width, run.count, width, width};
-  T* buffer = row_buffer.data();
-  T* d_hidden = buffer + 2 * width;
-  T* turned = d_hidden + kRunRows * rank;
-  const Matrix<T> from_back{turned + kRunRows * rank, run.count, rank, rank};
-  for (int64_t i = 0; has_back_ && i < run.count; ++i) {
-    const int64_t patch = run.first + i;
-    const T* row = call_.d_refined->row(patch / patches, sizes_.prefix + patch % patches,
-                                        back.row(i));
-    if (row != back.row(i)) std::copy(row, row + width, back.row(i));
-  }
-  if (has_back_ && needs_down_) call_.up_transposed.multiply(back, from_back);
-  if (needs_refined_) call_.up.multiply(hidden, refined);
+  const int64_t width = sizes_.width, rank = sizes_.rank;
+  const bool pulls_back = has_back_ && needs_down_;
   const T weight =
       call_.d_outlier == nullptr ? T(0) : *call_.outlier_weight * *call_.d_outlier;
   const T d_info = call_.d_info == nullptr ? T(0) : *call_.d_info;
+  const int64_t runs = (patches_ + kRunRows - 1) / kRunRows;
+  parallel_queue(runs, kRunRows * rank * (pulls_back ? width : 8), [&](Queue& queue) {
+    const Scratch<T> back(pulls_back ? kRunRows * width : 0);
+    const Scratch<T> from_back(pulls_back ? kRunRows * rank : 0);
+    for (int64_t task; queue.take(task);) {
+      const Run run{task * kRunRows, std::min(kRunRows, patches_ - task * kRunRows)};
+      if (pulls_back) {
+        const Matrix<const T> rows = gather(*call_.d_refined, run, sizes_.patches(),
+                                            sizes_.prefix, width, back.data());
+        call_.up_transposed.multiply(rows, {from_back.data(), run.count, rank, rank});
+      }
+      for (int64_t i = 0; i < run.count; ++i) {
+        const int64_t patch = run.first + i;
+        T coefficient = 0;
+        if (call_.d_outlier != nullptr) {
+          coefficient = outlier_coefficient(call_.norms[patch],
+                                            call_.threshold[place_of(patch).image], weight);
+        }
+        const T* row = call_.columns.row(patch);
+        const T* gram_row =
+            call_.d_info == nullptr ? nullptr : call_.gram_columns + patch * 2 * rank;
+        if (needs_turned_) {
+          loop.column_gradient(gram_row, d_info, row, coefficient, nullptr, T(0), nullptr, rank,
+                               turned_.data() + patch * rank);
+        }
+        if (needs_down_) {
+          loop.column_gradient(gram_row == nullptr ? nullptr : gram_row + rank, d_info, row + rank,
+                               coefficient, has_kd_ ? call_.residual + patch * rank : nullptr,
+                               alpha_, pulls_back ? from_back.data() + i * rank : nullptr, rank,
+                               d_hidden_.data() + patch * rank);
+        }
+      }
+    }
+  });
+}
+
+// A thread's work on some columns of all patches.
+template <typename T>
+class Backward<T>::Columns {
+ public:
+  Columns(const Backward& stage, int64_t most_blocks)
+      : stage_(stage),
+        width_(most_blocks * loops<T>().block),
+        area_(kPatchesAtOnce * width_),
+        teacher_(buffer_size(true, call().teacher)),
+        // Whatever lies beyond the last column of a right factor is 0.
+        refined_(zeros(stage.needs_refined_)),
+        plain_(zeros(stage.needs_down_)),
+        pulled_(zeros(stage.has_kd_)),
+        back_(zeros(uses_back())),
+        operand_(buffer_size(stage.needs_down_, call().operand)),
+        student_(stage.has_kd_ ? buffer_size(true, *call().student) : 0),
+        read_back_(uses_back() ? buffer_size(true, *call().d_refined) : 0),
+        d_student_(call().d_student != nullptr && !stage.is_student_direct_ ? area_ : 0),
+        sums_(2 * stage.sizes_.rank * width_) {}
+
+  // The blocks from `block` on.
+  void run(int64_t block, int64_t blocks) const {
+    const int64_t start = block * loops<T>().block;
+    const int64_t count = std::min(blocks * loops<T>().block, stage_.sizes_.width - start);
+    for (int64_t first = 0; first < stage_.patches_; first += kPatchesAtOnce) {
+      step(start, count, {first, std::min(kPatchesAtOnce, stage_.patches_ - first)});
+    }
+    write(start, count);
+  }
+
+ private:
+  const BackwardCall<T>& call() const { return stage_.call_; }
+  bool uses_back() const { return stage_.has_back_ && stage_.needs_up_; }
+  int64_t buffer_size(bool is_needed, const TokenRows<T>& rows) const {
+    return is_needed && !rows.is_direct() ? area_ : 0;
+  }
+  Scratch<T> zeros(bool is_needed) const {
+    Scratch<T> result(is_needed ? area_ : 0);
+    if (is_needed) std::fill(result.data(), result.data() + area_, T(0));
+    return result;
+  }
+
+  Matrix<T> sums(bool of_up, int64_t count) const {
+    const int64_t rank = stage_.sizes_.rank;
+    return {sums_.data() + (of_up ? rank * width_ : 0), rank, count, width_};
+  }
+
+  void step(int64_t start, int64_t count, const Run& run) const;
+  void write(int64_t start, int64_t count) const;
+
+  const Backward& stage_;
+  int64_t width_, area_;
+  Scratch<T> teacher_, refined_, plain_, pulled_, back_, operand_, student_, read_back_, d_student_;
+  Scratch<T> sums_;  // dWd^T and dWu of these columns, [r, width_] each
+};
+
+template <typename T>
+void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) const {
+  const Loops<T>& loop = loops<T>();
+  const int64_t rank = stage_.sizes_.rank, block = loop.block;
+  const int64_t block_stride = kPatchesAtOnce * block;
+  const T *teacher[kPatchesAtOnce], *operand[kPatchesAtOnce], *student[kPatchesAtOnce],
+      *back[kPatchesAtOnce];
+  T* d_student[kPatchesAtOnce];
   for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t patch = run.first + i, image = patch / patches;
-    const int64_t token = sizes_.prefix + patch % patches;
-    if (needs_down_ && !plain_in_place_) {
-      T* plain = plain_.data() + (place + i) * width;
-      const T* row = call_.operand.row(image, token, plain);
-      if (row != plain) std::copy(row, row + width, plain);
-    }
-    if (needs_refined_) {
-      T* out = has_kd_ ? pulled(patch, chunk) : nullptr;
-      loop.student_gradient(refined.row(i), call_.teacher.row(image, token, buffer),
-                            has_kd_ ? call_.student->row(image, token, buffer + width) : nullptr,
-                            alpha_, width, out);
-      if (call_.d_student != nullptr && !pulled_in_place_) write_student(out, image, token);
-    }
-    T coefficient = 0;
-    if (call_.d_outlier != nullptr) {
-      coefficient = outlier_coefficient(call_.norms[patch], call_.threshold[image], weight);
-    }
-    const T* row = columns.row(i);
-    const T* gram_row = call_.d_info == nullptr ? nullptr : call_.gram_columns + patch * 2 * rank;
-    if (needs_up_ && has_turned_) {
-      loop.column_gradient(gram_row, d_info, row, coefficient, nullptr, T(0), nullptr, rank,
-                           turned + i * rank);
-    }
-    if (needs_down_) {
-      loop.column_gradient(gram_row == nullptr ? nullptr : gram_row + rank, d_info, row + rank,
-                           coefficient, has_kd_ ? call_.residual + patch * rank : nullptr, alpha_,
-                           has_back_ ? from_back.row(i) : nullptr, rank, d_hidden + i * rank);
+    const auto [image, token] = stage_.place_of(run.first + i);
+    const auto columns = [&](const TokenRows<T>& rows, const Scratch<T>& buffer) {
+      return rows.columns(image, token, start, count, buffer.data() + i * width_);
+    };
+    if (stage_.needs_refined_) teacher[i] = columns(call().teacher, teacher_);
+    if (stage_.needs_down_) operand[i] = columns(call().operand, operand_);
+    if (stage_.has_kd_) student[i] = columns(*call().student, student_);
+    if (uses_back()) back[i] = columns(*call().d_refined, read_back_);
+    if (call().d_student != nullptr) {
+      d_student[i] = stage_.is_student_direct_
+                         ? reinterpret_cast<T*>(stage_.d_student_at({image, token}, start))
+                         : d_student_.data() + i * width_;
     }
   }
-  if (needs_down_) factors.d_hidden.set({d_hidden, run.count, rank, rank}, place);
-  if (needs_up_ && has_turned_) factors.turned.set({turned, run.count, rank, rank}, place);
-  if (needs_up_ && (has_kd_ || has_back_)) factors.hidden.set(hidden, place);
+  const Matrix<const T> hidden{call().columns.row(run.first), run.count, rank,
+                               call().columns.row_stride};
+  if (stage_.needs_refined_) {
+    Factor<T> up = call().up.factor().from_block(start / block);
+    up.columns = (count + block - 1) / block * block;
+    up.multiply_blocks(hidden, {refined_.data(), run.count, up.columns, block}, block_stride);
+  }
+  loop.backward_rows({run.count, count, block_stride, stage_.alpha_, teacher, operand,
+                      stage_.has_kd_ ? student : nullptr, back, refined_.data(), plain_.data(),
+                      pulled_.data(), back_.data(),
+                      call().d_student != nullptr ? d_student : nullptr});
+  if (call().d_student != nullptr && !stage_.is_student_direct_) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      loop.write(d_student[i], call().d_student_dtype, count,
+                 stage_.d_student_at(stage_.place_of(run.first + i), start));
+    }
+  }
+  const auto add = [&](const Matrix<const T>& left, const Scratch<T>& right, bool of_up, bool adds,
+                       T factor) {
+    Factor<T>{right.data(), block_stride, count}.multiply(left, sums(of_up, count), adds, factor);
+  };
+  bool adds = run.first > 0;
+  if (stage_.needs_down_) {
+    add(stage_.turned_rows(stage_.d_hidden_.data(), rank, run.first, run.count), plain_, false,
+        adds, T(1));
+  }
+  if (stage_.needs_turned_) {
+    add(stage_.turned_rows(stage_.turned_.data(), rank, run.first, run.count), refined_, true,
+        adds, T(1));
+    adds = true;
+  }
+  if (stage_.needs_up_ && stage_.has_kd_) {
+    add(hidden.transposed(), pulled_, true, adds, T(-1));
+    adds = true;
+  }
+  if (uses_back()) add(hidden.transposed(), back_, true, adds, T(1));
 }
 
 template <typename T>
-void Backward<T>::patches() const {
-  const int64_t width = sizes_.width, rank = sizes_.rank, total = sizes_.images * sizes_.patches();
-  const Scratch<T> sums(2 * width * rank);
-  const Matrix<T> d_down{sums.data(), width, rank, rank};
-  const Matrix<T> d_up{sums.data() + width * rank, width, rank, rank};  // transposed
-  for (int64_t first = 0; first < total; first += chunk_) {
-    const Run chunk{first, std::min(chunk_, total - first)};
-    const Packed<T> hidden(chunk.count, rank), d_hidden(chunk.count, rank),
-        turned(chunk.count, rank);
-    const Factors factors{hidden, d_hidden, turned};
-    // By images, if anything is used where it lies.
-    const int64_t part_size = in_place_ ? sizes_.patches() : chunk_;
-    const auto parts_of_chunk = runs_of(chunk.first, chunk.count, part_size, part_size);
-    const auto runs = runs_of(chunk.first, chunk.count, sizes_.patches(), kRunRows);
-    parallel_ranges(static_cast<int64_t>(runs.size()), kRunRows * width * rank,
-                    [&](int64_t begin, int64_t end) {
-      const Scratch<T> buffer(2 * width + 3 * kRunRows * rank);
-      for (int64_t i = begin; i < end; ++i) row_gradients(runs[i], chunk, factors, buffer);
-    });
-    if (!(needs_down_ || needs_up_)) continue;
-    const int64_t blocks = (width + kColumnsAtOnce - 1) / kColumnsAtOnce;
-    const bool adds = first > 0;
-    parallel(blocks, kColumnsAtOnce * rank * chunk.count, [&](int64_t block) {
-      const int64_t start = block * kColumnsAtOnce;
-      const int64_t count = std::min(kColumnsAtOnce, width - start);
-      const auto columns_of = [&](const T* data, int64_t rows) {
-        return Matrix<const T>{data, rows, width, width}.transposed().from(start, count);
-      };
-      const Matrix<T> down = d_down.from(start, count), own = d_up.from(start, count);
-      bool adds_up = adds;
-      if (needs_up_ && has_turned_) {
-        turned.multiply(columns_of(refined_.data(), chunk.count), own, adds_up);
-        adds_up = true;
-      }
-      if (needs_up_ && has_back_) {
-        hidden.multiply(columns_of(back_.data(), chunk.count), own, adds_up);
-        adds_up = true;
-      }
-      for (const Run& part : parts_of_chunk) {
-        const int64_t place = part.first - chunk.first;
-        if (needs_down_) {
-          d_hidden.multiply(plain_columns(part, chunk, start, count), down, adds || place > 0, T(1),
-                            place);
-        }
-        if (needs_up_ && has_kd_) {
-          hidden.multiply(columns_of(pulled(part.first, chunk), part.count), own,
-                          adds_up || place > 0, T(-1), place);
-        }
-      }
-    });
+void Backward<T>::Columns::write(int64_t start, int64_t count) const {
+  const Loops<T>& loop = loops<T>();
+  const int64_t rank = stage_.sizes_.rank;
+  const auto write_row = [&](const T* row, int64_t length, const Tensor& out, int64_t place) {
+    const Dtype dtype = dtype_of(out.scalar_type());
+    loop.write(row, dtype, length,
+               static_cast<char*>(out.mutable_data_ptr()) + place * size_of(dtype));
+  };
+  if (stage_.needs_down_) {
+    const Matrix<T> down = sums(false, count);
+    const Scratch<T> row(rank);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = 0; i < rank; ++i) row.data()[i] = down.row(i)[j];
+      write_row(row.data(), rank, *call().d_down, (start + j) * rank);
+    }
   }
-  if (needs_down_) write_matrix<T>(d_down, *call_.d_down);
-  if (needs_up_) write_matrix<T>(d_up.transposed(), *call_.d_up);
+  if (stage_.needs_up_) {
+    const Matrix<T> up = sums(true, count);
+    for (int64_t i = 0; i < rank; ++i) {
+      write_row(up.row(i), count, *call().d_up, i * stage_.sizes_.width + start);
+    }
+  }
+}
+
+template <typename T>
+void Backward<T>::columns() const {
+  const int64_t block = loops<T>().block, blocks = (sizes_.width + block - 1) / block;
+  const int64_t at_once = blocks_at_once(blocks), tasks = (blocks + at_once - 1) / at_once;
+  parallel_queue(tasks, patches_ * at_once * block * sizes_.rank, [&](Queue& queue) {
+    const Columns columns(*this, at_once);
+    for (int64_t task; queue.take(task);) {
+      columns.run(task * at_once, std::min(at_once, blocks - task * at_once));
+    }
+  });
 }
 
 }  // namespace
@@ -240,7 +308,8 @@ template <typename T>
 void backward(const BackwardCall<T>& call) {
   const Backward<T> stage(call);
   stage.prefix();
-  stage.patches();
+  stage.rows();
+  stage.columns();
 }
 
 template void backward(const BackwardCall<float>&);

@@ -26,6 +26,23 @@ struct GramSums {
   T target_slope;  // sum of E G_R
 };
 
+// Some columns of some rows of F^, S and what else the sums over patches take, as right factors:
+// blocks of columns, `block_stride` apart, row by row. A null pointer is what is not there.
+template <typename T>
+struct BackwardRows {
+  int64_t rows, columns, block_stride;
+  T scale;
+  const T* const* teacher;  // F, where each row begins
+  const T* const* operand;  // F as the products take it
+  const T* const* student;  // S
+  const T* const* back;     // Y
+  T* refined;               // in: H Wu; out: F^; null: neither is needed
+  T* plain;                 // out: F as the products take it
+  T* pulled;                // out: dS = scale (S - F^)
+  T* d_refined;             // out: Y
+  T* const* d_student;      // out: dS, where each row begins
+};
+
 template <typename T>
 struct Loops {
   // Products: a right factor is packed by blocks of `block` columns, then multiplied.
@@ -35,7 +52,7 @@ struct Loops {
                int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride);
   void (*multiply)(const T* a, int64_t row_stride, int64_t depth_stride, int64_t rows,
                    int64_t depth, const T* packed, int64_t block_stride, int64_t columns, bool adds,
-                   T factor, T* out, int64_t out_stride);
+                   T factor, T* out, int64_t out_stride, int64_t out_block_stride);
 
   // out = in, rounded to `rounding` on the way.
   void (*read)(const void* in, Dtype dtype, int64_t stride, int64_t count, Dtype rounding, T* out);
@@ -51,9 +68,11 @@ struct Loops {
   T (*squared_distance)(const T* a, const T* b, int64_t count);
 
   // products becomes E = G - G_R. G = products inverse inverse_columns; G_R is made likewise of
-  // `others` or, with `is_identity`, of products - others.
+  // `others` or, with `is_identity`, of products - others. To `slopes` and `target_slopes`, unless
+  // they are null, each column's E G and E G_R are added.
   GramSums<T> (*gram)(T* products, const T* others, bool is_identity, T inverse, T target_inverse,
-                      const T* inverses, const T* target_inverses, int64_t count);
+                      const T* inverses, const T* target_inverses, int64_t count, T* slopes,
+                      T* target_slopes);
 
   // out = factor in
   void (*scale)(const T* in, T factor, int64_t count, T* out);
@@ -65,9 +84,11 @@ struct Loops {
   void (*gram_gradient)(const T* turned, const T* columns, T inverse, T radial, T scale,
                         int64_t count, T* out);
 
-  // refined = delta + plain, in place; out = scale (student - refined), where student is not null.
-  void (*student_gradient)(T* delta, const T* plain, const T* student, T scale, int64_t count,
-                           T* out);
+  // out = scale (student - refined)
+  void (*student_gradient)(const T* refined, const T* student, T scale, int64_t count, T* out);
+
+  // See BackwardRows.
+  void (*backward_rows)(const BackwardRows<T>& rows);
 
   // out = d_info turned + coefficient column + kd residual + back; a null term is left out.
   void (*column_gradient)(const T* turned, T d_info, const T* column, T coefficient,

@@ -135,9 +135,10 @@ struct Body {
     return sum;
   }
 
-  static GramSums<T> gram(T* products, const T* others, bool is_identity, T inverse,
-                          T target_inverse, const T* inverses, const T* target_inverses,
-                          int64_t count) {
+  template <bool kHasSlopes, bool kHasTargetSlopes>
+  static GramSums<T> gram_of(T* products, const T* others, bool is_identity, T inverse,
+                             T target_inverse, const T* inverses, const T* target_inverses,
+                             int64_t count, T* slopes, T* target_slopes) {
     T squares = 0, slope = 0, target_slope = 0;
     // The target's product is others, or products - others.
     const T kept = is_identity ? T(1) : T(0), sign = is_identity ? T(-1) : T(1);
@@ -149,10 +150,24 @@ struct Body {
       const T difference = cosine - target_cosine;
       products[j] = difference;
       squares += difference * difference;
-      slope += difference * cosine;
-      target_slope += difference * target_cosine;
+      const T steep = difference * cosine, target_steep = difference * target_cosine;
+      slope += steep;
+      target_slope += target_steep;
+      if constexpr (kHasSlopes) slopes[j] += steep;
+      if constexpr (kHasTargetSlopes) target_slopes[j] += target_steep;
     }
     return {squares, slope, target_slope};
+  }
+
+  static GramSums<T> gram(T* products, const T* others, bool is_identity, T inverse,
+                          T target_inverse, const T* inverses, const T* target_inverses,
+                          int64_t count, T* slopes, T* target_slopes) {
+    const auto run =
+        slopes == nullptr
+            ? (target_slopes == nullptr ? gram_of<false, false> : gram_of<false, true>)
+            : (target_slopes == nullptr ? gram_of<true, false> : gram_of<true, true>);
+    return run(products, others, is_identity, inverse, target_inverse, inverses, target_inverses,
+               count, slopes, target_slopes);
   }
 
   static void scale(const T* in, T factor, int64_t count, T* out) {
@@ -170,16 +185,43 @@ struct Body {
     }
   }
 
-  static void student_gradient(T* delta, const T* plain, const T* student, T scale, int64_t count,
+  static void student_gradient(const T* refined, const T* student, T scale, int64_t count,
                                T* out) {
-    if (student == nullptr) {
-      for (int64_t i = 0; i < count; ++i) delta[i] += plain[i];
-      return;
-    }
     for (int64_t i = 0; i < count; ++i) {
-      const T refined = delta[i] + plain[i];
-      delta[i] = refined;
-      out[i] = singer::student_gradient(student[i], refined, scale);
+      out[i] = singer::student_gradient(student[i], refined[i], scale);
+    }
+  }
+
+  static void backward_rows(const BackwardRows<T>& rows) {
+    constexpr int64_t kBlock = Product<T>::kColumns;
+    for (int64_t i = 0; i < rows.rows; ++i) {
+      for (int64_t start = 0; start < rows.columns; start += kBlock) {
+        const int64_t left = rows.columns - start, count = left < kBlock ? left : kBlock;
+        const int64_t place = start / kBlock * rows.block_stride + i * kBlock;
+        if (rows.plain != nullptr) copy(rows.operand[i] + start, count, rows.plain + place);
+        if (rows.d_refined != nullptr) copy(rows.back[i] + start, count, rows.d_refined + place);
+        if (rows.refined == nullptr) continue;
+        T* refined = rows.refined + place;
+        const T* teacher = rows.teacher[i] + start;
+        if (count == kBlock) {
+          for (int64_t j = 0; j < kBlock; ++j) refined[j] += teacher[j];
+        } else {
+          for (int64_t j = 0; j < count; ++j) refined[j] += teacher[j];
+        }
+        if (rows.student == nullptr) continue;
+        T* pulled = rows.pulled + place;
+        student_gradient(refined, rows.student[i] + start, rows.scale, count, pulled);
+        if (rows.d_student != nullptr) copy(pulled, count, rows.d_student[i] + start);
+      }
+    }
+  }
+
+  static void copy(const T* in, int64_t count, T* out) {
+    constexpr int64_t kBlock = Product<T>::kColumns;
+    if (count == kBlock) {
+      __builtin_memcpy(out, in, kBlock * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < count; ++j) out[j] = in[j];
     }
   }
 
@@ -213,6 +255,7 @@ const Loops<T>& table() {
                                Body<T>::subtract_half,
                                Body<T>::gram_gradient,
                                Body<T>::student_gradient,
+                               Body<T>::backward_rows,
                                Body<T>::column_gradient};
   return result;
 }

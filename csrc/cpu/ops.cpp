@@ -45,67 +45,24 @@ void check_cpu(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
 }
 
-// What F^ F^^T of one image is compared with: R, or the factors of F^ F^^T - F F^T = H L^T + L H^T,
-// with L = Z - H M / 2 and M = Wu Wu^T.
-template <typename T>
-struct GramTarget {
-  Scratch<T> data, own_norms;
-  const T* norms;
-  Matrix<T> left, right;   // [H | L] and [L | H]
-  Matrix<const T> rows{};  // or R itself
-
-  GramTarget(const Matrix<const T>& columns, const Packed<T>& overlap, const T* plain_norms)
-      : data(2 * columns.rows * columns.columns),
-        own_norms(0),
-        norms(plain_norms),
-        left{data.data(), columns.rows, columns.columns, columns.columns},
-        right(left.from(0, columns.rows)) {
-    right.data += columns.rows * columns.columns;
-    const int64_t rank = columns.columns / 2;
-    const auto runs = runs_of(0, columns.rows, columns.rows, kRunRows);
-    parallel(static_cast<int64_t>(runs.size()), kRunRows * rank * rank, [&](int64_t index) {
-      const auto [first, count] = runs[index];
-      const Scratch<T> half(count * rank);
-      const Matrix<T> product{half.data(), count, rank, rank};
-      overlap.multiply({columns.row(first), count, rank, columns.row_stride}, product);
-      for (int64_t i = 0; i < count; ++i) {
-        const T* row = columns.row(first + i);
-        T *ahead = left.row(first + i), *behind = right.row(first + i);
-        loops<T>().subtract_half(row + rank, product.row(i), rank, behind);
-        std::copy(row, row + rank, behind + rank);
-        std::copy(row, row + rank, ahead);
-        std::copy(behind, behind + rank, ahead + rank);
-      }
-    });
-  }
-
-  GramTarget(const TokenRows<T>& tokens, int64_t image, const Sizes& sizes)
-      : data(sizes.patches() * sizes.width), own_norms(sizes.patches()), left{}, right{} {
-    const int64_t patches = sizes.patches();
-    rows = gather(tokens, Run{image * patches, patches}, patches, sizes.prefix, sizes.width,
-                  data.data());
-    row_norms(rows, own_norms.data());
-    norms = own_norms.data();
-  }
-};
-
-template <typename T>
-GramCall<T> call_of(const Matrix<const T>& rows, const T* norms, const GramTarget<T>& target,
-                    int64_t images) {
-  GramCall<T> call{};
-  call.rows = rows;
-  call.norms = norms;
-  call.target = target.rows.data == nullptr ? target.left : target.rows;
-  call.right = target.right;
-  call.target_norms = target.norms;
-  call.scale = T(4) / (static_cast<T>(images) * static_cast<T>(rows.rows) * rows.rows);
-  return call;
-}
-
 template <typename T>
 T mean_square(const std::vector<double>& squares, int64_t patches) {
   const double entries = static_cast<double>(squares.size()) * patches * patches;
   return static_cast<T>(total(squares.data(), static_cast<int64_t>(squares.size())) / entries);
+}
+
+template <typename T>
+T gram_scale(const Sizes& sizes) {
+  const T patches = static_cast<T>(sizes.patches());
+  return T(4) / (static_cast<T>(sizes.images) * patches * patches);
+}
+
+// How many images are taken together: groups of about the same size.
+int64_t images_together(int64_t images, int64_t patches) {
+  const int64_t padded = (patches + kRunRows - 1) / kRunRows * kRunRows;
+  const int64_t most = std::max<int64_t>(1, kGroupPatches / padded);
+  const int64_t groups = (images + most - 1) / most;
+  return (images + groups - 1) / groups;
 }
 
 // M = Wu Wu^T, packed.
@@ -120,39 +77,86 @@ Packed<T> overlap_of(const Matrix<const T>& up, bool is_needed) {
   return Packed<T>(overlap);
 }
 
-// The choice of what each image's F^ F^^T is compared with.
 template <typename T>
-class GramMatcher {
- public:
-  GramMatcher(const RefineCall<T>& call, const Optional& gram_target, const Tensor& teacher,
-              const Matrix<const T>& up, bool is_needed)
-      : call_(call),
-        // As it is: F^ isn't rounded either, and one rounded alone would make a loss.
-        target_(gram_target.has_value() ? *gram_target : teacher),
-        takes_identity_(is_needed && !gram_target.has_value() && 2 * up.rows < up.columns),
-        overlap_(overlap_of(up, takes_identity_)) {}
+void set_target(const TokenGramRows<T>& target, GramCall<T>& call) {
+  call.target = target.rows.packed.factor();
+  call.target_inverses = target.rows.inverses.data();
+  call.target_norms = target.norms.data();
+  call.scaled_target = target.scaled.factor();
+  call.target_rows = target.kept;
+}
 
-  // Of an image whose patches are refined. Of the plain teacher, F F^T follows from F^ F^^T where
-  // that is the smaller product, unless F^ is so much larger that F would be lost in the difference.
-  std::unique_ptr<GramTarget<T>> target_of(int64_t image) const {
-    constexpr T kMostGrowth = 4;
-    const int64_t patches = call_.sizes.patches(), first = image * patches;
-    bool takes_identity = takes_identity_;
-    for (int64_t i = first; takes_identity && i < first + patches; ++i) {
-      takes_identity = !(call_.norms[i] > kMostGrowth * call_.plain_norms[i]);
+// The Gram stage of a group of images.
+template <typename T>
+class GramGroup {
+ public:
+  GramGroup(const RefineCall<T>& call, int64_t first, int64_t count)
+      : call_(call), first_(first), refined_(count), targets_(count), calls_(count) {
+    for (auto& image : refined_) {
+      image = std::make_unique<RefinedImage<T>>(call.sizes, call.overlap.blocks() > 0,
+                                                call.has_gradient);
     }
-    if (takes_identity) {
-      return std::make_unique<GramTarget<T>>(call_.columns.from(first, patches), overlap_,
-                                             call_.plain_norms + first);
+  }
+
+  // Sets F^ of all, what it is compared with (`target`, as it is: F^ isn't rounded either, and one
+  // rounded alone would make a loss), and the sums of E^2.
+  void run(const TokenRows<T>& target, T* gram_columns, T* d_target, double* squares) {
+    const Sizes& sizes = call_.sizes;
+    const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
+    const int64_t count = static_cast<int64_t>(refined_.size());
+    refine(call_, first_, count, refined_);
+    for (int64_t i = 0; i < count; ++i) {
+      if (takes_identity(first_ + i)) continue;
+      targets_[i] = std::make_unique<TokenGramRows<T>>(sizes, d_target != nullptr);
     }
-    return std::make_unique<GramTarget<T>>(target_, image, call_.sizes);
+    read_gram_rows(target, sizes, first_, targets_);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (first_ + i) * patches;
+      const RefinedImage<T>& image = *refined_[i];
+      GramCall<T>& gram_call = calls_[i];
+      gram_call.patches = patches;
+      gram_call.width = width;
+      gram_call.rows = image.refined.packed.factor();
+      gram_call.inverses = image.refined.inverses.data();
+      gram_call.norms = call_.norms + first;
+      gram_call.scale = gram_scale<T>(sizes);
+      if (targets_[i] == nullptr) {
+        gram_call.target = image.halves.factor();
+        gram_call.identity_rank = rank;
+        gram_call.target_inverses = image.plain_inverses.data();
+      } else {
+        set_target(*targets_[i], gram_call);
+      }
+      if (gram_columns != nullptr) {
+        gram_call.scaled = image.scaled.factor();
+        gram_call.columns = Matrix<const T>(call_.columns).from(first, patches);
+        gram_call.gram_columns = {gram_columns + first * 2 * rank, patches, 2 * rank, 2 * rank};
+      }
+      if (d_target != nullptr) {
+        gram_call.d_target = {d_target + first * width, patches, width, width};
+      }
+    }
+    cpu::gram(calls_, squares);
   }
 
  private:
+  // Of the plain teacher, F F^T follows from F^ F^^T where that is the smaller product, unless F^ is
+  // so much larger that F would be lost in the difference.
+  bool takes_identity(int64_t image) const {
+    constexpr T kMostGrowth = 4;
+    if (call_.overlap.blocks() == 0) return false;
+    const int64_t patches = call_.sizes.patches(), first = image * patches;
+    for (int64_t i = first; i < first + patches; ++i) {
+      if (call_.norms[i] > kMostGrowth * call_.plain_norms[i]) return false;
+    }
+    return true;
+  }
+
   const RefineCall<T>& call_;
-  TokenRows<T> target_;
-  bool takes_identity_;
-  Packed<T> overlap_;
+  int64_t first_;
+  std::vector<std::unique_ptr<RefinedImage<T>>> refined_;
+  std::vector<std::unique_ptr<TokenGramRows<T>>> targets_;  // null: the identity serves
+  std::vector<GramCall<T>> calls_;
 };
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -195,43 +199,27 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
       Packed<T>(dense<T>(down, down_buffer)),
       Packed<T>(wide_up),
       Packed<T>(wide_up.transposed()),
-      all_columns,
+      overlap_of(wide_up, gram && !gram_target.has_value() && 2 * rank < width),
+      {data_of<T>(columns), images * patches, 2 * rank, 2 * rank},
       {has_residual ? data_of<T>(residual) : nullptr, images * patches, rank, rank},
       data_of<T>(norms),
       plain_norms.data(),
       kd_parts.data(),
       has_refined ? data_of<char>(refined) : nullptr,
-      dtype_of(teacher.scalar_type())};
+      dtype_of(teacher.scalar_type()),
+      has_gram_columns};
   refine_prefix(call);
 
-  const GramMatcher<T> matcher(call, gram_target, teacher, wide_up, gram);
+  const TokenRows<T> target(gram_target.has_value() ? *gram_target : teacher);
   std::vector<double> squares(images, 0.0);
-  // F^ is kept no longer than its Gram matrix.
-  const int64_t together = std::min(images, std::max<int64_t>(1, kGroupRows / patches));
-  const Scratch<T> whole(gram ? together * patches * width : 0);
+  // What a Gram matrix is made of is kept no longer than it.
+  const int64_t together = images_together(images, patches);
   for (int64_t start = 0; gram && start < images; start += together) {
-    const int64_t count = std::min(together, images - start);
-    const Matrix<T> rows{whole.data(), count * patches, width, width};
-    refine(call, start * patches, count * patches, rows);
-    std::vector<std::unique_ptr<GramTarget<T>>> targets(count);
-    std::vector<GramCall<T>> calls(count);
-    parallel(count, patches * width, [&](int64_t i) {
-      const int64_t first = (start + i) * patches;
-      targets[i] = matcher.target_of(start + i);
-      calls[i] = call_of<T>(rows.from(i * patches, patches), call.norms + first, *targets[i],
-                            images);
-      if (has_gram_columns) {
-        calls[i].columns = all_columns.from(first, patches);
-        calls[i].gram_columns = {data_of<T>(gram_columns) + first * 2 * rank, patches, 2 * rank,
-                                 2 * rank};
-      }
-      if (has_d_target) {
-        calls[i].d_target = {data_of<T>(d_target) + first * width, patches, width, width};
-      }
-    });
-    cpu::gram(calls, squares.data() + start);
+    GramGroup<T>(call, start, std::min(together, images - start))
+        .run(target, has_gram_columns ? data_of<T>(gram_columns) : nullptr,
+             has_d_target ? data_of<T>(d_target) : nullptr, squares.data() + start);
   }
-  if (!gram) refine(call, 0, images * patches, Matrix<T>{});
+  if (!gram) refine(call, 0, images, {});
   outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),
                          parts.data(), parts.data() + images});
 
@@ -394,24 +382,35 @@ Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t pref
   const TokenRows<T> rows(tokens, dtype_of(product)), target_rows(target, dtype_of(product));
   const Sizes sizes{images, tokens.size(1), prefix, width, 0};
   std::vector<double> squares(images, 0.0);
-  const int64_t together = std::min(images, std::max<int64_t>(1, kGroupRows / patches));
+  const int64_t together = images_together(images, patches);
   for (int64_t start = 0; start < images; start += together) {
     const int64_t count = std::min(together, images - start);
-    std::vector<std::unique_ptr<GramTarget<T>>> own(count), other(count);
+    std::vector<std::unique_ptr<TokenGramRows<T>>> own(count), other(count);
+    for (int64_t i = 0; i < count; ++i) {
+      own[i] = std::make_unique<TokenGramRows<T>>(sizes, has_d_tokens);
+      other[i] = std::make_unique<TokenGramRows<T>>(sizes, has_d_target);
+    }
+    read_gram_rows(rows, sizes, start, own);
+    read_gram_rows(target_rows, sizes, start, other);
     std::vector<GramCall<T>> calls(count);
-    parallel(count, patches * width, [&](int64_t i) {
-      own[i] = std::make_unique<GramTarget<T>>(rows, start + i, sizes);
-      other[i] = std::make_unique<GramTarget<T>>(target_rows, start + i, sizes);
-      calls[i] = call_of<T>(own[i]->rows, own[i]->norms, *other[i], images);
+    for (int64_t i = 0; i < count; ++i) {
+      const TokenGramRows<T>& image = *own[i];
       const int64_t offset = (start + i) * patches * width;
+      GramCall<T>& call = calls[i];
+      call.patches = patches;
+      call.width = width;
+      call.rows = image.rows.packed.factor();
+      call.inverses = image.rows.inverses.data();
+      call.norms = image.norms.data();
+      call.scale = gram_scale<T>(sizes);
+      set_target(*other[i], call);
       if (has_d_tokens) {
-        calls[i].columns = own[i]->rows;
-        calls[i].gram_columns = {data_of<T>(d_tokens) + offset, patches, width, width};
+        call.scaled = image.scaled.factor();
+        call.columns = image.kept;
+        call.gram_columns = {data_of<T>(d_tokens) + offset, patches, width, width};
       }
-      if (has_d_target) {
-        calls[i].d_target = {data_of<T>(d_target) + offset, patches, width, width};
-      }
-    });
+      if (has_d_target) call.d_target = {data_of<T>(d_target) + offset, patches, width, width};
+    }
     cpu::gram(calls, squares.data() + start);
   }
   *data_of<T>(loss) = mean_square<T>(squares, patches);

@@ -46,15 +46,17 @@ struct Product {
 
   static void store(Vector vector, T* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
-  template <int kCount>
-  static void tile(const T* a, int64_t row_stride, int64_t depth_stride, int64_t depth, const T* b,
-                   int64_t columns, bool adds, T factor, T* out, int64_t out_stride) {
+  // out = factor a b, or out += it, of kCount rows and a block of columns. With kIsTurned a row's
+  // numbers lie `stride` apart and the rows side by side; else the other way round.
+  template <int kCount, bool kIsTurned>
+  static void tile(const T* a, int64_t stride, int64_t depth, const T* b, int64_t columns,
+                   bool adds, T factor, T* out, int64_t out_stride) {
     Vector sums[kCount][2] = {};
     for (int64_t k = 0; k < depth; ++k) {
       const Vector left = load(b + k * kColumns), right = load(b + k * kColumns + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) {
-        const T value = a[i * row_stride + k * depth_stride];
+        const T value = kIsTurned ? a[i + k * stride] : a[i * stride + k];
         sums[i][0] += value * left;
         sums[i][1] += value * right;
       }
@@ -79,53 +81,41 @@ struct Product {
     }
   }
 
-  using Tile = void (*)(const T*, int64_t, int64_t, int64_t, const T*, int64_t, bool, T, T*,
-                        int64_t);
+  using Tile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, bool, T, T*, int64_t);
 
   // The tile of so many rows, at most kRows.
-  template <int kCount = 1>
+  template <bool kIsTurned, int kCount = 1>
   static Tile tile_of(int64_t rows) {
     if constexpr (kCount < kRows) {
-      return rows == kCount ? tile<kCount> : tile_of<kCount + 1>(rows);
+      return rows == kCount ? tile<kCount, kIsTurned> : tile_of<kIsTurned, kCount + 1>(rows);
     } else {
-      return tile<kCount>;
+      return tile<kCount, kIsTurned>;
     }
   }
 
-  // out = factor a b, or out += it. `packed` is b's block of the first column, from the first of
-  // its `depth` rows on; blocks lie `block_stride` apart.
+  // out = factor a b, or out += it. One of a's strides is 1. `packed` is b's block of the first
+  // column, from the first of its `depth` rows on; blocks lie `block_stride` apart, and those of
+  // out `out_block_stride`. Each number is summed in an order that depends on the depth alone.
   static void multiply(const T* a, int64_t row_stride, int64_t depth_stride, int64_t rows,
                        int64_t depth, const T* packed, int64_t block_stride, int64_t columns,
-                       bool adds, T factor, T* out, int64_t out_stride) {
-    T gathered[kRows * kDepth];
+                       bool adds, T factor, T* out, int64_t out_stride, int64_t out_block_stride) {
+    const bool is_turned = depth_stride != 1;
+    const int64_t stride = is_turned ? depth_stride : row_stride;
+    const int64_t tiles = (rows + kRows - 1) / kRows;
     for (int64_t start = 0; start < depth; start += kDepth) {
       const int64_t count = depth - start < kDepth ? depth - start : kDepth;
-      const T* right = packed + start * kColumns;
       const bool adds_here = adds || start > 0;
-      if (depth_stride == 1) {  // the left factor lies as a tile reads it
-        for (int64_t column = 0; column < columns; column += kColumns) {
-          const int64_t width = columns - column < kColumns ? columns - column : kColumns;
-          for (int64_t row = 0; row < rows; row += kRows) {
-            tile_of(rows - row)(a + row * row_stride + start, row_stride, 1, count,
-                                right + column / kColumns * block_stride, width, adds_here, factor,
-                                out + row * out_stride + column, out_stride);
-          }
-        }
-        continue;
-      }
-      for (int64_t row = 0; row < rows; row += kRows) {
-        const int64_t height = rows - row < kRows ? rows - row : kRows;
+      for (int64_t index = 0, row = 0; index < tiles; ++index) {  // of about the same height
+        const int64_t height = (rows - row) / (tiles - index);
+        const Tile multiply_tile = is_turned ? tile_of<true>(height) : tile_of<false>(height);
         const T* left = a + row * row_stride + start * depth_stride;
-        for (int64_t k = 0; k < count; ++k) {
-          for (int64_t i = 0; i < height; ++i) {
-            gathered[k * kRows + i] = left[i * row_stride + k * depth_stride];
-          }
-        }
         for (int64_t column = 0; column < columns; column += kColumns) {
-          const int64_t width = columns - column < kColumns ? columns - column : kColumns;
-          tile_of(height)(gathered, 1, kRows, count, right + column / kColumns * block_stride,
-                          width, adds_here, factor, out + row * out_stride + column, out_stride);
+          const int64_t block = column / kColumns;
+          multiply_tile(left, stride, count, packed + start * kColumns + block * block_stride,
+                        columns - column < kColumns ? columns - column : kColumns, adds_here,
+                        factor, out + row * out_stride + block * out_block_stride, out_stride);
         }
+        row += height;
       }
     }
   }

@@ -1,32 +1,69 @@
-// Stage `refine`: H = F Wd, F^ = F + H Wu, Z = F^ Wu^T, norms and KD sums.
+// Stage `refine`: H = F Wd, F^ = F + H Wu, Z = F^ Wu^T, norms and KD sums; and, while they are in the
+// cache, what the Gram matrices take of them.
 #include "cpu/stages.h"
+#include "math/gram.h"
 
 namespace singer::cpu {
 namespace {
 
-// A thread's buffers, for one run; a row that can be used where it lies needs none.
+// A thread's buffers, for one run; a row that can be used where it lies needs none. Rows of F^ don't
+// all begin in the same set of a cache.
 template <typename T>
 struct Buffers {
-  explicit Buffers(const RefineCall<T>& call, bool keeps_refined)
-      : area(kRunRows * call.sizes.width),
-        plain(area),
-        refined(keeps_refined ? 0 : area),
+  explicit Buffers(const RefineCall<T>& call)
+      : stride(call.sizes.width + loops<T>().block),
+        plain(call.operand.is_direct() && call.sizes.patches() >= kRunRows
+                  ? 0
+                  : kRunRows * call.sizes.width),
+        refined(kRunRows * stride),
         exact(call.operand.is_rounded() ? call.sizes.width : 0),
         student(call.sizes.width),
-        residual(call.residual.data == nullptr ? 0 : area) {}
+        residual(call.residual.data == nullptr ? 0 : kRunRows * stride),
+        columns(kRunRows * 2 * call.sizes.rank) {}
 
-  int64_t area;
-  Scratch<T> plain, refined, exact, student, residual;
+  int64_t stride;
+  Scratch<T> plain, refined, exact, student, residual, columns;
 };
 
+// What the Gram matrix of one image takes of some of its patches, from `start` on.
 template <typename T>
-void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refined,
-                const Buffers<T>& buffers) {
+void prepare_gram(const RefineCall<T>& call, const RefinedImage<T>& image, const Run& patches,
+                  int64_t start, const Matrix<const T>& refined, T* buffer) {
+  const Loops<T>& loop = loops<T>();
+  const auto [first, count] = patches;
+  const int64_t rank = call.sizes.rank;
+  const Matrix<const T> columns = Matrix<const T>(call.columns).from(first, count);
+  const Matrix<T> rows{buffer, count, 2 * rank, 2 * rank};
+  T* inverses = image.refined.inverses.data() + start;
+  image.refined.packed.set_columns(refined.transposed(), start);
+  for (int64_t i = 0; i < count; ++i) inverses[i] = reciprocal_norm(call.norms[first + i]);
+  if (call.has_gradient) {
+    for (int64_t i = 0; i < count; ++i) {
+      loop.scale(columns.row(i), inverses[i], 2 * rank, rows.row(i));
+    }
+    image.scaled.set_rows(rows, start);
+  }
+  if (call.overlap.blocks() == 0) return;
+  // L = Z - H M / 2
+  call.overlap.multiply({columns.data, count, rank, columns.row_stride},
+                        {buffer, count, rank, 2 * rank});
+  for (int64_t i = 0; i < count; ++i) {
+    image.plain_inverses.data()[start + i] = reciprocal_norm(call.plain_norms[first + i]);
+    loop.subtract_half(columns.row(i) + rank, rows.row(i), rank, rows.row(i));
+    std::copy(columns.row(i), columns.row(i) + rank, rows.row(i) + rank);
+  }
+  image.halves.set_columns(Matrix<const T>(rows).transposed(), start);
+}
+
+template <typename T>
+void refine_run(const RefineCall<T>& call, const Run& run, const Buffers<T>& buffers) {
   const Sizes& sizes = call.sizes;
   const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
   const Loops<T>& loop = loops<T>();
   const auto plain =
       gather(call.operand, run, patches, sizes.prefix, width, buffers.plain.data());
+  const Matrix<T> refined{buffers.refined.data(), run.count, width, buffers.stride};
+  const Matrix<T> difference{buffers.residual.data(), run.count, width, buffers.stride};
   const Matrix<T> columns = call.columns.from(run.first, run.count);
   const Matrix<T> hidden{columns.data, run.count, rank, columns.row_stride};
   const Matrix<T> latent{columns.data + rank, run.count, rank, columns.row_stride};
@@ -41,8 +78,8 @@ void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refi
     if (call.operand.is_rounded()) {
       teacher = call.teacher.row(image, token, buffers.exact.data());
     }
-    T* residual = has_residual ? buffers.residual.data() + i * width : nullptr;
-    const RowSums<T> sums = loop.refine(refined.row(i), teacher, student, width, residual);
+    const RowSums<T> sums = loop.refine(refined.row(i), teacher, student, width,
+                                        has_residual ? difference.row(i) : nullptr);
     call.norms[patch] = std::sqrt(sums.refined);
     call.plain_norms[patch] = std::sqrt(sums.plain);
     call.kd_parts[row] = sums.residual;
@@ -53,25 +90,33 @@ void refine_run(const RefineCall<T>& call, const Run& run, const Matrix<T>& refi
   }
   call.up_transposed.multiply(refined, latent);
   if (has_residual) {
-    call.up_transposed.multiply(Matrix<const T>{buffers.residual.data(), run.count, width, width},
-                                call.residual.from(run.first, run.count));
+    call.up_transposed.multiply(difference, call.residual.from(run.first, run.count));
   }
 }
 
 }  // namespace
 
 template <typename T>
-void refine(const RefineCall<T>& call, int64_t first, int64_t count, const Matrix<T>& refined) {
-  const auto runs = runs_of(first, count, call.sizes.patches(), kRunRows);
-  const int64_t width = call.sizes.width, total = static_cast<int64_t>(runs.size());
-  const bool keeps_refined = refined.data != nullptr;
-  parallel_ranges(total, kRunRows * width * call.sizes.rank, [&](int64_t begin, int64_t end) {
-    const Buffers<T> buffers(call, keeps_refined);
-    for (int64_t i = begin; i < end; ++i) {
-      const Run& run = runs[i];
-      const Matrix<T> own{buffers.refined.data(), run.count, width, width};
-      refine_run(call, run, keeps_refined ? refined.from(run.first - first, run.count) : own,
-                 buffers);
+void refine(const RefineCall<T>& call, int64_t first, int64_t count,
+            const std::vector<std::unique_ptr<RefinedImage<T>>>& images) {
+  const int64_t patches = call.sizes.patches(), width = call.sizes.width;
+  const auto runs = runs_of(first, count, patches);
+  const int64_t total = static_cast<int64_t>(runs.size());
+  parallel_queue(total, kRunRows * width * call.sizes.rank, [&](Queue& queue) {
+    const Buffers<T> buffers(call);
+    for (int64_t task; queue.take(task);) {
+      const Run& run = runs[task];
+      refine_run(call, run, buffers);
+      if (images.empty()) continue;
+      for (int64_t done = 0; done < run.count;) {  // one image after the other
+        const int64_t patch = run.first + done, start = patch % patches;
+        const int64_t length = std::min(run.count - done, patches - start);
+        prepare_gram(call, *images[patch / patches - first], Run{patch, length}, start,
+                     {buffers.refined.data() + done * buffers.stride, length, width,
+                      buffers.stride},
+                     buffers.columns.data());
+        done += length;
+      }
     }
   });
 }
@@ -97,17 +142,10 @@ void refine_prefix(const RefineCall<T>& call) {
   });
 }
 
-template <typename T>
-void row_norms(const Matrix<const T>& rows, T* norms) {
-  parallel(rows.rows, rows.columns, [&](int64_t i) {
-    norms[i] = std::sqrt(loops<T>().sum_of_squares(rows.row(i), rows.columns));
-  });
-}
-
-#define SINGER_INSTANTIATE(T)                                                         \
-  template void refine(const RefineCall<T>&, int64_t, int64_t, const Matrix<T>&);     \
-  template void refine_prefix(const RefineCall<T>&);                                  \
-  template void row_norms(const Matrix<const T>&, T*);
+#define SINGER_INSTANTIATE(T)                                                             \
+  template void refine(const RefineCall<T>&, int64_t, int64_t,                            \
+                       const std::vector<std::unique_ptr<RefinedImage<T>>>&);             \
+  template void refine_prefix(const RefineCall<T>&);
 SINGER_INSTANTIATE(float)
 SINGER_INSTANTIATE(double)
 

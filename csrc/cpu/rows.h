@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
@@ -50,6 +51,30 @@ void parallel(int64_t count, int64_t cost, const Body& body) {
   });
 }
 
+// Tasks that threads take as they become free, in order. Results may not depend on who takes what.
+class Queue {
+ public:
+  explicit Queue(int64_t count) : count_(count) {}
+  Queue(const Queue&) = delete;
+
+  // The next task, if one is left.
+  bool take(int64_t& task) {
+    task = next_.fetch_add(1, std::memory_order_relaxed);
+    return task < count_;
+  }
+
+ private:
+  int64_t count_;
+  std::atomic<int64_t> next_{0};
+};
+
+// Calls `body(queue)` on as many threads as are worth it.
+template <typename Body>
+void parallel_queue(int64_t count, int64_t cost, const Body& body) {
+  Queue queue(count);
+  parallel_ranges(count, cost, [&](int64_t, int64_t) { body(queue); });
+}
+
 // Memory of a call's own, on a border of cache lines.
 template <typename T>
 class Scratch {
@@ -82,6 +107,39 @@ struct Matrix {
   T* row(int64_t index) const { return data + index * row_stride; }
 };
 
+// A right factor of products as Packed holds it, from some row and block on.
+template <typename T>
+struct Factor {
+  const T* data;
+  int64_t block_stride, columns;
+
+  Factor from_row(int64_t row) const {
+    return {data + row * loops<T>().block, block_stride, columns};
+  }
+  Factor from_block(int64_t block) const {
+    return {data + block * block_stride, block_stride, columns - block * loops<T>().block};
+  }
+
+  // Some columns, at most a block and of the first one, as rows of a left factor.
+  Matrix<const T> turned(int64_t count, int64_t depth) const {
+    return {data, count, depth, 1, loops<T>().block};
+  }
+
+  // out = factor a b or, with `adds`, out += it.
+  void multiply(const Matrix<const T>& a, const Matrix<T>& out, bool adds = false,
+                T factor = T(1)) const {
+    multiply_blocks(a, out, loops<T>().block, adds, factor);
+  }
+
+  // Likewise, where out's blocks of columns lie apart, as those of a right factor.
+  void multiply_blocks(const Matrix<const T>& a, const Matrix<T>& out, int64_t out_block_stride,
+                       bool adds = false, T factor = T(1)) const {
+    loops<T>().multiply(a.data, a.row_stride, a.column_stride, a.rows, a.columns, data,
+                        block_stride, columns, adds, factor, out.data, out.row_stride,
+                        out_block_stride);
+  }
+};
+
 // A right factor of products, packed by blocks of columns.
 template <typename T>
 class Packed {
@@ -93,25 +151,33 @@ class Packed {
         data_(rows * blocks_ * loops<T>().block) {}
 
   explicit Packed(const Matrix<const T>& factor) : Packed(factor.rows, factor.columns) {
-    parallel(blocks_, rows_ * loops<T>().block,
-             [&](int64_t block) { set(factor, 0, block, block + 1); });
+    const int64_t block = loops<T>().block;
+    parallel(blocks_, rows_ * block, [&](int64_t index) {
+      const int64_t first = index * block, count = std::min(block, columns_ - first);
+      set_columns({factor.data + first * factor.column_stride, factor.rows, count,
+                   factor.row_stride, factor.column_stride},
+                  first);
+    });
   }
 
   int64_t blocks() const { return blocks_; }
+  Factor<T> factor() const { return {data_.data(), rows_ * loops<T>().block, columns_}; }
 
-  // Sets the rows from `first` on.
-  void set(const Matrix<const T>& part, int64_t first, int64_t begin, int64_t end) const {
-    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, columns_, begin, end,
-                    data_.data() + first * loops<T>().block, rows_ * loops<T>().block);
+  void multiply(const Matrix<const T>& a, const Matrix<T>& out) const { factor().multiply(a, out); }
+
+  // Sets the rows from `first` on, of all columns.
+  void set_rows(const Matrix<const T>& part, int64_t first) const {
+    const int64_t block = loops<T>().block;
+    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, columns_, 0, blocks_,
+                    data_.data() + first * block, rows_ * block);
   }
-  void set(const Matrix<const T>& part, int64_t first) const { set(part, first, 0, blocks_); }
 
-  // out = factor a b or, with `adds`, out += it; b is this, from the row `first` on.
-  void multiply(const Matrix<const T>& a, const Matrix<T>& out, bool adds = false,
-                T factor = T(1), int64_t first = 0) const {
-    loops<T>().multiply(a.data, a.row_stride, a.column_stride, a.rows, a.columns,
-                        data_.data() + first * loops<T>().block,
-                        rows_ * loops<T>().block, columns_, adds, factor, out.data, out.row_stride);
+  // Sets the columns from `first` on, which begins a block; beyond them their last block is 0.
+  void set_columns(const Matrix<const T>& part, int64_t first) const {
+    const int64_t block = loops<T>().block;
+    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, part.columns, 0,
+                    (part.columns + block - 1) / block, data_.data() + first * rows_,
+                    rows_ * block);
   }
 
  private:
@@ -147,9 +213,14 @@ class TokenRows {
 
   // A row where it lies, or read into `buffer`, which holds D numbers.
   const T* row(int64_t image, int64_t token, T* buffer) const {
-    const char* start = address(image, token);
+    return columns(image, token, 0, width_, buffer);
+  }
+
+  // Some columns of a row, likewise.
+  const T* columns(int64_t image, int64_t token, int64_t first, int64_t count, T* buffer) const {
+    const char* start = address(image, token) + first * stride_ * size_of(dtype_);
     if (is_direct_) return reinterpret_cast<const T*>(start);
-    read_(start, dtype_, stride_, width_, rounding_, buffer);
+    read_(start, dtype_, stride_, count, rounding_, buffer);
     return buffer;
   }
 
@@ -176,18 +247,26 @@ struct Run {
   int64_t first, count;
 };
 
-// The runs of so many patches, or fewer, from `first` on. The border of an image of that size or
-// larger ends a run, so that its rows can be used where they lie.
-inline std::vector<Run> runs_of(int64_t first, int64_t count, int64_t patches, int64_t most) {
+// Rows that a thread works on at once, so that they stay in its cache: a multiple of every width of
+// a right factor's blocks.
+constexpr int64_t kRunRows = 32;
+
+// Runs of at most kRunRows patches: whole images, or parts of one that begin at its multiples of
+// kRunRows.
+inline std::vector<Run> runs_of(int64_t first_image, int64_t images, int64_t patches) {
   std::vector<Run> runs;
-  for (const int64_t end = first + count; first < end;) {
-    int64_t length = std::min(most, end - first);
-    if (patches >= most) {
-      const int64_t rest = patches - first % patches, parts = (rest + most - 1) / most;
-      length = std::min((rest + parts - 1) / parts, end - first);
+  const int64_t whole = kRunRows / patches;
+  for (int64_t image = first_image; image < first_image + images;) {
+    if (whole > 0) {
+      const int64_t count = std::min(whole, first_image + images - image);
+      runs.push_back({image * patches, count * patches});
+      image += count;
+      continue;
     }
-    runs.push_back({first, length});
-    first += length;
+    for (int64_t start = 0; start < patches; start += kRunRows) {
+      runs.push_back({image * patches + start, std::min(kRunRows, patches - start)});
+    }
+    ++image;
   }
   return runs;
 }

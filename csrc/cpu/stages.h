@@ -5,18 +5,41 @@
 
 namespace singer::cpu {
 
-// Rows that a thread works on at once, so that they stay in its cache: a multiple of the heights of
-// a product's tiles (4, 6 and 12).
-constexpr int64_t kRunRows = 48;
-
-// Rows between two barriers of all threads: enough runs for many threads, few enough for a cache
-// that they share. The same for any number of threads, as sums are to be.
-constexpr int64_t kGroupRows = 12 * kRunRows;
+// Patches of the images that are taken together, at most, unless one image has more: enough for many
+// threads between two barriers, few enough for a cache that they share. The same for any number of
+// threads, as nothing may depend on it.
+constexpr int64_t kGroupPatches = 2048;
 
 struct Sizes {
   int64_t images, tokens, prefix, width, rank;
 
   int64_t patches() const { return tokens - prefix; }
+};
+
+// An image's rows as one side of a Gram matrix, with the rows' norms n.
+template <typename T>
+struct GramRows {
+  GramRows(int64_t width, int64_t patches) : packed(width, patches), inverses(patches) {}
+
+  Packed<T> packed;     // the rows' transpose
+  Scratch<T> inverses;  // 1 / n
+};
+
+// What the stage `refine` leaves of an image for its Gram matrix.
+template <typename T>
+struct RefinedImage {
+  // With `takes_identity` what follows from F^ F^^T for F F^T is prepared too, and with
+  // `has_gradient` the gradient.
+  RefinedImage(const Sizes& sizes, bool takes_identity, bool has_gradient)
+      : refined(sizes.width, sizes.patches()),
+        plain_inverses(takes_identity ? sizes.patches() : 0),
+        halves(takes_identity ? 2 * sizes.rank : 0, sizes.patches()),
+        scaled(has_gradient ? sizes.patches() : 0, 2 * sizes.rank) {}
+
+  GramRows<T> refined;        // F^
+  Scratch<T> plain_inverses;  // of the norms of F
+  Packed<T> halves;           // [L | H]^T: F^ F^^T - F F^T = H L^T + L H^T
+  Packed<T> scaled;           // [H | Z], rows divided by the norms of F^
 };
 
 // What the stage `refine` reads and writes.
@@ -29,6 +52,7 @@ struct RefineCall {
   Packed<T> down;            // Wd, [D, r]
   Packed<T> up;              // Wu, [r, D]
   Packed<T> up_transposed;   // Wu^T, [D, r]
+  Packed<T> overlap;         // M = Wu Wu^T, [r, r]; empty: L is not wanted
   Matrix<T> columns;         // out: [H | Z], [B P, 2r]
   Matrix<T> residual;        // out: (F^ - S) Wu^T, [B P, r]; without data: not wanted
   T* norms;                  // out: n, [B P]
@@ -36,12 +60,14 @@ struct RefineCall {
   T* kd_parts;               // out: sums of (F^ - S)^2, [B T]
   char* refined;             // out: F^, [B, T, D]; null: not wanted
   Dtype refined_dtype;
+  bool has_gradient;         // whether [H | Z] is to be made ready for the Gram matrix's gradient
 };
 
-// H, Z, norms and the KD sums of the patches from `first` on; F^ goes to `refined`, or nowhere if
-// that has no data.
+// H, Z, norms and the KD sums of the patches of so many images from `first` on; what their Gram
+// matrices need goes to `images`, or nowhere if it is empty.
 template <typename T>
-void refine(const RefineCall<T>& call, int64_t first, int64_t count, const Matrix<T>& refined);
+void refine(const RefineCall<T>& call, int64_t first, int64_t count,
+            const std::vector<std::unique_ptr<RefinedImage<T>>>& images);
 
 // The KD sums of the prefix tokens, where F^ = F.
 template <typename T>
@@ -63,20 +89,51 @@ void outlier(const OutlierCall<T>& call);
 // What the stage `gram` reads and writes, for one image.
 template <typename T>
 struct GramCall {
-  Matrix<const T> rows;     // F^, [P, D]
-  const T* norms;           // [P]
-  Matrix<const T> target;   // R, [P, D]; or, with `right`, the left factor of F^ F^^T - F F^T
-  Matrix<const T> right;    // its right factor, [P, 2r]; without data: R is given
-  const T* target_norms;    // [P]
-  Matrix<const T> columns;  // C, [P, m]; without data: no gradient is wanted
-  Matrix<T> gram_columns;   // out: X C
-  Matrix<T> d_target;       // out: the gradient of R, [P, D]; without data: not wanted
-  T scale;                  // 4 / (B P^2)
+  int64_t patches;
+  Factor<T> rows;             // F^^T, [D, P]
+  int64_t width;              // D
+  const T* inverses;          // 1 / n, [P]
+  Factor<T> target;           // R^T, [D, P]; or [L | H]^T, [2r, P], of F^ F^^T - R R^T = H L^T + L H^T
+  int64_t identity_rank;      // r, or 0: R is given
+  const T* target_inverses;   // 1 / norms of R, [P]
+  const T* norms;             // of F^, [P]
+  Factor<T> scaled;           // C with its rows divided by the norms, [P, m]
+  Matrix<const T> columns;    // C, [P, m]; without data: no gradient is wanted
+  Matrix<T> gram_columns;     // out: X C
+  const T* target_norms;      // [P]
+  Factor<T> scaled_target;    // R with its rows divided by their norms, [P, D]
+  Matrix<const T> target_rows;  // R, [P, D]; without data: no gradient is wanted
+  Matrix<T> d_target;         // out: the gradient of R, [P, D]
+  T scale;                    // 4 / (B P^2)
 };
 
 // Writes the sum of E^2 of each image, at least one, all of one size.
 template <typename T>
 void gram(const std::vector<GramCall<T>>& calls, double* squares);
+
+// An image's rows made ready for `gram`, from a tensor.
+template <typename T>
+struct TokenGramRows {
+  // `is_kept`: the rows themselves are needed too, for a gradient.
+  TokenGramRows(const Sizes& sizes, bool is_kept)
+      : is_kept(is_kept),
+        rows(sizes.width, sizes.patches()),
+        norms(sizes.patches()),
+        scaled(is_kept ? sizes.patches() : 0, sizes.width),
+        buffer(is_kept ? sizes.patches() * sizes.width : 0) {}
+
+  bool is_kept;
+  GramRows<T> rows;
+  Scratch<T> norms;
+  Packed<T> scaled;  // the rows divided by their norms
+  Scratch<T> buffer;
+  Matrix<const T> kept{};  // the rows, in `buffer` or where they lie
+};
+
+// Sets those of the image `first` and the next ones that are not null.
+template <typename T>
+void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
+                    const std::vector<std::unique_ptr<TokenGramRows<T>>>& images);
 
 // What the stage `backward` reads and writes; a null pointer is a term that is not there.
 template <typename T>
@@ -105,9 +162,5 @@ struct BackwardCall {
 
 template <typename T>
 void backward(const BackwardCall<T>& call);
-
-// The norms of a matrix's rows.
-template <typename T>
-void row_norms(const Matrix<const T>& rows, T* norms);
 
 }  // namespace singer::cpu
