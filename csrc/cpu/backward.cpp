@@ -231,7 +231,7 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
                                call().columns.row_stride};
   if (stage_.needs_refined_) {
     Factor<T> up = call().up.factor().from_block(start / block);
-    up.columns = (count + block - 1) / block * block;
+    up.columns = (count + loop.lanes - 1) / loop.lanes * loop.lanes;
     up.multiply_blocks(hidden, {refined_.data(), run.count, up.columns, block}, block_stride);
   }
   loop.backward_rows({run.count, count, block_stride, stage_.alpha_, teacher, operand,

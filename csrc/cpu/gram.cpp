@@ -68,9 +68,9 @@ class Difference {
 template <typename T>
 void multiply_turned(const Factor<T>& left, const Factor<T>& right, int64_t first, int64_t count,
                      int64_t depth, bool adds, const Matrix<T>& out) {
-  const int64_t block = loops<T>().block;
+  const int64_t block = loops<T>().block, lanes = loops<T>().lanes;
   Factor<T> columns = right.from_block(first / block);
-  columns.columns = (columns.columns + block - 1) / block * block;  // out has room for whole blocks
+  columns.columns = (columns.columns + lanes - 1) / lanes * lanes;  // out has room for whole vectors
   for (int64_t start = 0; start < count; start += block) {
     const int64_t height = std::min(block, count - start);
     columns.multiply(left.from_block((first + start) / block).turned(height, depth),

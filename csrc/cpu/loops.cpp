@@ -8,6 +8,13 @@
 #define SINGER_WIDE_LOOPS
 #endif
 
+// Two vectors' numbers in another order.
+#ifdef __clang__
+#define SINGER_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SINGER_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
 // Each in an unnamed namespace: two widths must never be taken for one function by the linker.
 namespace singer::cpu {
 namespace {

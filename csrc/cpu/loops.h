@@ -45,9 +45,10 @@ struct BackwardRows {
 
 template <typename T>
 struct Loops {
-  // Products: a right factor is packed by blocks of `block` columns, then multiplied.
+  // Products: a right factor is packed by blocks of `block` columns, two vectors
+  // of `lanes` numbers, then multiplied.
   // See products_body.h.
-  int64_t block;
+  int64_t block, lanes;
   void (*pack)(const T* in, int64_t row_stride, int64_t column_stride, int64_t rows,
                int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride);
   void (*multiply)(const T* a, int64_t row_stride, int64_t depth_stride, int64_t rows,

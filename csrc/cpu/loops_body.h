@@ -193,8 +193,14 @@ struct Body {
   }
 
   static void backward_rows(const BackwardRows<T>& rows) {
-    constexpr int64_t kBlock = Product<T>::kColumns;
+    constexpr int64_t kBlock = Product<T>::kColumns, kLine = 64 / sizeof(T), kAhead = 4;
     for (int64_t i = 0; i < rows.rows; ++i) {
+      // Pieces of rows are short: no processor sees by itself which comes next. The first cache may
+      // have no place for them, if rows begin in the same set.
+      for (int64_t j = 0; i + kAhead < rows.rows && j < rows.columns; j += kLine) {
+        if (rows.refined != nullptr) __builtin_prefetch(rows.teacher[i + kAhead] + j, 0, 2);
+        if (rows.student != nullptr) __builtin_prefetch(rows.student[i + kAhead] + j, 0, 2);
+      }
       for (int64_t start = 0; start < rows.columns; start += kBlock) {
         const int64_t left = rows.columns - start, count = left < kBlock ? left : kBlock;
         const int64_t place = start / kBlock * rows.block_stride + i * kBlock;
@@ -243,6 +249,7 @@ struct Body {
 template <typename T>
 const Loops<T>& table() {
   static const Loops<T> result{Product<T>::kColumns,
+                               Product<T>::kLanes,
                                Product<T>::pack,
                                Product<T>::multiply,
                                Body<T>::read,

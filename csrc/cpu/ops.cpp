@@ -67,13 +67,14 @@ int64_t images_together(int64_t images, int64_t patches) {
 
 // M = Wu Wu^T, packed.
 template <typename T>
-Packed<T> overlap_of(const Matrix<const T>& up, bool is_needed) {
-  if (!is_needed) return Packed<T>(0, 0);
+Packed<T> overlap_of(const Matrix<const T>& up, const Packed<T>& up_transposed) {
+  constexpr int64_t kRows = 12;  // those of the largest tile
   const Scratch<T> data(up.rows * up.rows);
   const Matrix<T> overlap{data.data(), up.rows, up.rows, up.rows};
-  const Packed<T> right(up.transposed());
-  parallel(up.rows, up.rows * up.columns,
-           [&](int64_t i) { right.multiply(up.from(i, 1), overlap.from(i, 1)); });
+  parallel((up.rows + kRows - 1) / kRows, kRows * up.rows * up.columns, [&](int64_t i) {
+    const int64_t first = i * kRows, count = std::min(kRows, up.rows - first);
+    up_transposed.multiply(up.from(first, count), overlap.from(first, count));
+  });
   return Packed<T>(overlap);
 }
 
@@ -105,11 +106,13 @@ class GramGroup {
     const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
     const int64_t count = static_cast<int64_t>(refined_.size());
     refine(call_, first_, count, refined_);
+    bool reads_targets = false;
     for (int64_t i = 0; i < count; ++i) {
       if (takes_identity(first_ + i)) continue;
       targets_[i] = std::make_unique<TokenGramRows<T>>(sizes, d_target != nullptr);
+      reads_targets = true;
     }
-    read_gram_rows(target, sizes, first_, targets_);
+    if (reads_targets) read_gram_rows(target, sizes, first_, targets_);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = (first_ + i) * patches;
       const RefinedImage<T>& image = *refined_[i];
@@ -190,7 +193,9 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   const Scratch<T> plain_norms(images * patches), kd_parts(images * sizes.tokens);
   const Scratch<T> parts(2 * images);
   const Matrix<const T> wide_up = dense<T>(up, up_buffer);
-  const Matrix<T> all_columns{data_of<T>(columns), images * patches, 2 * rank, 2 * rank};
+  Packed<T> up_transposed(wide_up.transposed());
+  const bool has_identity = gram && !gram_target.has_value() && 2 * rank < width;
+  Packed<T> overlap = has_identity ? overlap_of(wide_up, up_transposed) : Packed<T>(0, 0);
   const RefineCall<T> call{
       sizes,
       TokenRows<T>(student),
@@ -198,8 +203,8 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
       TokenRows<T>(teacher, dtype_of(product)),
       Packed<T>(dense<T>(down, down_buffer)),
       Packed<T>(wide_up),
-      Packed<T>(wide_up.transposed()),
-      overlap_of(wide_up, gram && !gram_target.has_value() && 2 * rank < width),
+      std::move(up_transposed),
+      std::move(overlap),
       {data_of<T>(columns), images * patches, 2 * rank, 2 * rank},
       {has_residual ? data_of<T>(residual) : nullptr, images * patches, rank, rank},
       data_of<T>(norms),

@@ -28,13 +28,44 @@ struct Product {
       }
       for (int64_t start = 0; start < rows; start += kDepth) {
         const int64_t stop = start + kDepth < rows ? start + kDepth : rows;
-        for (int64_t j = 0; j < kColumns; ++j) {
+        int64_t j = 0;
+        if (row_stride == 1) {
+          for (; j + 4 <= count; j += 4) {
+            int64_t k = start;
+            for (; k + 4 <= stop; k += 4) {
+              turn(from + j * column_stride + k, column_stride, to + k * kColumns + j);
+            }
+            for (; k < stop; ++k) {
+              for (int64_t i = j; i < j + 4; ++i) to[k * kColumns + i] = from[i * column_stride + k];
+            }
+          }
+        }
+        for (; j < kColumns; ++j) {
           const T* column = from + j * column_stride;
           for (int64_t k = start; k < stop; ++k) {
             to[k * kColumns + j] = j < count ? column[k * row_stride] : T(0);
           }
         }
       }
+    }
+  }
+
+  // The transpose of a square of four rows, kColumns apart.
+  static void turn(const T* in, int64_t stride, T* out) {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    typedef decltype(Four{} < Four{}) Order;
+    Four rows[4], halves[4];
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&rows[i], in + i * stride, sizeof(Four));
+    for (int i = 0; i < 2; ++i) {
+      const Four &above = rows[2 * i], &below = rows[2 * i + 1];
+      halves[2 * i] = SINGER_SHUFFLE(Order, above, below, 0, 4, 2, 6);
+      halves[2 * i + 1] = SINGER_SHUFFLE(Order, above, below, 1, 5, 3, 7);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Four left = SINGER_SHUFFLE(Order, halves[i], halves[i + 2], 0, 1, 4, 5);
+      const Four right = SINGER_SHUFFLE(Order, halves[i], halves[i + 2], 2, 3, 6, 7);
+      __builtin_memcpy(out + i * kColumns, &left, sizeof(Four));
+      __builtin_memcpy(out + (i + 2) * kColumns, &right, sizeof(Four));
     }
   }
 
@@ -46,51 +77,56 @@ struct Product {
 
   static void store(Vector vector, T* to) { __builtin_memcpy(to, &vector, sizeof(vector)); }
 
-  // out = factor a b, or out += it, of kCount rows and a block of columns. With kIsTurned a row's
-  // numbers lie `stride` apart and the rows side by side; else the other way round.
-  template <int kCount, bool kIsTurned>
+  // out = factor a b, or out += it, of kCount rows and kVectors vectors of a block's columns, or
+  // fewer columns. With kIsTurned a row's numbers lie `stride` apart and the rows side by side; else
+  // the other way round.
+  template <int kCount, bool kIsTurned, int kVectors>
   static void tile(const T* a, int64_t stride, int64_t depth, const T* b, int64_t columns,
                    bool adds, T factor, T* out, int64_t out_stride) {
-    Vector sums[kCount][2] = {};
+    constexpr int64_t kWidth = kVectors * kLanes;
+    Vector sums[kCount][kVectors] = {};
     for (int64_t k = 0; k < depth; ++k) {
-      const Vector left = load(b + k * kColumns), right = load(b + k * kColumns + kLanes);
+      Vector right[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * kColumns + v * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) {
         const T value = kIsTurned ? a[i + k * stride] : a[i * stride + k];
-        sums[i][0] += value * left;
-        sums[i][1] += value * right;
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[i][v] += value * right[v];
       }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       T* row = out + i * out_stride;
-      if (columns == kColumns) {
-        Vector left = factor * sums[i][0], right = factor * sums[i][1];
-        if (adds) {
-          left += load(row);
-          right += load(row + kLanes);
+      if (columns == kWidth) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          Vector result = factor * sums[i][v];
+          if (adds) result += load(row + v * kLanes);
+          store(result, row + v * kLanes);
         }
-        store(left, row);
-        store(right, row + kLanes);
         continue;
       }
-      T values[kColumns];
-      store(sums[i][0], values);
-      store(sums[i][1], values + kLanes);
+      T values[kWidth];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store(sums[i][v], values + v * kLanes);
       for (int64_t j = 0; j < columns; ++j) row[j] = factor * values[j] + (adds ? row[j] : T(0));
     }
   }
 
   using Tile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, bool, T, T*, int64_t);
 
-  // The tile of so many rows, at most kRows.
+  // The tiles of so many rows, at most kRows, and one or two vectors of columns.
+  struct Tiles {
+    Tile narrow, wide;
+  };
   template <bool kIsTurned, int kCount = 1>
-  static Tile tile_of(int64_t rows) {
+  static Tiles tiles_of(int64_t rows) {
     if constexpr (kCount < kRows) {
-      return rows == kCount ? tile<kCount, kIsTurned> : tile_of<kIsTurned, kCount + 1>(rows);
-    } else {
-      return tile<kCount, kIsTurned>;
+      if (rows != kCount) return tiles_of<kIsTurned, kCount + 1>(rows);
     }
+    return {tile<kCount, kIsTurned, 1>, tile<kCount, kIsTurned, 2>};
   }
 
   // out = factor a b, or out += it. One of a's strides is 1. `packed` is b's block of the first
@@ -107,13 +143,15 @@ struct Product {
       const bool adds_here = adds || start > 0;
       for (int64_t index = 0, row = 0; index < tiles; ++index) {  // of about the same height
         const int64_t height = (rows - row) / (tiles - index);
-        const Tile multiply_tile = is_turned ? tile_of<true>(height) : tile_of<false>(height);
+        const Tiles of_height = is_turned ? tiles_of<true>(height) : tiles_of<false>(height);
         const T* left = a + row * row_stride + start * depth_stride;
         for (int64_t column = 0; column < columns; column += kColumns) {
           const int64_t block = column / kColumns;
-          multiply_tile(left, stride, count, packed + start * kColumns + block * block_stride,
-                        columns - column < kColumns ? columns - column : kColumns, adds_here,
-                        factor, out + row * out_stride + block * out_block_stride, out_stride);
+          const int64_t width = columns - column < kColumns ? columns - column : kColumns;
+          const Tile multiply_tile = width > kLanes ? of_height.wide : of_height.narrow;
+          multiply_tile(left, stride, count, packed + start * kColumns + block * block_stride, width,
+                        adds_here, factor, out + row * out_stride + block * out_block_stride,
+                        out_stride);
         }
         row += height;
       }

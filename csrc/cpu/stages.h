@@ -8,7 +8,7 @@ namespace singer::cpu {
 // Patches of the images that are taken together, at most, unless one image has more: enough for many
 // threads between two barriers, few enough for a cache that they share. The same for any number of
 // threads, as nothing may depend on it.
-constexpr int64_t kGroupPatches = 2048;
+constexpr int64_t kGroupPatches = 1024;
 
 struct Sizes {
   int64_t images, tokens, prefix, width, rank;
