@@ -59,7 +59,7 @@ T gram_scale(const Sizes& sizes) {
 
 // How many images are taken together: groups of about the same size.
 int64_t images_together(int64_t images, int64_t patches) {
-  const int64_t padded = (patches + kRunRows - 1) / kRunRows * kRunRows;
+  const int64_t padded = (patches + kRunRows - 1) / kRunRows * kRunRows;  // as right factors have it
   const int64_t most = std::max<int64_t>(1, kGroupPatches / padded);
   const int64_t groups = (images + most - 1) / most;
   return (images + groups - 1) / groups;

@@ -10,8 +10,9 @@ struct Product {
   // Of the right factor, so many rows of a tile's columns stay in the first cache.
   static constexpr int64_t kDepth = 256;
 
-  // The right factor [rows, columns] as blocks of kColumns columns, row by row, with zeros beyond
-  // the last column; the blocks from `begin` to `end` of it, `block_stride` apart.
+  // The right factor [rows, columns] as blocks of kColumns columns, row by row; the blocks from
+  // `begin` to `end` of it, `block_stride` apart. Beyond the last column its vector is filled with
+  // zeros; another vector, of which a product takes nothing, is not written.
   static void pack(const T* in, int64_t row_stride, int64_t column_stride, int64_t rows,
                    int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride) {
     for (int64_t block = begin; block < end; ++block) {
@@ -19,32 +20,31 @@ struct Product {
       const int64_t count = columns - first < kColumns ? columns - first : kColumns;
       T* to = out + block * block_stride;
       const T* from = in + first * column_stride;
+      if (count < kColumns && count != kLanes) {
+        const int64_t last = count / kLanes * kLanes;
+        for (int64_t k = 0; k < rows; ++k) store(Vector{}, to + k * kColumns + last);
+      }
       if (column_stride == 1) {
         for (int64_t k = 0; k < rows; ++k) {
           for (int64_t j = 0; j < count; ++j) to[k * kColumns + j] = from[k * row_stride + j];
-          for (int64_t j = count; j < kColumns; ++j) to[k * kColumns + j] = T(0);
         }
         continue;
       }
       for (int64_t start = 0; start < rows; start += kDepth) {
         const int64_t stop = start + kDepth < rows ? start + kDepth : rows;
         int64_t j = 0;
-        if (row_stride == 1) {
-          for (; j + 4 <= count; j += 4) {
-            int64_t k = start;
-            for (; k + 4 <= stop; k += 4) {
-              turn(from + j * column_stride + k, column_stride, to + k * kColumns + j);
-            }
-            for (; k < stop; ++k) {
-              for (int64_t i = j; i < j + 4; ++i) to[k * kColumns + i] = from[i * column_stride + k];
-            }
+        for (; row_stride == 1 && j + 4 <= count; j += 4) {
+          int64_t k = start;
+          for (; k + 4 <= stop; k += 4) {
+            turn(from + j * column_stride + k, column_stride, to + k * kColumns + j);
+          }
+          for (; k < stop; ++k) {
+            for (int64_t i = j; i < j + 4; ++i) to[k * kColumns + i] = from[i * column_stride + k];
           }
         }
-        for (; j < kColumns; ++j) {
+        for (; j < count; ++j) {
           const T* column = from + j * column_stride;
-          for (int64_t k = start; k < stop; ++k) {
-            to[k * kColumns + j] = j < count ? column[k * row_stride] : T(0);
-          }
+          for (int64_t k = start; k < stop; ++k) to[k * kColumns + j] = column[k * row_stride];
         }
       }
     }
