@@ -213,9 +213,9 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
       *back[kPatchesAtOnce];
   T* d_student[kPatchesAtOnce];
   for (int64_t i = 0; i < run.count; ++i) {
-    const auto [image, token] = stage_.place_of(run.first + i);
+    const Place place = stage_.place_of(run.first + i);
     const auto columns = [&](const TokenRows<T>& rows, const Scratch<T>& buffer) {
-      return rows.columns(image, token, start, count, buffer.data() + i * width_);
+      return rows.columns(place.image, place.token, start, count, buffer.data() + i * width_);
     };
     if (stage_.needs_refined_) teacher[i] = columns(call().teacher, teacher_);
     if (stage_.needs_down_) operand[i] = columns(call().operand, operand_);
@@ -223,7 +223,7 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
     if (uses_back()) back[i] = columns(*call().d_refined, read_back_);
     if (call().d_student != nullptr) {
       d_student[i] = stage_.is_student_direct_
-                         ? reinterpret_cast<T*>(stage_.d_student_at({image, token}, start))
+                         ? reinterpret_cast<T*>(stage_.d_student_at(place, start))
                          : d_student_.data() + i * width_;
     }
   }

@@ -80,7 +80,8 @@ void multiply_turned(const Factor<T>& left, const Factor<T>& right, int64_t firs
 
 template <typename T>
 double Difference<T>::compute(int64_t run, T* buffer) const {
-  const auto [first, count] = rows_of(run);
+  const Rows rows = rows_of(run);
+  const int64_t first = rows.first, count = rows.count;
   const int64_t patches = call_.patches, width = patches - first, rank = call_.identity_rank;
   T* entries = keeps_entries() ? entries_.data() + first * stride_ + first
                                : buffer + kRunRows * stride_;

@@ -2,17 +2,30 @@
 #include "cpu/loops.h"
 
 #include <cstdlib>
-#include <string>
+#include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)  // Clang says so too
 #define SINGER_WIDE_LOOPS
+#endif
+
+// What the functions after it may use of a processor, until SINGER_ANY_PROCESSOR.
+#define SINGER_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define SINGER_TARGET(features) \
+  SINGER_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define SINGER_ANY_PROCESSOR SINGER_PRAGMA(clang attribute pop)
+#define SINGER_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
+#else
+#define SINGER_TARGET(features) SINGER_PRAGMA(GCC push_options) SINGER_PRAGMA(GCC target(features))
+#define SINGER_ANY_PROCESSOR SINGER_PRAGMA(GCC pop_options)
+#define SINGER_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #endif
 
 // Two vectors' numbers in another order.
 #ifdef __clang__
-#define SINGER_SHUFFLE(Order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SINGER_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SINGER_SHUFFLE(Order, a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#define SINGER_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
 #endif
 
 // Each in an unnamed namespace: two widths must never be taken for one function by the linker.
@@ -30,8 +43,7 @@ namespace baseline {
 }  // namespace singer::cpu
 
 #ifdef SINGER_WIDE_LOOPS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+SINGER_TARGET("avx2,fma")
 namespace singer::cpu {
 namespace {
 namespace avx2 {
@@ -44,10 +56,9 @@ namespace avx2 {
 }  // namespace avx2
 }  // namespace
 }  // namespace singer::cpu
-#pragma GCC pop_options
+SINGER_ANY_PROCESSOR
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+SINGER_TARGET(SINGER_AVX512)
 namespace singer::cpu {
 namespace {
 namespace avx512 {
@@ -60,24 +71,26 @@ namespace avx512 {
 }  // namespace avx512
 }  // namespace
 }  // namespace singer::cpu
-#pragma GCC pop_options
+SINGER_ANY_PROCESSOR
 #endif
 
 namespace singer::cpu {
 namespace {
 
+bool is_same(const char* a, const char* b) { return std::strcmp(a, b) == 0; }
+
 // The widest that the processor has or, for tests, that SINGER_CPU_VECTORS allows.
 const char* widest() {
-  const char* wanted = std::getenv("SINGER_CPU_VECTORS");
-  const std::string most = wanted == nullptr ? "" : wanted;
 #ifdef SINGER_WIDE_LOOPS
+  const char* wanted = std::getenv("SINGER_CPU_VECTORS");
+  const char* most = wanted == nullptr ? "" : wanted;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (most == "baseline") return "baseline";
-  if (has_avx512 && most != "avx2") return "avx512";
+  if (is_same(most, "baseline")) return "baseline";
+  if (has_avx512 && !is_same(most, "avx2")) return "avx512";
   if (has_avx2) return "avx2";
 #endif
   return "baseline";
@@ -86,9 +99,8 @@ const char* widest() {
 template <typename T>
 const Loops<T>& chosen() {
 #ifdef SINGER_WIDE_LOOPS
-  const std::string name = widest();
-  if (name == "avx512") return avx512::table<T>();
-  if (name == "avx2") return avx2::table<T>();
+  if (is_same(widest(), "avx512")) return avx512::table<T>();
+  if (is_same(widest(), "avx2")) return avx2::table<T>();
 #endif
   return baseline::table<T>();
 }

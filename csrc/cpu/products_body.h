@@ -53,17 +53,16 @@ struct Product {
   // The transpose of a square of four rows, kColumns apart.
   static void turn(const T* in, int64_t stride, T* out) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-    typedef decltype(Four{} < Four{}) Order;
     Four rows[4], halves[4];
     for (int i = 0; i < 4; ++i) __builtin_memcpy(&rows[i], in + i * stride, sizeof(Four));
     for (int i = 0; i < 2; ++i) {
       const Four &above = rows[2 * i], &below = rows[2 * i + 1];
-      halves[2 * i] = SINGER_SHUFFLE(Order, above, below, 0, 4, 2, 6);
-      halves[2 * i + 1] = SINGER_SHUFFLE(Order, above, below, 1, 5, 3, 7);
+      halves[2 * i] = SINGER_SHUFFLE(above, below, 0, 4, 2, 6);
+      halves[2 * i + 1] = SINGER_SHUFFLE(above, below, 1, 5, 3, 7);
     }
     for (int i = 0; i < 2; ++i) {
-      const Four left = SINGER_SHUFFLE(Order, halves[i], halves[i + 2], 0, 1, 4, 5);
-      const Four right = SINGER_SHUFFLE(Order, halves[i], halves[i + 2], 2, 3, 6, 7);
+      const Four left = SINGER_SHUFFLE(halves[i], halves[i + 2], 0, 1, 4, 5);
+      const Four right = SINGER_SHUFFLE(halves[i], halves[i + 2], 2, 3, 6, 7);
       __builtin_memcpy(out + i * kColumns, &left, sizeof(Four));
       __builtin_memcpy(out + (i + 2) * kColumns, &right, sizeof(Four));
     }
