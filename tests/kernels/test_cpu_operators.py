@@ -252,6 +252,97 @@ def test_the_number_of_threads_changes_no_bit(patches, prefix, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def agrees_with_the_reference(call, leaves):
+    """Whether losses and gradients of float64 leaves are the reference's."""
+    found = []
+    for backend in ("reference", "cpu"):
+        losses = call(backend)
+        grads = torch.autograd.grad(sum(losses), leaves, allow_unused=True)
+        found.append([*losses, *(grad for grad in grads if grad is not None)])
+    pairs = list(zip(*found, strict=True))
+    return len(pairs) > 3 and all(
+        (expected - actual).abs().max() <= 1e-12 * expected.abs().max()
+        for expected, actual in pairs
+    )
+
+
+SIZES_OF_GROUPS = [
+    pytest.param(70, 7, id="several images to a run of rows, several groups of images"),
+    pytest.param(3, 33, id="an image is one row longer than a run"),
+    pytest.param(5, 520, id="groups of two images and of one"),
+    pytest.param(1, 1100, id="an image larger than a group"),
+]
+
+
+@pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
+@pytest.mark.parametrize("with_target", [False, True])
+def test_runs_and_groups(images, patches, with_target):
+    from singer_kernels import fused_losses
+
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    student, teacher, target = (torch.randn(images, 2 + patches, 21, **options) for _ in range(3))
+    down, up = (0.3 * torch.randn(size, **options) for size in ((21, 5), (5, 21)))
+    leaves = [x.requires_grad_() for x in (student, down, up, target)]
+
+    def call(backend):
+        out = fused_losses(
+            student,
+            teacher,
+            down,
+            up,
+            gram_target=target if with_target else None,
+            num_prefix_tokens=2,
+            backend=backend,
+        )
+        return out.kd, out.outlier, out.info
+
+    assert agrees_with_the_reference(call, leaves)
+
+
+@pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
+def test_runs_and_groups_of_the_gram_loss(images, patches):
+    from singer_kernels import functional
+
+    generator = torch.Generator().manual_seed(0)
+    tokens, target = (
+        torch.randn(
+            images, 1 + patches, 13, generator=generator, dtype=torch.float64
+        ).requires_grad_()
+        for _ in range(2)
+    )
+
+    def call(backend):
+        loss = functional.gram_loss(tokens, target, num_prefix_tokens=1, backend=backend)
+        return loss, 2 * loss
+
+    assert agrees_with_the_reference(call, [tokens, target])
+
+
+def test_one_image_of_a_group_is_amplified():
+    # That one takes a direct product of F, the other the identity.
+    from singer_kernels import fused_losses
+
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    down = torch.linalg.qr(torch.randn(40, 4, **options)).Q
+    up = 20 * down.T
+    teacher = torch.randn(2, 1 + 45, 40, **options)
+    teacher[0] -= teacher[0] @ down @ down.T  # nothing for the adapter to see
+    teacher[0] += 0.01 * torch.randn(46, 40, **options)
+    student = torch.randn(2, 1 + 45, 40, **options)
+    leaves = [x.requires_grad_() for x in (student, down, up)]
+    refined = teacher + teacher @ down @ up
+    growth = (refined.norm(dim=-1) / teacher.norm(dim=-1)).amax(dim=1)
+    assert growth[0] < 4 < growth[1]
+
+    def call(backend):
+        out = fused_losses(student, teacher, down, up, backend=backend)
+        return out.kd, out.outlier, out.info
+
+    assert agrees_with_the_reference(call, leaves)
+
+
 @pytest.mark.parametrize("gain", [3, 10, 1000])
 def test_an_adapter_that_amplifies(gain):
     # F F^T may not be taken from a far larger F^ F^^T: relative to the reference's own error in
