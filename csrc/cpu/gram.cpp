@@ -9,153 +9,150 @@
 namespace singer::cpu {
 namespace {
 
-// E of one image, from the diagonal on to the right, and the sums over its rows.
+// The sums over each row of E G, for the gradient of one side. A run of rows adds to the rows below it
+// too; their parts are kept apart, so that all are added in one order.
+template <typename T>
+class Slopes {
+ public:
+  Slopes(bool is_needed, int64_t runs, int64_t patches)
+      : patches_(patches), parts_(is_needed ? (runs + 1) * patches : 0) {}
+
+  // The parts of a run, one for each row of the image; null: not needed.
+  T* parts(int64_t run) const {
+    return parts_.data() == nullptr ? nullptr : parts_.data() + (run + 1) * patches_;
+  }
+
+  // Of each row what its own run finds.
+  T* own() const { return parts_.data(); }
+
+  // The sum for a row of which `runs` earlier runs know.
+  T total(int64_t row, int64_t runs) const {
+    T sum = own()[row];
+    for (int64_t run = 0; run < runs; ++run) sum += parts(run)[row];
+    return sum;
+  }
+
+ private:
+  int64_t patches_;
+  Scratch<T> parts_;
+};
+
+// E of one image, from the diagonal on to the right.
 template <typename T>
 class Difference {
  public:
   explicit Difference(const GramCall<T>& call)
       : call_(call),
-        has_gradient_(call.columns.data != nullptr),
-        has_target_gradient_(call.target_rows.data != nullptr),
         runs_((call.patches + kRunRows - 1) / kRunRows),
         // Whole blocks of columns, and one more, that rows don't begin in the same set of a cache.
         stride_((call.patches + loops<T>().block - 1) / loops<T>().block * loops<T>().block +
                 loops<T>().block),
-        entries_(keeps_entries() ? call.patches * stride_ : 0),
-        slopes_(has_gradient_ ? (runs_ + 1) * call.patches : 0),
-        target_slopes_(has_target_gradient_ ? (runs_ + 1) * call.patches : 0) {}
+        entries_(is_kept() ? call.patches * stride_ : 0),
+        slopes_(call.refined.columns.data != nullptr, runs_, call.patches),
+        target_slopes_(call.target.columns.data != nullptr, runs_, call.patches) {}
 
-  bool keeps_entries() const { return has_gradient_ || has_target_gradient_; }
+  // Whether a gradient is wanted.
+  bool is_kept() const {
+    return call_.refined.columns.data != nullptr || call_.target.columns.data != nullptr;
+  }
 
-  // Numbers of the buffers of `compute`.
-  int64_t buffer_size() const { return (keeps_entries() ? 1 : 2) * kRunRows * stride_; }
+  // How many numbers the buffer of `compute` holds.
+  int64_t buffer_size() const { return (is_kept() ? 1 : 2) * kRunRows * stride_; }
 
-  // The rows of a run; returns the sum of squares of the entries that it stands for: its own and
-  // those of the columns below it.
+  // The entries of a run of rows; returns the sum of their squares and of their mirror images'.
   double compute(int64_t run, T* buffer) const;
 
-  // X C of the rows of a run, when E is there.
-  void apply(int64_t run, T* slopes) const;
+  // X C of a run of rows, once all entries are there.
+  void apply(int64_t run) const {
+    apply(run, call_.refined, slopes_, call_.scale);
+    apply(run, call_.target, target_slopes_, -call_.scale);  // E is G - G_R
+  }
 
  private:
-  struct Rows {
-    int64_t first, count;
-  };
-  Rows rows_of(int64_t run) const {
-    const int64_t first = run * kRunRows;
-    return {first, std::min(kRunRows, call_.patches - first)};
+  int64_t rows_of(int64_t run) const {
+    return std::min(kRunRows, call_.patches - run * kRunRows);
   }
-
-  // Each run's sums over rows of E G; runs_ x patches of what other runs have for these rows, and
-  // one row of their own.
-  T* own(const Scratch<T>& slopes) const { return slopes.data() + runs_ * call_.patches; }
-  T* below(const Scratch<T>& slopes, int64_t run) const {
-    return slopes.data() == nullptr ? nullptr : slopes.data() + run * call_.patches;
-  }
-
-  void apply(const Rows& rows, const Factor<T>& scaled, const Matrix<const T>& columns,
-             const T* norms, const Scratch<T>& slopes, T scale, const Matrix<T>& out,
-             T* totals) const;
+  void apply(int64_t run, const GramSide<T>& side, const Slopes<T>& slopes, T scale) const;
 
   const GramCall<T>& call_;
-  bool has_gradient_, has_target_gradient_;
   int64_t runs_, stride_;
-  Scratch<T> entries_, slopes_, target_slopes_;
+  Scratch<T> entries_;
+  Slopes<T> slopes_, target_slopes_;
 };
 
-// out = a^T b of the columns of a run, and of those after it, of factors that are alike but for the
-// rows they begin at.
+// out = a^T b or, with `adds`, out += it: some rows of a symmetric matrix, those of a's columns from
+// `first` on, from the diagonal on to the right.
 template <typename T>
-void multiply_turned(const Factor<T>& left, const Factor<T>& right, int64_t first, int64_t count,
-                     int64_t depth, bool adds, const Matrix<T>& out) {
+void multiply_turned(const Factor<T>& a, const Factor<T>& b, int64_t first, int64_t depth, bool adds,
+                     const Matrix<T>& out) {
   const int64_t block = loops<T>().block, lanes = loops<T>().lanes;
-  Factor<T> columns = right.from_block(first / block);
+  Factor<T> columns = b.from_block(first / block);
   columns.columns = (columns.columns + lanes - 1) / lanes * lanes;  // out has room for whole vectors
-  for (int64_t start = 0; start < count; start += block) {
-    const int64_t height = std::min(block, count - start);
-    columns.multiply(left.from_block((first + start) / block).turned(height, depth),
+  for (int64_t start = 0; start < out.rows; start += block) {
+    const int64_t height = std::min(block, out.rows - start);
+    columns.multiply(a.from_block((first + start) / block).turned(height, depth),
                      out.from(start, height), adds);
   }
 }
 
 template <typename T>
 double Difference<T>::compute(int64_t run, T* buffer) const {
-  const Rows rows = rows_of(run);
-  const int64_t first = rows.first, count = rows.count;
-  const int64_t patches = call_.patches, width = patches - first, rank = call_.identity_rank;
-  T* entries = keeps_entries() ? entries_.data() + first * stride_ + first
-                               : buffer + kRunRows * stride_;
-  const Matrix<T> products{entries, count, width, stride_};
-  const Matrix<T> others{buffer, count, width, stride_};
-  multiply_turned(call_.rows, call_.rows, first, count, call_.width, false, products);
+  const GramSide<T>&refined = call_.refined, &target = call_.target;
+  const int64_t patches = call_.patches, rank = call_.identity_rank;
+  const int64_t first = run * kRunRows, count = rows_of(run), below = first + count;
+  T* entries = is_kept() ? entries_.data() + first * stride_ + first : buffer + kRunRows * stride_;
+  const Matrix<T> products{entries, count, patches - first, stride_};
+  const Matrix<T> others{buffer, count, patches - first, stride_};
+  multiply_turned(refined.rows, refined.rows, first, call_.width, false, products);
   if (rank > 0) {
-    const Factor<T> latent = call_.target, hidden = call_.target.from_row(rank);
-    multiply_turned(hidden, latent, first, count, rank, false, others);
-    multiply_turned(latent, hidden, first, count, rank, true, others);
+    const Factor<T> latent = target.rows, hidden = target.rows.from_row(rank);
+    multiply_turned(hidden, latent, first, rank, false, others);
+    multiply_turned(latent, hidden, first, rank, true, others);
   } else {
-    multiply_turned(call_.target, call_.target, first, count, call_.width, false, others);
+    multiply_turned(target.rows, target.rows, first, call_.width, false, others);
   }
-  const int64_t rest = width - count;  // of a row, beyond the square on the diagonal
-  T *below_slopes = below(slopes_, run), *below_target_slopes = below(target_slopes_, run);
-  for (T* sums : {below_slopes, below_target_slopes}) {
-    if (sums != nullptr) std::fill(sums + first + count, sums + patches, T(0));
-  }
+  T *parts = slopes_.parts(run), *target_parts = target_slopes_.parts(run);
+  if (parts != nullptr) std::fill(parts + below, parts + patches, T(0));
+  if (target_parts != nullptr) std::fill(target_parts + below, target_parts + patches, T(0));
   double squares = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const auto sums_of = [&](int64_t start, int64_t length, T* slopes, T* target_slopes) {
-      const int64_t column = first + start;
-      return loops<T>().gram(products.row(i) + start, others.row(i) + start, rank > 0,
-                             call_.inverses[first + i], call_.target_inverses[first + i],
-                             call_.inverses + column, call_.target_inverses + column, length,
-                             slopes == nullptr ? nullptr : slopes + column,
-                             target_slopes == nullptr ? nullptr : target_slopes + column);
+    const int64_t row = first + i;
+    const auto sums_of = [&](int64_t begin, int64_t end, T* column_sums, T* target_column_sums) {
+      return loops<T>().gram(products.row(i) + begin - first, others.row(i) + begin - first,
+                             rank > 0, refined.inverses[row], target.inverses[row],
+                             refined.inverses + begin, target.inverses + begin, end - begin,
+                             column_sums, target_column_sums);
     };
-    const GramSums<T> square = sums_of(0, count, nullptr, nullptr);
-    const GramSums<T> beside = sums_of(count, rest, below_slopes, below_target_slopes);
+    // On the diagonal stands a square that is computed whole.
+    const GramSums<T> square = sums_of(first, below, nullptr, nullptr);
+    const GramSums<T> beside =
+        sums_of(below, patches, parts == nullptr ? nullptr : parts + below,
+                target_parts == nullptr ? nullptr : target_parts + below);
     squares += static_cast<double>(square.squares) + 2 * static_cast<double>(beside.squares);
-    if (has_gradient_) own(slopes_)[first + i] = square.slope + beside.slope;
-    if (has_target_gradient_) {
-      own(target_slopes_)[first + i] = square.target_slope + beside.target_slope;
+    if (parts != nullptr) slopes_.own()[row] = square.slope + beside.slope;
+    if (target_parts != nullptr) {
+      target_slopes_.own()[row] = square.target_slope + beside.target_slope;
     }
   }
   return squares;
 }
 
 template <typename T>
-void Difference<T>::apply(int64_t run, T* totals) const {
-  const Rows rows = rows_of(run);
-  if (has_gradient_) {
-    apply(rows, call_.scaled, call_.columns, call_.norms, slopes_, call_.scale, call_.gram_columns,
-          totals);
-  }
-  if (has_target_gradient_) {  // E is G - G_R: from the target's side the sign is -1
-    apply(rows, call_.scaled_target, call_.target_rows, call_.target_norms, target_slopes_,
-          -call_.scale, call_.d_target, totals);
-  }
-}
-
-template <typename T>
-void Difference<T>::apply(const Rows& rows, const Factor<T>& scaled,
-                          const Matrix<const T>& columns, const T* norms,
-                          const Scratch<T>& slopes, T scale, const Matrix<T>& out,
-                          T* totals) const {
-  const auto [first, count] = rows;
-  const Matrix<T> turned = out.from(first, count);
+void Difference<T>::apply(int64_t run, const GramSide<T>& side, const Slopes<T>& slopes,
+                          T scale) const {
+  if (side.columns.data == nullptr) return;
+  const int64_t first = run * kRunRows, count = rows_of(run);
+  const Matrix<T> turned = side.gram_columns.from(first, count);
   const Matrix<const T> above{entries_.data() + first, count, first, 1, stride_};
   const Matrix<const T> beside{entries_.data() + first * stride_ + first, count,
                                call_.patches - first, stride_};
-  if (first > 0) scaled.multiply(above, turned);
-  scaled.from_row(first).multiply(beside, turned, first > 0);
-  std::copy(own(slopes) + first, own(slopes) + first + count, totals);
-  for (int64_t run = 0; run * kRunRows < first; ++run) {
-    const T* others = below(slopes, run) + first;
-    for (int64_t i = 0; i < count; ++i) totals[i] += others[i];
-  }
+  if (first > 0) side.scaled.multiply(above, turned);
+  side.scaled.from_row(first).multiply(beside, turned, first > 0);
   for (int64_t i = 0; i < count; ++i) {
-    const T norm = norms[first + i];
-    loops<T>().gram_gradient(turned.row(i), columns.row(first + i), reciprocal_norm(norm),
-                             radial_weight(norm, totals[i]), scale, columns.columns,
-                             turned.row(i));
+    const T norm = side.norms[first + i];
+    loops<T>().gram_gradient(turned.row(i), side.columns.row(first + i), side.inverses[first + i],
+                             radial_weight(norm, slopes.total(first + i, run)), scale,
+                             turned.columns, turned.row(i));
   }
 }
 
@@ -182,11 +179,10 @@ void gram(const std::vector<GramCall<T>>& calls, double* squares) {
     const auto start = parts.begin() + image * runs;
     squares[image] = std::accumulate(start, start + runs, 0.0);
   }
-  if (!differences[0]->keeps_entries()) return;
-  const int64_t columns = std::max(calls[0].columns.columns, calls[0].target_rows.columns);
+  if (!differences[0]->is_kept()) return;
+  const int64_t columns = calls[0].refined.columns.columns + calls[0].target.columns.columns;
   parallel_queue(images * runs, kRunRows * patches * columns, [&](Queue& queue) {
-    T totals[kRunRows];
-    for (int64_t task; queue.take(task);) differences[task / runs]->apply(task % runs, totals);
+    for (int64_t task; queue.take(task);) differences[task / runs]->apply(task % runs);
   });
 }
 

@@ -78,13 +78,18 @@ Packed<T> overlap_of(const Matrix<const T>& up, const Packed<T>& up_transposed) 
   return Packed<T>(overlap);
 }
 
+// A side that consists of a tensor's rows; with `gradient` its gradient goes there.
 template <typename T>
-void set_target(const TokenGramRows<T>& target, GramCall<T>& call) {
-  call.target = target.rows.packed.factor();
-  call.target_inverses = target.rows.inverses.data();
-  call.target_norms = target.norms.data();
-  call.scaled_target = target.scaled.factor();
-  call.target_rows = target.kept;
+GramSide<T> side_of(const TokenGramRows<T>& tokens, T* gradient) {
+  GramSide<T> side{};
+  side.rows = tokens.rows.packed.factor();
+  side.inverses = tokens.rows.inverses.data();
+  if (gradient == nullptr) return side;
+  side.columns = tokens.kept;
+  side.norms = tokens.norms.data();
+  side.scaled = tokens.scaled.factor();
+  side.gram_columns = {gradient, side.columns.rows, side.columns.columns, side.columns.columns};
+  return side;
 }
 
 // The Gram stage of a group of images.
@@ -116,28 +121,23 @@ class GramGroup {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = (first_ + i) * patches;
       const RefinedImage<T>& image = *refined_[i];
-      GramCall<T>& gram_call = calls_[i];
-      gram_call.patches = patches;
-      gram_call.width = width;
-      gram_call.rows = image.refined.packed.factor();
-      gram_call.inverses = image.refined.inverses.data();
-      gram_call.norms = call_.norms + first;
-      gram_call.scale = gram_scale<T>(sizes);
-      if (targets_[i] == nullptr) {
-        gram_call.target = image.halves.factor();
-        gram_call.identity_rank = rank;
-        gram_call.target_inverses = image.plain_inverses.data();
-      } else {
-        set_target(*targets_[i], gram_call);
-      }
+      GramSide<T> own{}, other{};
+      own.rows = image.refined.packed.factor();
+      own.inverses = image.refined.inverses.data();
       if (gram_columns != nullptr) {
-        gram_call.scaled = image.scaled.factor();
-        gram_call.columns = Matrix<const T>(call_.columns).from(first, patches);
-        gram_call.gram_columns = {gram_columns + first * 2 * rank, patches, 2 * rank, 2 * rank};
+        own.columns = Matrix<const T>(call_.columns).from(first, patches);
+        own.norms = call_.norms + first;
+        own.scaled = image.scaled.factor();
+        own.gram_columns = {gram_columns + first * 2 * rank, patches, 2 * rank, 2 * rank};
       }
-      if (d_target != nullptr) {
-        gram_call.d_target = {d_target + first * width, patches, width, width};
+      const bool has_identity = targets_[i] == nullptr;
+      if (has_identity) {
+        other.rows = image.halves.factor();
+        other.inverses = image.plain_inverses.data();
+      } else {
+        other = side_of(*targets_[i], d_target == nullptr ? nullptr : d_target + first * width);
       }
+      calls_[i] = {patches, width, own, other, has_identity ? rank : 0, gram_scale<T>(sizes)};
     }
     cpu::gram(calls_, squares);
   }
@@ -399,22 +399,11 @@ Gradients run_gram_loss(const Tensor& tokens, const Tensor& target, int64_t pref
     read_gram_rows(target_rows, sizes, start, other);
     std::vector<GramCall<T>> calls(count);
     for (int64_t i = 0; i < count; ++i) {
-      const TokenGramRows<T>& image = *own[i];
       const int64_t offset = (start + i) * patches * width;
-      GramCall<T>& call = calls[i];
-      call.patches = patches;
-      call.width = width;
-      call.rows = image.rows.packed.factor();
-      call.inverses = image.rows.inverses.data();
-      call.norms = image.norms.data();
-      call.scale = gram_scale<T>(sizes);
-      set_target(*other[i], call);
-      if (has_d_tokens) {
-        call.scaled = image.scaled.factor();
-        call.columns = image.kept;
-        call.gram_columns = {data_of<T>(d_tokens) + offset, patches, width, width};
-      }
-      if (has_d_target) call.d_target = {data_of<T>(d_target) + offset, patches, width, width};
+      calls[i] = {patches, width,
+                  side_of(*own[i], has_d_tokens ? data_of<T>(d_tokens) + offset : nullptr),
+                  side_of(*other[i], has_d_target ? data_of<T>(d_target) + offset : nullptr), 0,
+                  gram_scale<T>(sizes)};
     }
     cpu::gram(calls, squares.data() + start);
   }

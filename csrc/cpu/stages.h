@@ -86,25 +86,26 @@ struct OutlierCall {
 template <typename T>
 void outlier(const OutlierCall<T>& call);
 
+// One side of the stage `gram` of one image: F^ or R. Without data in `columns` no gradient of it is
+// wanted, and nothing after them is read.
+template <typename T>
+struct GramSide {
+  Factor<T> rows;           // its rows' transpose, [D, P]
+  const T* inverses;        // 1 / norms of the rows, [P]
+  Matrix<const T> columns;  // C, [P, m]
+  const T* norms;           // [P]
+  Factor<T> scaled;         // C with its rows divided by the norms
+  Matrix<T> gram_columns;   // out: X C
+};
+
 // What the stage `gram` reads and writes, for one image.
 template <typename T>
 struct GramCall {
-  int64_t patches;
-  Factor<T> rows;             // F^^T, [D, P]
-  int64_t width;              // D
-  const T* inverses;          // 1 / n, [P]
-  Factor<T> target;           // R^T, [D, P]; or [L | H]^T, [2r, P], of F^ F^^T - R R^T = H L^T + L H^T
-  int64_t identity_rank;      // r, or 0: R is given
-  const T* target_inverses;   // 1 / norms of R, [P]
-  const T* norms;             // of F^, [P]
-  Factor<T> scaled;           // C with its rows divided by the norms, [P, m]
-  Matrix<const T> columns;    // C, [P, m]; without data: no gradient is wanted
-  Matrix<T> gram_columns;     // out: X C
-  const T* target_norms;      // [P]
-  Factor<T> scaled_target;    // R with its rows divided by their norms, [P, D]
-  Matrix<const T> target_rows;  // R, [P, D]; without data: no gradient is wanted
-  Matrix<T> d_target;         // out: the gradient of R, [P, D]
-  T scale;                    // 4 / (B P^2)
+  int64_t patches, width;
+  GramSide<T> refined, target;
+  // Above 0, `target.rows` are [L | H]^T, [2r, P], with F^ F^^T - R R^T = H L^T + L H^T.
+  int64_t identity_rank;
+  T scale;  // 4 / (B P^2)
 };
 
 // Writes the sum of E^2 of each image, at least one, all of one size.
