@@ -36,7 +36,7 @@ for vectors in baseline avx2 avx512; do
     echo "left out: the processor has none"
     continue
   fi
-  fuzz tests/kernels/test_cpu_operators.py -k "raise or bit"
+  fuzz tests/kernels/test_cpu_operators.py -k "raise or bit or group"
 done
 unset SINGER_CPU_VECTORS
 echo "== CUDA kernels"
