@@ -289,10 +289,13 @@ Matrix<const T> gather(const TokenRows<T>& rows, const Run& run, int64_t patches
   return {buffer, run.count, width, width};
 }
 
-// A small matrix in the accumulation dtype, contiguous in `buffer`.
+// A small matrix in the accumulation dtype: where it lies, or contiguous in `buffer`.
 template <typename T>
 Matrix<const T> dense(const Tensor& tensor, const Scratch<T>& buffer) {
   const int64_t rows = tensor.size(0), columns = tensor.size(1);
+  if (tensor.scalar_type() == scalar_type<T>() && tensor.stride(1) == 1) {
+    return {static_cast<const T*>(tensor.const_data_ptr()), rows, columns, tensor.stride(0)};
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const Dtype dtype = dtype_of(tensor.scalar_type());
     const char* row = static_cast<const char*>(tensor.const_data_ptr()) +
