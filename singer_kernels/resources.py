@@ -27,8 +27,8 @@ from singer_kernels.backends.triton import configs, is_interpreted, ops, stages
 from singer_kernels.backends.triton.stages import backward, gram, outlier, refine
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-RANKS = (16, 64, 128, 256)
-"""A rank of each row of the configuration table."""
+RANKS = (16, 32, 64, 128, 256)
+"""Of each row of the configuration table the largest rank, and one smaller."""
 
 _KERNELS = {
     name: (module, kernel)
