@@ -200,6 +200,7 @@ struct Body {
       for (int64_t j = 0; i + kAhead < rows.rows && j < rows.columns; j += kLine) {
         if (rows.refined != nullptr) __builtin_prefetch(rows.teacher[i + kAhead] + j, 0, 2);
         if (rows.student != nullptr) __builtin_prefetch(rows.student[i + kAhead] + j, 0, 2);
+        if (rows.d_student != nullptr) __builtin_prefetch(rows.d_student[i + kAhead] + j, 1);
       }
       for (int64_t start = 0; start < rows.columns; start += kBlock) {
         const int64_t left = rows.columns - start, count = left < kBlock ? left : kBlock;
@@ -209,11 +210,7 @@ struct Body {
         if (rows.refined == nullptr) continue;
         T* refined = rows.refined + place;
         const T* teacher = rows.teacher[i] + start;
-        if (count == kBlock) {
-          for (int64_t j = 0; j < kBlock; ++j) refined[j] += teacher[j];
-        } else {
-          for (int64_t j = 0; j < count; ++j) refined[j] += teacher[j];
-        }
+        for (int64_t j = 0; j < count; ++j) refined[j] += teacher[j];
         if (rows.student == nullptr) continue;
         T* pulled = rows.pulled + place;
         student_gradient(refined, rows.student[i] + start, rows.scale, count, pulled);
