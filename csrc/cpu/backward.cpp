@@ -21,8 +21,7 @@ int64_t blocks_at_once(int64_t blocks) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   int64_t best = 1, least = blocks + 1;
   for (int64_t width = 1; width <= kMostBlocks; ++width) {
-    const int64_t tasks = (blocks + width - 1) / width;
-    const int64_t longest = (tasks + threads - 1) / threads * width;
+    const int64_t longest = parts_of(parts_of(blocks, width), threads) * width;
     if (longest <= least) {
       best = width;
       least = longest;
@@ -112,7 +111,7 @@ void Backward<T>::rows() const {
   const T weight =
       call_.d_outlier == nullptr ? T(0) : *call_.outlier_weight * *call_.d_outlier;
   const T d_info = call_.d_info == nullptr ? T(0) : *call_.d_info;
-  const int64_t runs = (patches_ + kRunRows - 1) / kRunRows;
+  const int64_t runs = parts_of(patches_, kRunRows);
   parallel_queue(runs, kRunRows * rank * (pulls_back ? width : 8), [&](Queue& queue) {
     const Scratch<T> back(pulls_back ? kRunRows * width : 0);
     const Scratch<T> from_back(pulls_back ? kRunRows * rank : 0);
@@ -231,7 +230,7 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
                                call().columns.row_stride};
   if (stage_.needs_refined_) {
     Factor<T> up = call().up.factor().from_block(start / block);
-    up.columns = (count + loop.lanes - 1) / loop.lanes * loop.lanes;
+    up.columns = round_up(count, loop.lanes);
     up.multiply_blocks(hidden, {refined_.data(), run.count, up.columns, block}, block_stride);
   }
   loop.backward_rows({run.count, count, block_stride, stage_.alpha_, teacher, operand,
@@ -292,8 +291,8 @@ void Backward<T>::Columns::write(int64_t start, int64_t count) const {
 
 template <typename T>
 void Backward<T>::columns() const {
-  const int64_t block = loops<T>().block, blocks = (sizes_.width + block - 1) / block;
-  const int64_t at_once = blocks_at_once(blocks), tasks = (blocks + at_once - 1) / at_once;
+  const int64_t block = loops<T>().block, blocks = parts_of(sizes_.width, block);
+  const int64_t at_once = blocks_at_once(blocks), tasks = parts_of(blocks, at_once);
   parallel_queue(tasks, patches_ * at_once * block * sizes_.rank, [&](Queue& queue) {
     const Columns columns(*this, at_once);
     for (int64_t task; queue.take(task);) {

@@ -43,10 +43,9 @@ class Difference {
  public:
   explicit Difference(const GramCall<T>& call)
       : call_(call),
-        runs_((call.patches + kRunRows - 1) / kRunRows),
+        runs_(parts_of(call.patches, kRunRows)),
         // Whole blocks of columns, and one more, that rows don't begin in the same set of a cache.
-        stride_((call.patches + loops<T>().block - 1) / loops<T>().block * loops<T>().block +
-                loops<T>().block),
+        stride_(round_up(call.patches, loops<T>().block) + loops<T>().block),
         entries_(is_kept() ? call.patches * stride_ : 0),
         slopes_(call.refined.columns.data != nullptr, runs_, call.patches),
         target_slopes_(call.target.columns.data != nullptr, runs_, call.patches) {}
@@ -87,7 +86,7 @@ void multiply_turned(const Factor<T>& a, const Factor<T>& b, int64_t first, int6
                      const Matrix<T>& out) {
   const int64_t block = loops<T>().block, lanes = loops<T>().lanes;
   Factor<T> columns = b.from_block(first / block);
-  columns.columns = (columns.columns + lanes - 1) / lanes * lanes;  // out has room for whole vectors
+  columns.columns = round_up(columns.columns, lanes);  // out has room for whole vectors
   for (int64_t start = 0; start < out.rows; start += block) {
     const int64_t height = std::min(block, out.rows - start);
     columns.multiply(a.from_block((first + start) / block).turned(height, depth),
@@ -165,7 +164,7 @@ void gram(const std::vector<GramCall<T>>& calls, double* squares) {
   for (int64_t i = 0; i < images; ++i) {
     differences[i] = std::make_unique<Difference<T>>(calls[i]);
   }
-  const int64_t runs = (patches + kRunRows - 1) / kRunRows;
+  const int64_t runs = parts_of(patches, kRunRows);
   std::vector<double> parts(images * runs);
   // An image's last runs are its shortest, so that threads end together.
   parallel_queue(images * runs, kRunRows * patches * calls[0].width, [&](Queue& queue) {
@@ -193,7 +192,7 @@ template <typename T>
 void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
                     const std::vector<std::unique_ptr<TokenGramRows<T>>>& images) {
   const int64_t patches = sizes.patches(), width = sizes.width;
-  const int64_t runs = (patches + kRunRows - 1) / kRunRows;
+  const int64_t runs = parts_of(patches, kRunRows);
   const Loops<T>& loop = loops<T>();
   for (size_t i = 0; i < images.size(); ++i) {
     if (images[i] == nullptr || !images[i]->is_kept) continue;

@@ -59,10 +59,9 @@ T gram_scale(const Sizes& sizes) {
 
 // How many images are taken together: groups of about the same size.
 int64_t images_together(int64_t images, int64_t patches) {
-  const int64_t padded = (patches + kRunRows - 1) / kRunRows * kRunRows;  // as right factors have it
+  const int64_t padded = round_up(patches, kRunRows);  // as right factors have it
   const int64_t most = std::max<int64_t>(1, kGroupPatches / padded);
-  const int64_t groups = (images + most - 1) / most;
-  return (images + groups - 1) / groups;
+  return parts_of(images, parts_of(images, most));
 }
 
 // M = Wu Wu^T, packed.
@@ -71,7 +70,7 @@ Packed<T> overlap_of(const Matrix<const T>& up, const Packed<T>& up_transposed) 
   constexpr int64_t kRows = 12;  // those of the largest tile
   const Scratch<T> data(up.rows * up.rows);
   const Matrix<T> overlap{data.data(), up.rows, up.rows, up.rows};
-  parallel((up.rows + kRows - 1) / kRows, kRows * up.rows * up.columns, [&](int64_t i) {
+  parallel(parts_of(up.rows, kRows), kRows * up.rows * up.columns, [&](int64_t i) {
     const int64_t first = i * kRows, count = std::min(kRows, up.rows - first);
     up_transposed.multiply(up.from(first, count), overlap.from(first, count));
   });

@@ -34,6 +34,10 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
+// How many parts of a size cover so many, and what they cover.
+inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t round_up(int64_t count, int64_t size) { return parts_of(count, size) * size; }
+
 // Calls `body(begin, end)` for parts of the indices below count, on all threads; `cost` is about
 // how many operations an index takes.
 template <typename Body>
@@ -147,7 +151,7 @@ class Packed {
   Packed(int64_t rows, int64_t columns)
       : rows_(rows),
         columns_(columns),
-        blocks_((columns + loops<T>().block - 1) / loops<T>().block),
+        blocks_(parts_of(columns, loops<T>().block)),
         data_(rows * blocks_ * loops<T>().block) {}
 
   explicit Packed(const Matrix<const T>& factor) : Packed(factor.rows, factor.columns) {
@@ -176,7 +180,7 @@ class Packed {
   void set_columns(const Matrix<const T>& part, int64_t first) const {
     const int64_t block = loops<T>().block;
     loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, part.columns, 0,
-                    (part.columns + block - 1) / block, data_.data() + first * rows_,
+                    parts_of(part.columns, block), data_.data() + first * rows_,
                     rows_ * block);
   }
 
