@@ -43,7 +43,8 @@ class Backward {
         needs_down_(call.d_down.has_value()),
         needs_up_(call.d_up.has_value()),
         needs_turned_(needs_up_ && has_turned_),
-        needs_refined_(has_kd_ || needs_turned_),
+        needs_pulled_(has_kd_ && (needs_up_ || call.d_student != nullptr)),
+        needs_refined_(needs_pulled_ || needs_turned_),
         alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
         is_student_direct_(call.d_student_dtype == dtype_of(scalar_type<T>())),
         d_hidden_(needs_down_ ? patches_ * sizes_.rank : 0),
@@ -78,6 +79,7 @@ class Backward {
   int64_t patches_;
   bool has_kd_, has_back_, has_turned_, needs_down_, needs_up_;
   bool needs_turned_;   // V, by dWu
+  bool needs_pulled_;   // dS, by itself or by dWu
   bool needs_refined_;  // by dS and, beside V, by dWu
   T alpha_;
   bool is_student_direct_;
@@ -155,14 +157,14 @@ class Backward<T>::Columns {
       : stage_(stage),
         width_(most_blocks * loops<T>().block),
         area_(kPatchesAtOnce * width_),
-        teacher_(buffer_size(true, call().teacher)),
-        // Whatever lies beyond the last column of a right factor is 0.
+        teacher_(buffer_size(stage.needs_refined_, call().teacher)),
+        // Set, as products read whole vectors of them; what lies beyond the last column is dropped.
         refined_(zeros(stage.needs_refined_)),
         plain_(zeros(stage.needs_down_)),
-        pulled_(zeros(stage.has_kd_)),
+        pulled_(zeros(stage.needs_pulled_)),
         back_(zeros(uses_back())),
-        operand_(buffer_size(stage.needs_down_, call().operand)),
-        student_(stage.has_kd_ ? buffer_size(true, *call().student) : 0),
+        operand_(buffer_size(stage.needs_down_ && !shares_teacher(), call().operand)),
+        student_(stage.needs_pulled_ ? buffer_size(true, *call().student) : 0),
         read_back_(uses_back() ? buffer_size(true, *call().d_refined) : 0),
         d_student_(call().d_student != nullptr && !stage.is_student_direct_ ? area_ : 0),
         sums_(2 * stage.sizes_.rank * width_) {}
@@ -180,6 +182,8 @@ class Backward<T>::Columns {
  private:
   const BackwardCall<T>& call() const { return stage_.call_; }
   bool uses_back() const { return stage_.has_back_ && stage_.needs_up_; }
+  // Whether the products take F as it is, which is read anyway.
+  bool shares_teacher() const { return stage_.needs_refined_ && !call().operand.is_rounded(); }
   int64_t buffer_size(bool is_needed, const TokenRows<T>& rows) const {
     return is_needed && !rows.is_direct() ? area_ : 0;
   }
@@ -214,11 +218,14 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
   for (int64_t i = 0; i < run.count; ++i) {
     const Place place = stage_.place_of(run.first + i);
     const auto columns = [&](const TokenRows<T>& rows, const Scratch<T>& buffer) {
-      return rows.columns(place.image, place.token, start, count, buffer.data() + i * width_);
+      T* own = buffer.data() == nullptr ? nullptr : buffer.data() + i * width_;
+      return rows.columns(place.image, place.token, start, count, own);
     };
     if (stage_.needs_refined_) teacher[i] = columns(call().teacher, teacher_);
-    if (stage_.needs_down_) operand[i] = columns(call().operand, operand_);
-    if (stage_.has_kd_) student[i] = columns(*call().student, student_);
+    if (stage_.needs_down_) {
+      operand[i] = shares_teacher() ? teacher[i] : columns(call().operand, operand_);
+    }
+    if (stage_.needs_pulled_) student[i] = columns(*call().student, student_);
     if (uses_back()) back[i] = columns(*call().d_refined, read_back_);
     if (call().d_student != nullptr) {
       d_student[i] = stage_.is_student_direct_
@@ -234,7 +241,7 @@ void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) co
     up.multiply_blocks(hidden, {refined_.data(), run.count, up.columns, block}, block_stride);
   }
   loop.backward_rows({run.count, count, block_stride, stage_.alpha_, teacher, operand,
-                      stage_.has_kd_ ? student : nullptr, back, refined_.data(), plain_.data(),
+                      stage_.needs_pulled_ ? student : nullptr, back, refined_.data(), plain_.data(),
                       pulled_.data(), back_.data(),
                       call().d_student != nullptr ? d_student : nullptr});
   if (call().d_student != nullptr && !stage_.is_student_direct_) {

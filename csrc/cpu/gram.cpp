@@ -44,8 +44,7 @@ class Difference {
   explicit Difference(const GramCall<T>& call)
       : call_(call),
         runs_(parts_of(call.patches, kRunRows)),
-        // Whole blocks of columns, and one more, that rows don't begin in the same set of a cache.
-        stride_(round_up(call.patches, loops<T>().block) + loops<T>().block),
+        stride_(row_stride<T>(call.patches)),
         entries_(is_kept() ? call.patches * stride_ : 0),
         slopes_(call.refined.columns.data != nullptr, runs_, call.patches),
         target_slopes_(call.target.columns.data != nullptr, runs_, call.patches) {}
@@ -79,8 +78,8 @@ class Difference {
   Slopes<T> slopes_, target_slopes_;
 };
 
-// out = a^T b or, with `adds`, out += it: some rows of a symmetric matrix, those of a's columns from
-// `first` on, from the diagonal on to the right.
+// out = a^T b or, with `adds`, out += it: as many of its rows as out has, those of a's columns from
+// `first` on, and of them what is not left of the diagonal.
 template <typename T>
 void multiply_turned(const Factor<T>& a, const Factor<T>& b, int64_t first, int64_t depth, bool adds,
                      const Matrix<T>& out) {
@@ -166,11 +165,11 @@ void gram(const std::vector<GramCall<T>>& calls, double* squares) {
   }
   const int64_t runs = parts_of(patches, kRunRows);
   std::vector<double> parts(images * runs);
-  // An image's last runs are its shortest, so that threads end together.
+  // The longest first, so that threads end together.
   parallel_queue(images * runs, kRunRows * patches * calls[0].width, [&](Queue& queue) {
     const Scratch<T> buffer(differences[0]->buffer_size());
     for (int64_t task; queue.take(task);) {
-      const int64_t image = task / runs, run = task % runs;
+      const int64_t image = task % images, run = task / images;
       parts[image * runs + run] = differences[image]->compute(run, buffer.data());
     }
   });
@@ -195,10 +194,12 @@ void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t firs
   const int64_t runs = parts_of(patches, kRunRows);
   const Loops<T>& loop = loops<T>();
   for (size_t i = 0; i < images.size(); ++i) {
-    if (images[i] == nullptr || !images[i]->is_kept) continue;
+    if (images[i] == nullptr || !images[i]->has_gradient) continue;
     TokenGramRows<T>& image = *images[i];
     image.kept = tokens.in_place(first + static_cast<int64_t>(i), sizes.prefix, patches);
-    if (image.kept.data == nullptr) image.kept = {image.buffer.data(), patches, width, width};
+    if (image.kept.data != nullptr) continue;
+    image.buffer = Scratch<T>(patches * width);
+    image.kept = {image.buffer.data(), patches, width, width};
   }
   const int64_t count = static_cast<int64_t>(images.size());
   parallel_queue(count * runs, kRunRows * width, [&](Queue& queue) {
@@ -210,13 +211,14 @@ void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t firs
       const Run run{(first + index) * patches + start, std::min(kRunRows, patches - start)};
       const Matrix<const T> rows =
           gather(tokens, run, patches, sizes.prefix, width,
-                 image.is_kept ? image.buffer.data() + start * width : buffer.data());
+                 image.buffer.data() == nullptr ? buffer.data()
+                                                : image.buffer.data() + start * width);
       image.rows.packed.set_columns(rows.transposed(), start);
       for (int64_t i = 0; i < run.count; ++i) {
         image.norms.data()[start + i] = std::sqrt(loop.sum_of_squares(rows.row(i), width));
         image.rows.inverses.data()[start + i] = reciprocal_norm(image.norms.data()[start + i]);
       }
-      if (!image.is_kept) continue;
+      if (!image.has_gradient) continue;
       for (int64_t i = 0; i < run.count; ++i) {
         loop.scale(rows.row(i), image.rows.inverses.data()[start + i], width,
                    buffer.data() + i * width);

@@ -9,6 +9,10 @@
 
 namespace singer::cpu {
 
+// Rows that a thread works on at once, so that they stay in its cache: a multiple of the columns of
+// every block of a right factor.
+constexpr int64_t kRunRows = 32;
+
 // The dtypes that rows are read from and written to.
 enum class Dtype { kHalf, kFloat, kDouble, kBFloat16 };
 
@@ -27,7 +31,8 @@ struct GramSums {
 };
 
 // Some columns of some rows of F^, S and what else the sums over patches take, as right factors:
-// blocks of columns, `block_stride` apart, row by row. A null pointer is what is not there.
+// blocks of columns, `block_stride` apart, row by row. Of what is null nothing is read or written,
+// nor of what it alone is made of.
 template <typename T>
 struct BackwardRows {
   int64_t rows, columns, block_stride;

@@ -57,10 +57,11 @@ T gram_scale(const Sizes& sizes) {
   return T(4) / (static_cast<T>(sizes.images) * patches * patches);
 }
 
-// How many images are taken together: groups of about the same size.
+// How many images are taken together: groups of about the same size. No result depends on it.
 int64_t images_together(int64_t images, int64_t patches) {
-  const int64_t padded = round_up(patches, kRunRows);  // as right factors have it
-  const int64_t most = std::max<int64_t>(1, kGroupPatches / padded);
+  const int64_t wanted = kGroupPatches * static_cast<int64_t>(torch::stable::get_num_threads());
+  // Right factors are about as large as if P were a multiple of that.
+  const int64_t most = std::max<int64_t>(1, wanted / round_up(patches, kRunRows));
   return parts_of(images, parts_of(images, most));
 }
 

@@ -7,6 +7,7 @@ struct Product {
   typedef T Vector __attribute__((vector_size(SINGER_BYTES)));
   static constexpr int64_t kLanes = SINGER_BYTES / sizeof(T);
   static constexpr int64_t kRows = SINGER_ROWS, kColumns = 2 * kLanes;
+  static_assert(kRunRows % kColumns == 0, "a run of rows ends where a block does");
   // Of the right factor, so many rows of a tile's columns stay in the first cache.
   static constexpr int64_t kDepth = 256;
 

@@ -6,12 +6,11 @@
 namespace singer::cpu {
 namespace {
 
-// A thread's buffers, for one run; a row that can be used where it lies needs none. Rows of F^ don't
-// all begin in the same set of a cache.
+// A thread's buffers, for one run; a row that can be used where it lies needs none.
 template <typename T>
 struct Buffers {
   explicit Buffers(const RefineCall<T>& call)
-      : stride(call.sizes.width + loops<T>().block),
+      : stride(row_stride<T>(call.sizes.width)),
         plain(call.operand.is_direct() && call.sizes.patches() >= kRunRows
                   ? 0
                   : kRunRows * call.sizes.width),

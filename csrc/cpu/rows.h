@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -83,19 +84,31 @@ void parallel_queue(int64_t count, int64_t cost, const Body& body) {
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(count == 0 ? nullptr
-                         : static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
+  explicit Scratch(int64_t count) : data_(count == 0 ? nullptr : allocate(count)) {}
 
   T* data() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
+  static T* allocate(int64_t count) {
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / sizeof(T);
+    if (count < 0 || count > kMost) throw std::bad_alloc();
+    return static_cast<T*>(::operator new(count * sizeof(T), kAlignment));
+  }
   struct Free {
     void operator()(T* data) const { ::operator delete(data, kAlignment); }
   };
   std::unique_ptr<T, Free> data_;
 };
+
+// The distance of rows of so many numbers in memory of ours: whole blocks of columns, and never so
+// that all rows begin in one set of a first cache.
+template <typename T>
+int64_t row_stride(int64_t count) {
+  constexpr int64_t kPage = 4096;
+  const int64_t stride = round_up(count, loops<T>().block);
+  return stride * sizeof(T) % kPage == 0 ? stride + loops<T>().block : stride;
+}
 
 // A matrix somewhere in memory: `rows` x `columns`, strides in numbers.
 template <typename T>
@@ -250,10 +263,6 @@ class TokenRows {
 struct Run {
   int64_t first, count;
 };
-
-// Rows that a thread works on at once, so that they stay in its cache: a multiple of every width of
-// a right factor's blocks.
-constexpr int64_t kRunRows = 32;
 
 // Runs of at most kRunRows patches: whole images, or parts of one that begin at its multiples of
 // kRunRows.

@@ -5,10 +5,9 @@
 
 namespace singer::cpu {
 
-// Patches of the images that are taken together, at most, unless one image has more: enough for many
-// threads between two barriers, few enough for a cache that they share. The same for any number of
-// threads, as nothing may depend on it.
-constexpr int64_t kGroupPatches = 1024;
+// Patches, for each thread, of the images that are taken together, unless one image has more: enough
+// work between two barriers, few enough for a cache that the threads share.
+constexpr int64_t kGroupPatches = 512;
 
 struct Sizes {
   int64_t images, tokens, prefix, width, rank;
@@ -16,7 +15,7 @@ struct Sizes {
   int64_t patches() const { return tokens - prefix; }
 };
 
-// An image's rows as one side of a Gram matrix, with the rows' norms n.
+// An image's rows as one side of a Gram matrix.
 template <typename T>
 struct GramRows {
   GramRows(int64_t width, int64_t patches) : packed(width, patches), inverses(patches) {}
@@ -28,12 +27,12 @@ struct GramRows {
 // What the stage `refine` leaves of an image for its Gram matrix.
 template <typename T>
 struct RefinedImage {
-  // With `takes_identity` what follows from F^ F^^T for F F^T is prepared too, and with
-  // `has_gradient` the gradient.
-  RefinedImage(const Sizes& sizes, bool takes_identity, bool has_gradient)
+  // With `has_identity` there is room for what makes F F^T of F^ F^^T too, and with `has_gradient`
+  // for what the gradient takes.
+  RefinedImage(const Sizes& sizes, bool has_identity, bool has_gradient)
       : refined(sizes.width, sizes.patches()),
-        plain_inverses(takes_identity ? sizes.patches() : 0),
-        halves(takes_identity ? 2 * sizes.rank : 0, sizes.patches()),
+        plain_inverses(has_identity ? sizes.patches() : 0),
+        halves(has_identity ? 2 * sizes.rank : 0, sizes.patches()),
         scaled(has_gradient ? sizes.patches() : 0, 2 * sizes.rank) {}
 
   GramRows<T> refined;        // F^
@@ -115,15 +114,15 @@ void gram(const std::vector<GramCall<T>>& calls, double* squares);
 // An image's rows made ready for `gram`, from a tensor.
 template <typename T>
 struct TokenGramRows {
-  // `is_kept`: the rows themselves are needed too, for a gradient.
-  TokenGramRows(const Sizes& sizes, bool is_kept)
-      : is_kept(is_kept),
+  // `has_gradient`: it is wanted, and takes the rows themselves and `scaled`.
+  TokenGramRows(const Sizes& sizes, bool has_gradient)
+      : has_gradient(has_gradient),
         rows(sizes.width, sizes.patches()),
         norms(sizes.patches()),
-        scaled(is_kept ? sizes.patches() : 0, sizes.width),
-        buffer(is_kept ? sizes.patches() * sizes.width : 0) {}
+        scaled(has_gradient ? sizes.patches() : 0, sizes.width),
+        buffer(0) {}
 
-  bool is_kept;
+  bool has_gradient;
   GramRows<T> rows;
   Scratch<T> norms;
   Packed<T> scaled;  // the rows divided by their norms

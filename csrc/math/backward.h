@@ -17,10 +17,4 @@ SINGER_FN T student_gradient(T student, T refined, T scale) {
   return scale * (student - refined);
 }
 
-// One entry of V or, without the KD term, of dH: `turned` of X [H | Z], `column` of [H | Z].
-template <typename T>
-SINGER_FN T column_gradient(T turned, T column, T d_info, T coefficient) {
-  return d_info * turned + coefficient * column;
-}
-
 }  // namespace singer

@@ -2,9 +2,10 @@
 
 Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``), in the widest vectors that the
 processor has, products included. A thread takes some rows through all products of a stage while
-they are in its cache. Of each Gram matrix, which is symmetric, half is computed; of their difference
-that half is kept, for a few images at a time, until its gradient is there. F̂ is not kept for the
-backward, which computes it again, some columns at a time.
+they are in its cache. Of each Gram matrix, which is symmetric, half is computed. With gradients,
+that half of the matrices' difference is kept until they are computed, for a few images at a time,
+in P² numbers each, of which the other half is never touched. F̂ is not kept for the backward, which
+computes it again, some columns at a time.
 
 Sums and products are float32, or float64, for features of any dtype. Where products are to be
 narrower (under autocast), the features and the adapter are rounded to that dtype first; what is
