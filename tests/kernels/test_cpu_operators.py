@@ -269,13 +269,23 @@ def agrees_with_the_reference(call, leaves):
 SIZES_OF_GROUPS = [
     pytest.param(70, 7, id="several images to a run of rows, several groups of images"),
     pytest.param(3, 33, id="an image is one row longer than a run"),
-    pytest.param(5, 520, id="groups of two images and of one"),
+    pytest.param(5, 300, id="groups of three images and of two"),
     pytest.param(1, 1100, id="an image larger than a group"),
 ]
 
 
+@pytest.fixture
+def two_threads():
+    """Groups of images grow with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
 @pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.usefixtures("two_threads")
 def test_runs_and_groups(images, patches, with_target):
     from singer_kernels import fused_losses
 
@@ -301,6 +311,7 @@ def test_runs_and_groups(images, patches, with_target):
 
 
 @pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
+@pytest.mark.usefixtures("two_threads")
 def test_runs_and_groups_of_the_gram_loss(images, patches):
     from singer_kernels import functional
 
