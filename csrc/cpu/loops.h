@@ -50,12 +50,11 @@ struct BackwardRows {
 
 template <typename T>
 struct Loops {
-  // Products: a right factor is packed by blocks of `block` columns, two vectors
-  // of `lanes` numbers, then multiplied.
-  // See products_body.h.
+  // Products: a right factor is packed by blocks of `block` columns, two vectors of `lanes` numbers,
+  // then multiplied. See products_body.h.
   int64_t block, lanes;
   void (*pack)(const T* in, int64_t row_stride, int64_t column_stride, int64_t rows,
-               int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride);
+               int64_t columns, T* out, int64_t block_stride);
   void (*multiply)(const T* a, int64_t row_stride, int64_t depth_stride, int64_t rows,
                    int64_t depth, const T* packed, int64_t block_stride, int64_t columns, bool adds,
                    T factor, T* out, int64_t out_stride, int64_t out_block_stride);

@@ -92,75 +92,64 @@ GramSide<T> side_of(const TokenGramRows<T>& tokens, T* gradient) {
   return side;
 }
 
-// The Gram stage of a group of images.
+// Of the plain teacher, F F^T follows from F^ F^^T where that is the smaller product, unless F^ is so
+// much larger that F would be lost in the difference.
 template <typename T>
-class GramGroup {
- public:
-  GramGroup(const RefineCall<T>& call, int64_t first, int64_t count)
-      : call_(call), first_(first), refined_(count), targets_(count), calls_(count) {
-    for (auto& image : refined_) {
-      image = std::make_unique<RefinedImage<T>>(call.sizes, call.overlap.blocks() > 0,
-                                                call.has_gradient);
-    }
+bool takes_identity(const RefineCall<T>& call, int64_t image) {
+  constexpr T kMostGrowth = 4;
+  if (call.overlap.blocks() == 0) return false;
+  const int64_t patches = call.sizes.patches(), first = image * patches;
+  for (int64_t i = first; i < first + patches; ++i) {
+    if (call.norms[i] > kMostGrowth * call.plain_norms[i]) return false;
   }
+  return true;
+}
 
-  // Sets F^ of all, what it is compared with (`target`, as it is: F^ isn't rounded either, and one
-  // rounded alone would make a loss), and the sums of E^2.
-  void run(const TokenRows<T>& target, T* gram_columns, T* d_target, double* squares) {
-    const Sizes& sizes = call_.sizes;
-    const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
-    const int64_t count = static_cast<int64_t>(refined_.size());
-    refine(call_, first_, count, refined_);
-    bool reads_targets = false;
-    for (int64_t i = 0; i < count; ++i) {
-      if (takes_identity(first_ + i)) continue;
-      targets_[i] = std::make_unique<TokenGramRows<T>>(sizes, d_target != nullptr);
-      reads_targets = true;
-    }
-    if (reads_targets) read_gram_rows(target, sizes, first_, targets_);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t first = (first_ + i) * patches;
-      const RefinedImage<T>& image = *refined_[i];
-      GramSide<T> own{}, other{};
-      own.rows = image.refined.packed.factor();
-      own.inverses = image.refined.inverses.data();
-      if (gram_columns != nullptr) {
-        own.columns = Matrix<const T>(call_.columns).from(first, patches);
-        own.norms = call_.norms + first;
-        own.scaled = image.scaled.factor();
-        own.gram_columns = {gram_columns + first * 2 * rank, patches, 2 * rank, 2 * rank};
-      }
-      const bool has_identity = targets_[i] == nullptr;
-      if (has_identity) {
-        other.rows = image.halves.factor();
-        other.inverses = image.plain_inverses.data();
-      } else {
-        other = side_of(*targets_[i], d_target == nullptr ? nullptr : d_target + first * width);
-      }
-      calls_[i] = {patches, width, own, other, has_identity ? rank : 0, gram_scale<T>(sizes)};
-    }
-    cpu::gram(calls_, squares);
+// F^ of so many images from `begin` on, what it is compared with (`target`, as it is: F^ isn't rounded
+// either, and one rounded alone would make a loss), and the sums of E^2.
+template <typename T>
+void refine_and_compare(const RefineCall<T>& call, int64_t begin, int64_t count,
+                        const TokenRows<T>& target, T* gram_columns, T* d_target,
+                        double* squares) {
+  const Sizes& sizes = call.sizes;
+  const int64_t patches = sizes.patches(), width = sizes.width, rank = sizes.rank;
+  std::vector<std::unique_ptr<RefinedImage<T>>> refined(count);
+  for (auto& image : refined) {
+    image = std::make_unique<RefinedImage<T>>(sizes, call.overlap.blocks() > 0, call.has_gradient);
   }
-
- private:
-  // Of the plain teacher, F F^T follows from F^ F^^T where that is the smaller product, unless F^ is
-  // so much larger that F would be lost in the difference.
-  bool takes_identity(int64_t image) const {
-    constexpr T kMostGrowth = 4;
-    if (call_.overlap.blocks() == 0) return false;
-    const int64_t patches = call_.sizes.patches(), first = image * patches;
-    for (int64_t i = first; i < first + patches; ++i) {
-      if (call_.norms[i] > kMostGrowth * call_.plain_norms[i]) return false;
-    }
-    return true;
+  refine(call, begin, count, refined);
+  std::vector<std::unique_ptr<TokenGramRows<T>>> targets(count);  // null: the identity serves
+  bool reads_targets = false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (takes_identity(call, begin + i)) continue;
+    targets[i] = std::make_unique<TokenGramRows<T>>(sizes, d_target != nullptr);
+    reads_targets = true;
   }
-
-  const RefineCall<T>& call_;
-  int64_t first_;
-  std::vector<std::unique_ptr<RefinedImage<T>>> refined_;
-  std::vector<std::unique_ptr<TokenGramRows<T>>> targets_;  // null: the identity serves
-  std::vector<GramCall<T>> calls_;
-};
+  if (reads_targets) read_gram_rows(target, sizes, begin, targets);
+  std::vector<GramCall<T>> calls(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = (begin + i) * patches;
+    const RefinedImage<T>& image = *refined[i];
+    GramSide<T> own{}, other{};
+    own.rows = image.refined.packed.factor();
+    own.inverses = image.refined.inverses.data();
+    if (gram_columns != nullptr) {
+      own.columns = Matrix<const T>(call.columns).from(first, patches);
+      own.norms = call.norms + first;
+      own.scaled = image.scaled.factor();
+      own.gram_columns = {gram_columns + first * 2 * rank, patches, 2 * rank, 2 * rank};
+    }
+    const bool has_identity = targets[i] == nullptr;
+    if (has_identity) {
+      other.rows = image.halves.factor();
+      other.inverses = image.plain_inverses.data();
+    } else {
+      other = side_of(*targets[i], d_target == nullptr ? nullptr : d_target + first * width);
+    }
+    calls[i] = {patches, width, own, other, has_identity ? rank : 0, gram_scale<T>(sizes)};
+  }
+  cpu::gram(calls, squares);
+}
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                            Tensor, Tensor>;
@@ -220,9 +209,9 @@ Outputs forward(const Tensor& student, const Tensor& teacher, const Tensor& down
   // What a Gram matrix is made of is kept no longer than it.
   const int64_t together = images_together(images, patches);
   for (int64_t start = 0; gram && start < images; start += together) {
-    GramGroup<T>(call, start, std::min(together, images - start))
-        .run(target, has_gram_columns ? data_of<T>(gram_columns) : nullptr,
-             has_d_target ? data_of<T>(d_target) : nullptr, squares.data() + start);
+    refine_and_compare(call, start, std::min(together, images - start), target,
+                       has_gram_columns ? data_of<T>(gram_columns) : nullptr,
+                       has_d_target ? data_of<T>(d_target) : nullptr, squares.data() + start);
   }
   if (!gram) refine(call, 0, images, {});
   outlier(OutlierCall<T>{images, patches, quantile, call.norms, data_of<T>(threshold),

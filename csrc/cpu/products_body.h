@@ -11,15 +11,14 @@ struct Product {
   // Of the right factor, so many rows of a tile's columns stay in the first cache.
   static constexpr int64_t kDepth = 256;
 
-  // The right factor [rows, columns] as blocks of kColumns columns, row by row; the blocks from
-  // `begin` to `end` of it, `block_stride` apart. Beyond the last column its vector is filled with
-  // zeros; another vector, of which a product takes nothing, is not written.
+  // The right factor [rows, columns] as blocks of kColumns columns, row by row, `block_stride` apart.
+  // Beyond the last column its vector is filled with zeros; another vector, of which a product takes
+  // nothing, is not written.
   static void pack(const T* in, int64_t row_stride, int64_t column_stride, int64_t rows,
-                   int64_t columns, int64_t begin, int64_t end, T* out, int64_t block_stride) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kColumns;
+                   int64_t columns, T* out, int64_t block_stride) {
+    for (int64_t first = 0; first < columns; first += kColumns) {
       const int64_t count = columns - first < kColumns ? columns - first : kColumns;
-      T* to = out + block * block_stride;
+      T* to = out + first / kColumns * block_stride;
       const T* from = in + first * column_stride;
       if (count < kColumns && count != kLanes) {
         const int64_t last = count / kLanes * kLanes;

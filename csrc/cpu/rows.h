@@ -185,16 +185,14 @@ class Packed {
   // Sets the rows from `first` on, of all columns.
   void set_rows(const Matrix<const T>& part, int64_t first) const {
     const int64_t block = loops<T>().block;
-    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, columns_, 0, blocks_,
+    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, columns_,
                     data_.data() + first * block, rows_ * block);
   }
 
-  // Sets the columns from `first` on, which begins a block; beyond them their last block is 0.
+  // Sets the columns from `first` on, which begins a block; beyond them their last vector is 0.
   void set_columns(const Matrix<const T>& part, int64_t first) const {
-    const int64_t block = loops<T>().block;
-    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, part.columns, 0,
-                    parts_of(part.columns, block), data_.data() + first * rows_,
-                    rows_ * block);
+    loops<T>().pack(part.data, part.row_stride, part.column_stride, part.rows, part.columns,
+                    data_.data() + first * rows_, rows_ * loops<T>().block);
   }
 
  private:
