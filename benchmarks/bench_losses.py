@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from providers import NAMES
-from replay import replays
-from workloads import Point, workloads
+from harness.providers import NAMES
+from harness.replay import replays
+from harness.workloads import Point, workloads
 
 points = workloads
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from providers import NAMES
-from replay import replays
-from workloads import Point, sweeps
+from harness.providers import NAMES
+from harness.replay import replays
+from harness.workloads import Point, sweeps
 
 points = sweeps
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from providers import BACKENDS, unavailable_reason
-from replay import replay, replays
-from session import Session
+from harness.providers import BACKENDS, unavailable_reason
+from harness.replay import replay, replays
+from harness.session import Session
 
 import singer_kernels
 
 COMPILING = ("triton",)
 STARTS = {"cold": 1, "warm": 2}
 LIMIT = 120  # seconds of one start
-SCRIPT = Path(__file__).with_name("startup.py")
+SCRIPT = Path(__file__).parent / "harness" / "startup.py"
 
 
 def _start(backend: str, device: str, cache: Path) -> dict[str, float]:

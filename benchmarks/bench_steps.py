@@ -6,16 +6,16 @@ import copy
 from typing import Any
 
 import pytest
-from replay import replay, replays
-from session import Session
+from harness.replay import replay, replays
+from harness.session import Session
 
 pytest.importorskip("omegaconf", reason="the training layer's dependencies are not installed")
 pytest.importorskip("pydantic", reason="the training layer's dependencies are not installed")
 
-import steps
-from step_check import is_right
+from harness import steps
+from harness.step_check import is_right
 
-from singer.config import Config, parse_config
+from singer.config.schema import Config, parse_config
 
 ROUNDS = {"cpu": 6, "cuda": 10}
 _TINY = {

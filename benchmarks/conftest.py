@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from providers import unavailable_reason
-from replay import replay
-from session import Session
-from tables import summary
-from workloads import Point, workloads
+from harness.providers import unavailable_reason
+from harness.replay import replay
+from harness.session import Session
+from harness.tables import summary
+from harness.workloads import Point, workloads
 
 COLUMNS = ["median", "iqr", "min", "rounds"]
 

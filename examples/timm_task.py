@@ -24,8 +24,8 @@ from timm.task import FeatureDistillationTask
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
-from singer.backbones import Backbone
-from singer.nullspace import nullspace_basis
+from singer.models.backbones import Backbone
+from singer.models.nullspace import nullspace_basis
 from singer_kernels import FusedLosses, FusedLossesOutput
 
 

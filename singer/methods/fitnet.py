@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from singer.backbones import Backbone, BlockTokens
 from singer.methods.base import Distiller
+from singer.models.backbones import Backbone, BlockTokens
 from singer_kernels import kd_loss
 
 

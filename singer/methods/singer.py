@@ -8,17 +8,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from singer.backbones import Backbone, BlockTokens
+from singer.engine.distributed import global_means
 from singer.errors import SingerError
 from singer.methods.base import Distiller
-from singer.nullspace import (
+from singer.models.backbones import Backbone, BlockTokens
+from singer.models.nullspace import (
     Linearization,
     NullspaceBasis,
     Selection,
     check_rank,
     nullspace_basis,
 )
-from singer.processes import global_means
 from singer.seeding import cpu_seed
 from singer_kernels import FusedLosses, gram_loss, kd_loss, refine
 
@@ -51,7 +51,7 @@ class SiNGER(Distiller):
         kd_weight: weight of ``kd``.
         outlier_weight: λ_outlier.
         info_weight: λ_info.
-        linearization: how a block is linearised, see :func:`singer.nullspace.linearize`.
+        linearization: how a block is linearised, see :func:`singer.models.nullspace.linearize`.
         selection: which singular vectors are taken; None: the variant's own.
         threshold: for ``official`` selection.
         backend: which backend of ``singer_kernels`` computes the losses; None: the best.
@@ -63,7 +63,7 @@ class SiNGER(Distiller):
         bases: layer to the nullspace basis the adapter started from, with its spectrum.
 
     Raises:
-        SingerError: see :class:`Distiller` and :func:`singer.nullspace.nullspace_basis`.
+        SingerError: see :class:`Distiller` and :func:`singer.models.nullspace.nullspace_basis`.
 
     Source: SiNGER (arXiv 2509.20986), section 3; ``SiNGER.py`` of the authors' code.
     """

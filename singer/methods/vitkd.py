@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singer.backbones import Backbone, BlockTokens
 from singer.errors import SingerError
 from singer.methods.base import Distiller
+from singer.models.backbones import Backbone, BlockTokens
 from singer.seeding import cpu_seed
 from singer_kernels import kd_loss
 

@@ -3,17 +3,14 @@
 import gc
 import math
 
-import comparison
-import oracle
-import providers
 import pytest
-import timing
 import torch
-from comparison import Effort, compare
-from oracle import OUTPUTS, Oracle
-from providers import Losses, build, unavailable_reason
-from timing import PassTurn, interleave, ratio, rounds_within, spread
-from workloads import PHASES, PRECISIONS, Point, Workload, make_inputs
+from harness import comparison, oracle, providers, timing
+from harness.comparison import Effort, compare
+from harness.oracle import OUTPUTS, Oracle
+from harness.providers import Losses, build, unavailable_reason
+from harness.timing import PassTurn, interleave, ratio, rounds_within, spread
+from harness.workloads import PHASES, PRECISIONS, Point, Workload, make_inputs
 
 CPU = torch.device("cpu")
 SMALL = Workload("small", 2, 30, 48, 8)

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import counting
 import pytest
 import torch
-from counting import EXPECTED, Counter
-from memory import held_for_backward, peak_rise
+from harness.counting import EXPECTED, Counter
+from harness.memory import held_for_backward, peak_rise
+
+import singer_kernels
 
 CPU = torch.device("cpu")
 
@@ -18,8 +20,13 @@ CPU = torch.device("cpu")
 def found():
     pytest.importorskip("triton")
     # In a process of its own: in this one the interpreter may be on.
-    command = [sys.executable, counting.__file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "harness.counting"]
+    paths = [EXPECTED.parents[1], Path(singer_kernels.__file__).parents[1]]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -35,7 +42,7 @@ def assert_all_but_quantile_is(actual, expected):
 
 @pytest.mark.parametrize("provider", ["eager", "eager-masked", "torch", "cpu", "cuda", "triton"])
 def test_counts_are_the_committed_ones(found, provider):
-    """A change that moves more, or less, is to be seen: python benchmarks/counting.py --write."""
+    """If a change moves more or less: cd benchmarks && python -m harness.counting --write."""
     if provider == "cpu" and provider not in found:
         pytest.skip("the compiled extension is not there")
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))[provider]

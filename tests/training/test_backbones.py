@@ -21,8 +21,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from singer.backbones import Backbone, inspect_backbone
 from singer.errors import SingerError
+from singer.models.backbones import Backbone, inspect_backbone
 
 DEPTH = 3
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)

@@ -9,13 +9,12 @@ import math
 import sys
 
 import pytest
-import step_check
-import steps
 import torch
-from authors_step import AuthorsStep
+from harness import step_check, steps
+from harness.authors_step import AuthorsStep
 from tiny_models import SIGLIP, VIT, tiny_backbone
 
-from singer.config import parse_config, to_yaml
+from singer.config.schema import parse_config, to_yaml
 from singer.methods import SiNGER
 
 LAYERS = [1, 2]

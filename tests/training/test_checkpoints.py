@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from singer.checkpoints import Checkpoint, CheckpointStore
-from singer.errors import SingerError
-from singer.training_state import (
+from singer.engine.checkpoints import Checkpoint, CheckpointStore
+from singer.engine.state_dicts import (
     load_module,
     load_optimizer,
     optimizer_tensors,
     random_state,
     set_random_state,
 )
+from singer.errors import SingerError
 
 CPU = torch.device("cpu")
 

@@ -106,7 +106,7 @@ def test_ctrl_c_is_one_line_and_code_130(config_file, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("singer.training.train", interrupt)
+    monkeypatch.setattr("singer.engine.run.train", interrupt)
     assert main(["distill", "--config", str(config_file)]) == 130
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from singer.config import (
+from singer.config.schema import (
     FitNetConfig,
     SiNGERConfig,
     ViTKDConfig,

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from timm.optim import create_optimizer_v2
 from tiny_models import generator
 
-from singer.backbones import create_backbone, inspect_backbone
 from singer.cli import main
-from singer.config import FitNetConfig, SiNGERConfig, TrainConfig, ViTKDConfig, load_config
+from singer.config.schema import FitNetConfig, SiNGERConfig, TrainConfig, ViTKDConfig, load_config
 from singer.errors import SingerError
 from singer.methods import METHODS
 from singer.methods.base import match_models
 from singer.methods.vitkd import count_masked
-from singer.nullspace import check_rank
+from singer.models.backbones import create_backbone, inspect_backbone
+from singer.models.nullspace import check_rank
 
 FOLDER = Path(__file__).parents[2] / "configs"
 RUN = ["data.source=images", "output=run"]

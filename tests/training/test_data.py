@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from singer.config import PHOTOS, DataConfig
-from singer.data import (
+from singer.config.schema import PHOTOS, DataConfig
+from singer.data.loader import (
     BatchLoader,
     EpochBatches,
     ImageCrops,
@@ -22,8 +22,8 @@ from singer.data import (
     check_batch,
     create_loader,
 )
+from singer.data.sources import ImageFiles, open_source, photo_paths
 from singer.errors import SingerError
-from singer.sources import ImageFiles, open_source, photo_paths
 
 
 def _crops(folder, seed=0, **options):

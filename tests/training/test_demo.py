@@ -11,8 +11,8 @@ from rich.console import Console
 
 from singer import demo
 from singer.cli import main
+from singer.data.sources import HELD_OUT_PHOTOS, photo_paths
 from singer.errors import SingerError
-from singer.sources import HELD_OUT_PHOTOS, photo_paths
 
 
 def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from singer import training
-from singer.trainer import Trainer
+from singer.engine import run as training
+from singer.engine.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

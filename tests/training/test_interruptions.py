@@ -10,16 +10,16 @@ from interrupted_runs import QUIET, assert_same, fail_at, interrupted, saved_ste
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
-from singer import training
 from singer.cli import main
-from singer.config import parse_config
-from singer.config_changes import differences
-from singer.data import ImageCrops
+from singer.config.changes import differences
+from singer.config.schema import parse_config
+from singer.data.loader import ImageCrops
+from singer.engine import run as training
+from singer.engine.run_dir import RunFolder
+from singer.engine.student import Learner
+from singer.engine.trainer import Trainer
 from singer.errors import SingerError
-from singer.learner import Learner
 from singer.methods import SiNGER
-from singer.run_folder import RunFolder
-from singer.trainer import Trainer
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ CLI = ["-m", "singer.cli"]
 
 DYING = """
 import os, signal, sys
-from singer import processes, trainer
+from singer.engine import distributed as processes
+from singer.engine import trainer
 from singer.cli import main
 
 original = trainer.Trainer._step

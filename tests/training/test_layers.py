@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singer.errors import SingerError
-from singer.layers import default_layers, match_layers, resolve_layers
+from singer.models.layer_matching import default_layers, match_layers, resolve_layers
 
 depths = st.integers(1, 48)
 

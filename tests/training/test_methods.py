@@ -21,7 +21,7 @@ from tiny_models import (
 
 from singer.errors import SingerError
 from singer.methods import METHODS, FitNet, SiNGER, ViTKD
-from singer.nullspace import nullspace_basis
+from singer.models.nullspace import nullspace_basis
 
 RANK = 5
 KINDS = [

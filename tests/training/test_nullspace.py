@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 from singer.errors import SingerError
-from singer.nullspace import linearize, nullspace_basis, select_vectors
+from singer.models.nullspace import linearize, nullspace_basis, select_vectors
 
 F64 = torch.float64
 PLAIN = [VIT, DEIT3, DINOV2, REG4, SIGLIP, DINOV3, ROPE_MIXED, BEIT, DISTILLED]

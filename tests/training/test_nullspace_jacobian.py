@@ -19,7 +19,7 @@ from tiny_models import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from singer.nullspace import measure_jacobian, nullspace_basis
+from singer.models.nullspace import measure_jacobian, nullspace_basis
 
 F64 = torch.float64
 LINEARIZATIONS = ["mlp", "mlp_folded", "block", "jacobian"]

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from tiny_models import VIT, generator, random_images, tiny_backbone
 
-from singer.errors import SharedError, SingerError
-from singer.methods import SiNGER
-from singer.processes import (
+from singer.engine.distributed import (
     PatientBarrier,
     PeerWatch,
     StopRequest,
@@ -23,6 +21,8 @@ from singer.processes import (
     global_means,
     together,
 )
+from singer.errors import SharedError, SingerError
+from singer.methods import SiNGER
 
 
 def test_accumulation_by_accelerates_launcher_is_refused(monkeypatch):
@@ -225,7 +225,7 @@ def test_a_process_that_slept_does_not_blame_the_others(monkeypatch):
     # As after SIGSTOP and SIGCONT to both: no thread ran, the clock did.
     store, skipped = dist.HashStore(), [0.0]
     clock = time.monotonic
-    monkeypatch.setattr("singer.processes.time.monotonic", lambda: clock() + skipped[0])
+    monkeypatch.setattr("singer.engine.distributed.time.monotonic", lambda: clock() + skipped[0])
     waits = []
 
     class Sleepy(threading.Event):
@@ -258,7 +258,7 @@ def test_a_failure_without_a_store_stays_the_failure():
 
 def test_a_barrier_waits_for_as_long_as_it_takes(monkeypatch):
     store, passed = dist.HashStore(), []
-    monkeypatch.setattr("singer.processes._run_store", lambda: store)
+    monkeypatch.setattr("singer.engine.distributed._run_store", lambda: store)
 
     def process(rank):
         barrier = PatientBarrier(SimpleNamespace(num_processes=2))

@@ -13,15 +13,18 @@ from interrupted_runs import QUIET, assert_same, interrupted
 from omegaconf import OmegaConf
 
 import singer
-from singer import training
-from singer.checkpoints import CheckpointStore
 from singer.cli import main
+from singer.engine import run as training
+from singer.engine.checkpoints import CheckpointStore
 from singer.errors import SingerError, StoppedError
 from singer.methods import SiNGER
 
 KILLED = """
 import os, signal, sys
-from singer import checkpoints, learner, run_folder, trainer
+from singer.engine import checkpoints
+from singer.engine import student as learner
+from singer.engine import run_dir as run_folder
+from singer.engine import trainer
 from singer.cli import main
 
 def die(*_):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from singer.engine.run_dir import RunFolder, write_atomically
 from singer.errors import SingerError
-from singer.run_folder import RunFolder, write_atomically
 
 
 def test_existing_folder_is_refused_and_untouched(tmp_path):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singer import training
-from singer.config import parse_config
-from singer.data import ImageCrops, create_loader
+from singer.config.schema import parse_config
+from singer.data.loader import ImageCrops, create_loader
+from singer.engine import run as training
+from singer.engine.student import Learner
+from singer.engine.trainer import Trainer
 from singer.errors import SingerError, StoppedError
-from singer.learner import Learner
-from singer.trainer import Trainer
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")

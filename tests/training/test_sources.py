@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from singer.config import PHOTOS, DataConfig
-from singer.errors import SingerError
-from singer.sources import (
+from singer.config.schema import PHOTOS, DataConfig
+from singer.data.sources import (
     HELD_OUT_PHOTOS,
     TRAIN_PHOTOS,
     ImageFiles,
@@ -23,6 +22,7 @@ from singer.sources import (
     photo_paths,
     read_image,
 )
+from singer.errors import SingerError
 
 
 def _open(path, **options):

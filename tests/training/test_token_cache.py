@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from singer import token_cache, token_shards
 from singer.errors import SingerError
-from singer.token_cache import MANIFEST, TokenCache
+from singer.features import cache as token_cache
+from singer.features import shards as token_shards
+from singer.features.cache import MANIFEST, TokenCache
 
 IMAGES, TOKENS, DIM = 11, 5, 6  # of 4 images a shard: the last one is not full
 LAYERS = (2, 3)

@@ -11,14 +11,14 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from singer import training
-from singer.checkpoints import CheckpointStore
-from singer.config import FitNetConfig, load_config, parse_config
-from singer.data import ImageCrops, create_loader
+from singer.config.schema import FitNetConfig, load_config, parse_config
+from singer.data.loader import ImageCrops, create_loader
+from singer.engine import run as training
+from singer.engine.checkpoints import CheckpointStore
+from singer.engine.run_dir import RunFolder
+from singer.engine.student import Learner, create_schedule
 from singer.errors import SingerError
-from singer.learner import Learner, create_schedule
 from singer.methods import SiNGER
-from singer.run_folder import RunFolder
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")

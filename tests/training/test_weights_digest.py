@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from singer.token_cache import weights_digest
+from singer.features.cache import weights_digest
 
 
 def linear(seed=0):

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from singer.backbones import Backbone
+from singer.models.backbones import Backbone
 
 torch.set_num_threads(1)  # models this small are slower on several
 

@@ -1,0 +1,1 @@
+"""Measures providers of the losses side by side, and reports the results."""

@@ -1,0 +1,124 @@
+"""Writes what the results say into the README and into ``docs/``.
+
+    cd benchmarks
+    python -m harness.report [RESULTS.json ...] [--check | --summary [--output FILE]]
+
+Without files it takes all of ``benchmarks/results/``. ``README.md`` gets the most important figures
+between two marks, ``docs/benchmarks.md`` all of them, ``docs/<device>.svg`` the plots. ``--check``
+writes nothing and fails if either page says something else; ``--summary`` prints the most important
+figures, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import results, tables
+from harness.plots import draw
+from harness.tables import Found
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+BEGIN = "<!-- written by benchmarks/harness/report.py: begin -->"
+END = "<!-- written by benchmarks/harness/report.py: end -->"
+
+
+def readme_section(runs: dict[str, Found]) -> str:
+    """Return what the README says of runs.
+
+    Args:
+        runs: the name of a results file without its ending, to what is in it.
+    """
+    parts = []
+    for name, found in runs.items():
+        leading = tables.leading_precision(found)
+        parts.append(f"**{tables.setting_line(found)}**")
+        records = [r for r in tables.of_series(found, "workloads") if r["precision"] == leading]
+        if records:
+            parts.append(f"Losses of one layer, {leading}, rank {records[0]['workload']['rank']}:")
+            parts.append(tables.losses_table(records))
+            parts.append("\n".join(tables.precision_lines(found)))
+        steps = tables.steps_table(found)
+        if steps is not None:
+            setting = found["steps"]["setting"]
+            parts.append(
+                f"Whole training steps, {setting['teacher']} to {setting['student']} at "
+                f"{setting['image_size']} px, batch {setting['batch_size']}, variant "
+                f"{setting['variant']}:"
+            )
+            parts.append(steps)
+        parts.append(f"![Speed-ups, and time and memory against patches](docs/{name}.svg)")
+    return "\n\n".join(part for part in parts if part)
+
+
+def page(runs: dict[str, Found]) -> str:
+    """Return the page of all figures of runs; see :func:`readme_section`."""
+    head = (
+        "# Benchmarks\n\n"
+        "Written by `cd benchmarks && python -m harness.report` out of `benchmarks/results/`; what "
+        "the columns mean, and what they do not say, is in `benchmarks/README.md`. Times are "
+        "medians in ms, `x` is a speed over another, `of ceiling` the floor over the time."
+    )
+    return "\n\n".join([head, *(tables.details(found) for found in runs.values())]) + "\n"
+
+
+def with_section(text: str, section: str) -> str:
+    """Return a README with the section between its marks replaced.
+
+    Raises:
+        ValueError: it has not both marks, once each, in their order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in inside + after or END in after:
+        raise ValueError(f"README.md: expected {BEGIN!r} and then {END!r}, once each")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write, check or print; return 1 if a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="default: all committed results")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare instead of writing")
+    mode.add_argument("--summary", action="store_true", help="print instead of writing")
+    parser.add_argument("--output", type=Path, help="a file for the summary, too")
+    given = parser.parse_args(arguments)
+    files = given.files or sorted(RESULTS.glob("*.json"))
+    try:
+        runs = {path.stem: results.read(path) for path in files}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if given.summary:
+        text = "\n\n".join(tables.summary(found) for found in runs.values())
+        print(text)
+        if given.output is not None:
+            given.output.write_text(text + "\n", encoding="utf-8")
+        return 0
+    readme = ROOT / "README.md"
+    pages = {
+        readme: with_section(readme.read_text(encoding="utf-8"), readme_section(runs)),
+        ROOT / "docs/benchmarks.md": page(runs),
+    }
+    if given.check:
+        wrong = [
+            path.relative_to(ROOT)
+            for path, text in pages.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
+        for path in wrong:
+            print(f"{path}: differs from the results; run python -m harness.report in benchmarks/")
+        return int(bool(wrong))
+    for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for name, found in runs.items():
+        draw(found, ROOT / "docs" / f"{name}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

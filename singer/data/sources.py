@@ -1,0 +1,424 @@
+"""Where images come from: folders, tar files, Hugging Face datasets, photographs inside wheels.
+
+Every source is a numbered list of images that any process can read from anywhere, so that their
+order is decided elsewhere (:mod:`singer.data.loader`), from the seed and the epoch alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from timm.data.readers import create_reader
+from timm.utils import natural_key
+
+from singer.config.schema import PHOTOS, DataConfig
+from singer.errors import DEMO_EXTRA_HINT, SingerError
+
+_logger = logging.getLogger("singer")
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+HUGGING_FACE = "hfds/"
+"""What ``data.source`` starts with for a Hugging Face dataset, as in timm."""
+
+TRAIN_PHOTOS = (
+    ("skimage", "astronaut.png"),
+    ("skimage", "brick.png"),
+    ("skimage", "camera.png"),
+    ("skimage", "coins.png"),
+    ("skimage", "grass.png"),
+    ("skimage", "gravel.png"),
+    ("skimage", "hubble_deep_field.jpg"),
+    ("skimage", "ihc.png"),
+    ("skimage", "moon.png"),
+    ("skimage", "motorcycle_left.png"),
+    ("skimage", "retina.jpg"),
+    ("sklearn", "china.jpg"),
+)
+HELD_OUT_PHOTOS = (
+    ("skimage", "chelsea.png"),
+    ("skimage", "coffee.png"),
+    ("skimage", "rocket.jpg"),
+    ("sklearn", "flower.jpg"),
+)
+_PHOTO_FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
+
+
+def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
+    """Return where the installed wheels keep their photographs.
+
+    Args:
+        photos: (package, file name).
+
+    Raises:
+        SingerError: scikit-image or scikit-learn is not installed, or lacks a file.
+    """
+    paths = []
+    for package, name in photos:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+            raise SingerError(f"the package {distribution} is not installed; {DEMO_EXTRA_HINT}")
+        path = Path(spec.submodule_search_locations[0], *_PHOTO_FOLDERS[package], name)
+        if not path.is_file():
+            raise SingerError(f"{path}: the photograph is missing; reinstall {package}")
+        paths.append(path)
+    return paths
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError."""
+    try:
+        yield
+    except SingerError:
+        raise
+    except Exception as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)  # its text has an address in memory
+        reason = "in no known image format" if is_unknown else _reason(error)
+        raise SingerError(
+            f"data.source: {name} can't be read as an image ({reason}); remove or replace it"
+        ) from error
+
+
+def _decode(file: str | BinaryIO, name: str) -> Image.Image:
+    with _naming(name), Image.open(file) as image:
+        if image.mode.startswith("I;16"):  # Pillow would clip at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise SingerError(
+                f"data.source: {name} holds {image.mode!r} pixels, which have no fixed range; "
+                f"convert it to 8 bits"
+            )
+        return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode an image as 8-bit RGB; of 16-bit grey values the upper 8 bits are kept.
+
+    A rotation that the file's EXIF data asks for is not applied.
+
+    Raises:
+        SingerError: the file can't be read as an image, or its values have no fixed range (32-bit
+            integers, floats); the message names it.
+    """
+    return _decode(str(path), str(path))
+
+
+class ImageSource(ABC):
+    """A numbered list of images. It can be pickled, for workers that are spawned."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """Decode one image as 8-bit RGB, as :func:`read_image` does.
+
+        Args:
+            index: from 0 to the number of images less one.
+
+        Raises:
+            SingerError: it can't be read; the message names it.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Say where an image stands, in a way that finds it again."""
+
+
+def _pack(names: Sequence[str]) -> np.ndarray:
+    """Put names into one array of bytes: a list of strings is copied by every worker that reads it.
+
+    A process that is forked shares memory only until it counts references in it.
+    """
+    return np.array([name.encode("utf-8", "surrogateescape") for name in names])
+
+
+def _unpack(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+class ImageFiles(ImageSource):
+    """Images that are files of their own.
+
+    Args:
+        paths: of the files.
+        keep: keep every image once it is decoded.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], keep: bool = False) -> None:
+        self._paths = _pack([str(path) for path in paths])
+        self._keep = keep
+        self._kept: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._paths)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one file. Do not alter the image: it may be kept."""
+        if index in self._kept:
+            return self._kept[index]
+        image = read_image(self.name(index))
+        if self._keep:
+            self._kept[index] = image
+        return image
+
+    def name(self, index: int) -> str:
+        """Return a file's path."""
+        return _unpack(self._paths[index])
+
+
+def _has_extension(name: str, extensions: str | tuple[str, ...]) -> bool:
+    """Tell a file's kind by its name; macOS leaves a ``._x.jpg`` beside ``x.jpg`` that is none."""
+    return name.lower().endswith(extensions) and not os.path.basename(name).startswith("._")
+
+
+def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Yield name, position in the outermost file and size of every image, those of tars in it too.
+
+    Args:
+        file: an uncompressed tar.
+        start: where it begins in the outermost file.
+
+    Raises:
+        tarfile.TarError: the file is no such tar, is damaged, or holds a sparse image.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # it would keep a kilobyte of each
+            if not member.isreg():
+                continue
+            if _has_extension(member.name, ".tar"):
+                inner = tar.extractfile(member)
+                for name, position, size in _images_in_tar(inner, start + member.offset_data):
+                    yield f"{member.name}:{name}", position, size
+            elif _has_extension(member.name, EXTENSIONS):
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is sparse; pack it without --sparse")
+                yield member.name, start + member.offset_data, member.size
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes garbage for the end
+            raise tarfile.ReadError(f"damaged or cut off at byte {start + tar.offset}")
+
+
+class TarImages(ImageSource):
+    """Images inside uncompressed tar files: class folders, WebDataset shards, tars of tars.
+
+    Every member with an image's extension is an image; what else a WebDataset sample consists of is
+    passed over. The tars are taken in the order given, and in each the images in the natural order
+    of their names.
+
+    Opening it walks once over all headers. Then any image can be read at once, from its position,
+    which is why this is neither timm's streaming ``wds/`` reader (there the order depends on
+    shards, workers and a shuffle buffer, and a resumed run would have to read all that came before)
+    nor timm's ``ReaderImageInTar`` (which may keep a pickle beside the data, holds open files that
+    forked workers would share, and takes the tars in the order in which the file system lists
+    them). No file stays open between two images.
+
+    Args:
+        tars: the tar files.
+
+    Raises:
+        SingerError: a file is no uncompressed tar or is damaged, or no tar holds an image.
+    """
+
+    def __init__(self, tars: Sequence[str | Path]) -> None:
+        names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        for number, tar in enumerate(tars):
+            try:
+                with open(tar, "rb") as file:
+                    found = sorted(
+                        _images_in_tar(file),
+                        key=lambda image: (natural_key(image[0]), image),
+                    )
+            except (tarfile.TarError, OSError, ValueError) as error:
+                raise SingerError(
+                    f"data.source: {tar} can't be read as an uncompressed tar ({_reason(error)})"
+                ) from error
+            names += [name for name, _, _ in found]
+            places += [(number, position, size) for _, position, size in found]
+        if not names:
+            where = tars[0] if len(tars) == 1 else f"{len(tars)} tars, {tars[0]} the first of them"
+            raise SingerError(f"data.source: no image file ({', '.join(EXTENSIONS)}) in {where}")
+        self._tars = [str(tar) for tar in tars]
+        self._names = _pack(names)
+        self._places = np.array(places, dtype=np.int64)  # [images, 3]: tar, position, size
+
+    def __len__(self) -> int:
+        """Return the number of images in all tars."""
+        return len(self._names)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one image, as :func:`read_image` does."""
+        tar, position, size = self._places[index].tolist()
+        name = self.name(index)
+        with _naming(name), open(self._tars[tar], "rb") as file:
+            file.seek(position)
+            return _decode(io.BytesIO(file.read(size)), name)
+
+    def name(self, index: int) -> str:
+        """Return ``tar:member``."""
+        return f"{self._tars[self._places[index, 0]]}:{_unpack(self._names[index])}"
+
+
+class HuggingFaceImages(ImageSource):
+    """One column of a Hugging Face dataset's split.
+
+    ``datasets`` is called directly: timm's reader asks for a label in every row.
+
+    Args:
+        dataset: a name on the hub, or a local folder that ``datasets.load_dataset`` understands.
+        split: such as ``train`` or ``train[:10%]``.
+        key: the column of encoded images.
+
+    Raises:
+        SingerError: the package ``datasets`` is not installed, the dataset can't be loaded, or it
+            has no such split, no rows in it, or no such column.
+    """
+
+    def __init__(self, dataset: str, split: str, key: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise SingerError(
+                f"data.source: {HUGGING_FACE}{dataset} needs the package datasets, which can't be "
+                f"imported ({_reason(error)}); pip install datasets"
+            ) from error
+        self._title = f"{HUGGING_FACE}{dataset}, split {split}"
+        try:
+            rows = datasets.load_dataset(os.path.expanduser(dataset), split=split)
+        except Exception as error:  # of data files, hub and network: datasets has no common one
+            raise SingerError(
+                f"data.source: {HUGGING_FACE}{dataset} can't be loaded with data.split={split!r} "
+                f"({_reason(error)})"
+            ) from error
+        if key not in rows.column_names:
+            raise SingerError(
+                f"data.image_key: got {key!r}, expected a column of {self._title}: "
+                f"{', '.join(rows.column_names)}"
+            )
+        try:
+            encoded = datasets.Image(decode=False)
+            self._rows = rows.select_columns([key]).cast_column(key, encoded)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise SingerError(
+                f"data.image_key: got {key!r}, expected a column of images in {self._title}, but "
+                f"it holds {rows.features[key]}"
+            ) from error
+        self._key = key
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode the image of one row, as :func:`read_image` does."""
+        name = self.name(index)
+        with _naming(name):
+            image = self._rows[index][self._key]
+            if image is None:
+                raise ValueError("the row holds none")
+            encoded = image["bytes"]
+            return _decode(image["path"] if encoded is None else io.BytesIO(encoded), name)
+
+    def name(self, index: int) -> str:
+        """Return dataset, split and row."""
+        return f"{self._title}, row {index}"
+
+
+def _open_folder(folder: str) -> ImageSource:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    except OSError as error:
+        raise SingerError(f"data.source: {folder}: {error.strerror or error}") from error
+    if not names:
+        raise SingerError(
+            f"data.source: {folder!r} is an empty folder, expected images or .tar files in it"
+        )
+    tars = [os.path.join(folder, name) for name in names if _has_extension(name, ".tar")]
+    tars = [tar for tar in tars if os.path.isfile(tar)]
+    try:
+        reader = create_reader("", root=folder, input_key=";".join(EXTENSIONS))
+        paths = reader.filenames(absolute=True)
+        images = [path for path in paths if _has_extension(path, EXTENSIONS)]
+    except RuntimeError:  # the reader's word for none
+        images = []
+    except ValueError as error:  # timm's order takes superscripts and the like for digits
+        raise SingerError(
+            f"data.source: {folder!r} has a file name that can't be put in order "
+            f"({_reason(error)}); rename it"
+        ) from error
+    if images:
+        if tars:
+            _logger.warning(
+                "data.source: %s holds %d image files and %d .tar files; the images are taken, the "
+                "tars are not read",
+                folder,
+                len(images),
+                len(tars),
+            )
+        # The reader leaves names that differ only in case or leading zeros as the disk lists them.
+        return ImageFiles(sorted(images, key=lambda path: (natural_key(path), path)))
+    if tars:
+        return TarImages(sorted(tars, key=lambda path: (natural_key(path), path)))
+    raise SingerError(
+        f"data.source: {folder!r} holds no image file ({', '.join(EXTENSIONS)}), nor a .tar file"
+    )
+
+
+def open_source(data: DataConfig) -> ImageSource:
+    """Open what ``data.source`` names. Nothing is written there.
+
+    A folder is searched for image files with its subfolders, in the natural order of their paths,
+    and without labels: any folder structure will do. A folder without image files may hold ``.tar``
+    files, which are looked for in the folder itself alone. Where a folder has both, the image files
+    are taken and a warning tells of the tars (archives are often left beside what was unpacked).
+
+    Args:
+        data: ``source``; of a Hugging Face dataset ``split`` and ``image_key`` too.
+
+    Raises:
+        SingerError: there is no such source, or it holds no image; the message names the key.
+    """
+    source = data.source
+    if source == PHOTOS:
+        if os.path.isdir(PHOTOS):
+            _logger.warning(
+                "data.source=%s names the sample photographs; for the folder say ./%s",
+                PHOTOS,
+                PHOTOS,
+            )
+        return ImageFiles(photo_paths(TRAIN_PHOTOS), keep=True)
+    if source.startswith(HUGGING_FACE):
+        return HuggingFaceImages(source.removeprefix(HUGGING_FACE), data.split, data.image_key)
+    if os.path.isdir(source):
+        return _open_folder(source)
+    if not os.path.exists(source):
+        raise SingerError(
+            f"data.source: got {source!r}, expected an existing folder or .tar file, "
+            f"{HUGGING_FACE}NAME or {PHOTOS!r}"
+        )
+    if not source.lower().endswith(".tar"):
+        raise SingerError(
+            f"data.source: got the file {source!r}, expected an uncompressed .tar file or a folder"
+        )
+    return TarImages([source])

@@ -1,0 +1,1 @@
+"""The training engine: run, trainer, checkpoints, processes."""

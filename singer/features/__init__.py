@@ -1,0 +1,1 @@
+"""Cached teacher features."""

@@ -1,0 +1,259 @@
+"""One file of a :mod:`singer.features.cache`: how it is written, checked and read.
+
+A shard is a safetensors file. For each of the teacher's blocks it holds ``tokens.BLOCK``,
+``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds, besides, the
+index of the first image, ``first_image``, and in JSON what the tokens were made from, ``identity``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from singer.engine.run_dir import write_atomically
+from singer.errors import SingerError
+
+KEY = "teacher.cache"
+"""The key in the configuration that names a cache's folder."""
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, of any shape and dtype, not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def checksums(tokens: Tensor) -> Tensor:
+    """Add up each image's bytes as integers, modulo 2⁶⁴.
+
+    The sum changes with any one bit. It reads memory at the speed of a copy.
+
+    Args:
+        tokens: ``[n, T, D]``, bfloat16, contiguous.
+
+    Returns:
+        ``[n]``, int64.
+    """
+    flat = tokens.flatten(1)
+    words = flat.view(torch.int64 if flat.shape[1] % 4 == 0 else torch.int16)
+    return words.sum(dim=1, dtype=torch.int64)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into one line that names the key and the file.
+
+    Raises:
+        SingerError: an ``OSError`` came up inside, bare or as :func:`write_atomically` wraps it.
+    """
+    try:
+        yield
+    except (OSError, SingerError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        raise SingerError(
+            f"{KEY}: {path} can't be written: {getattr(reason, 'strerror', None) or reason}; "
+            f"shards that are complete stay, and the next run goes on from them"
+        ) from reason
+
+
+def unreadable(path: Path, error: OSError) -> SingerError:
+    """Return the error of a file that the system does not let us read."""
+    return SingerError(f"{KEY}: {path} can't be read: {error.strerror or error}")
+
+
+def damaged(path: Path, reason: object) -> SingerError:
+    """Return the error of a file that does not hold what was written."""
+    return SingerError(
+        f"{KEY}: {path} is damaged ({' '.join(str(reason).split())}); delete this file, and the "
+        f"next run makes it again"
+    )
+
+
+def check_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
+    """Check that a file was made from what this run would make it from.
+
+    Args:
+        path: the file.
+        found: what it says it was made from, as JSON gives it.
+        expected: what this run has, likewise.
+
+    Raises:
+        SingerError: they differ; every field that does is named, with both values.
+    """
+    if found == expected:
+        return
+    if not isinstance(found, dict):
+        raise damaged(path, "it does not say what it was made from")
+    absent = object()
+    fields = [
+        f"{field} {reprlib.repr(found.get(field))} (this run: {reprlib.repr(expected.get(field))})"
+        for field in sorted(found.keys() | expected.keys())
+        if found.get(field, absent) != expected.get(field, absent)
+    ]
+    raise SingerError(
+        f"{KEY}: {path.parent} was made from something else, and is left untouched: "
+        f"{', '.join(fields)}; name another folder, or delete that one"
+    )
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    # The C library's: Python's own serves only Python's maps, of which each keeps a file open.
+    if not hasattr(mmap, "MADV_WILLNEED"):  # Windows
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+_madvise = _find_madvise()
+
+
+class Shard:
+    """A shard, mapped into memory: its tokens are read when they are asked for. No file stays open.
+
+    Args:
+        path: the file.
+        identity: what it must have been made from.
+        images: the n images that it must hold.
+
+    Attributes:
+        path: the file.
+        tokens: block to ``[n, T, D]``, bfloat16, mapped.
+        checksums: block to ``[n]``, int64, in memory.
+
+    Raises:
+        SingerError: it can't be read, its length or header is wrong, or it was made from something
+            else.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], images: range) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:  # it checks header and length
+                metadata = file.metadata() or {}
+                check_identity(path, json.loads(metadata.get("identity", "null")), identity)
+                names = [name.partition(".") for name in file.keys()]  # noqa: SIM118  (no mapping)
+                layers = sorted(int(layer) for name, _, layer in names if name == "tokens")
+                self.tokens = {layer: file.get_tensor(f"tokens.{layer}") for layer in layers}
+                self.checksums = {
+                    layer: file.get_tensor(f"checksums.{layer}").clone() for layer in layers
+                }
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (SafetensorError, ValueError) as error:
+            raise damaged(path, error) from error
+        if not layers or metadata.get("first_image") != str(images.start):
+            raise damaged(path, f"not the tokens of image {images.start} and on")
+        for layer in layers:
+            tokens, sums = self.tokens[layer], self.checksums[layer]
+            kinds = (tokens.dtype, tokens.ndim, len(tokens), sums.dtype, tuple(sums.shape))
+            if kinds != (torch.bfloat16, 3, len(images), torch.int64, (len(images),)):
+                raise damaged(path, f"block {layer}: not the tokens of {len(images)} images")
+
+    @property
+    def shapes(self) -> dict[int, tuple[int, ...]]:
+        """Block to the shape of an image's tokens, ``(T, D)``."""
+        return {layer: tuple(tokens.shape[1:]) for layer, tokens in self.tokens.items()}
+
+    def prefetch(self, row: int) -> None:
+        """Ask the system to load an image's tokens, of all blocks, in the background.
+
+        A page fault alone loads 128 KiB, and waits for them.
+        """
+        if _madvise is None:
+            return
+        for tokens in self.tokens.values():
+            image = tokens[row]
+            start = image.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            end = image.data_ptr() + image.nbytes
+            _madvise(start, end - start, mmap.MADV_WILLNEED)  # advice: where refused, it is slower
+
+
+class ShardWriter:
+    """Writes a shard beside its place, batch by batch: memory holds no more than a batch.
+
+    Args:
+        path: the shard; it is there once :meth:`finish` has returned.
+        identity: what it is made from, in JSON's types.
+        images: the n images that it will hold.
+
+    Raises:
+        SingerError: by any method: the file can't be written.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], images: range) -> None:
+        self.path = path
+        self._aside = path.with_name(f".{path.name}.growing")
+        self._metadata = {
+            "format": "pt",
+            "identity": json.dumps(identity),
+            "first_image": str(images.start),
+        }
+        self._num_images = len(images)
+        self._written = 0
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._starts: dict[str, int] = {}
+        self._file: BinaryIO | None = None
+
+    def _open(self) -> BinaryIO:
+        """Open the file, write the header, and find where each tensor starts."""
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        n, end = self._num_images, 0
+        for kind, dtype, itemsize in (("checksums", "I64", 8), ("tokens", "BF16", 2)):
+            for layer, shape in self._shapes.items():
+                full = torch.Size((n, *shape) if kind == "tokens" else (n,))
+                start, end = end, end + itemsize * full.numel()
+                name = f"{kind}.{layer}"
+                header[name] = {"dtype": dtype, "shape": full, "data_offsets": [start, end]}
+                self._starts[name] = start
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors lie aligned
+        self._starts = {name: 8 + len(text) + start for name, start in self._starts.items()}
+        self._file = open(self._aside, "wb")  # noqa: SIM115  (closed by finish or discard)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        return self._file
+
+    def append(self, tokens: Mapping[int, Tensor]) -> None:
+        """Write the next images.
+
+        Args:
+            tokens: block to ``[b, T, D]``, bfloat16, contiguous, on the CPU.
+
+        Raises:
+            ValueError: blocks or shapes differ from the first batch's.
+        """
+        shapes = {layer: tuple(batch.shape[1:]) for layer, batch in tokens.items()}
+        self._shapes = self._shapes or shapes
+        if shapes != self._shapes:
+            raise ValueError(f"compute: got tokens of shapes {shapes}, before {self._shapes}")
+        with writing(self.path):
+            file = self._file or self._open()
+            for layer, batch in tokens.items():
+                for kind, rows in (("checksums", checksums(batch)), ("tokens", batch)):
+                    skipped = self._written * rows[0].nbytes
+                    file.seek(self._starts[f"{kind}.{layer}"] + skipped)
+                    file.write(tensor_bytes(rows))
+        self._written += len(next(iter(tokens.values())))
+
+    def finish(self) -> None:
+        """Put the shard in its place; all n images have been appended."""
+        with writing(self.path):
+            self._file.close()
+            write_atomically(self.path, lambda partial: os.replace(self._aside, partial))
+
+    def discard(self) -> None:
+        """Remove what is not finished; nothing after :meth:`finish`."""
+        if self._file is not None:
+            with suppress(OSError):  # what is still buffered does not fit either
+                self._file.close()
+            self._aside.unlink(missing_ok=True)

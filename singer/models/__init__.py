@@ -1,0 +1,1 @@
+"""Teachers and students: backbones, nullspace bases, layer matching."""

