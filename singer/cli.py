@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from singer.errors import (
     EXIT_INTERRUPTED,
@@ -104,6 +106,24 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(options, Console())
 
 
+def _missing_requirements() -> list[str]:
+    """Return the required packages that are not installed, as after ``pip install --no-deps``."""
+    missing = []
+    try:
+        requirements = metadata.requires("singer-kernels") or []
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return missing
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        if name is None or "extra ==" in requirement:
+            continue
+        try:
+            metadata.version(name.group())
+        except metadata.PackageNotFoundError:
+            missing.append(name.group())
+    return missing
+
+
 def _leave_group() -> None:
     """Part from the other processes, where all of them end; else torch complains."""
     torch = sys.modules.get("torch")  # not loaded before the configuration is read
@@ -126,6 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         a run that can be resumed; 130 after Ctrl-C. (A process that ends because another one of its
         run has died ends with 70.)
     """
+    if missing := _missing_requirements():
+        print(
+            f"singer: error: not installed: {', '.join(missing)}; pip install . without --no-deps "
+            "installs them (singer_kernels alone needs only torch)",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # argparse wants the overrides in one row
     if arguments.command != "distill" or any(text.startswith("-") for text in rest):

@@ -123,6 +123,17 @@ def test_a_full_disk_is_one_line(config_file, values, capsys, monkeypatch):
     assert not Path(values["output"]).exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--config", "absent.yaml"], []])
+def test_missing_requirements_are_one_line(arguments, capsys, monkeypatch):
+    required = ["torch>=2.10", "no-such-one>=1", "no_such.two", "no-such-three; extra == 'demo'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: required)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("singer: error: not installed: no-such-one, no_such.two; pip install")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
