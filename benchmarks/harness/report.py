@@ -1,12 +1,12 @@
-"""Writes what the results say into the README and into ``docs/``.
+"""Write the figures of ``benchmarks/results/`` into the README and ``docs/``.
 
     cd benchmarks
     python -m harness.report [RESULTS.json ...] [--check | --summary [--output FILE]]
 
-Without files it takes all of ``benchmarks/results/``. ``README.md`` gets the most important figures
-between two marks, ``docs/benchmarks.md`` all of them, ``docs/<device>.svg`` the plots. ``--check``
-writes nothing and fails if either page says something else; ``--summary`` prints the most important
-figures, and writes nothing.
+Without files it takes all of ``benchmarks/results/``. ``README.md`` gets one table per device
+between two marks, ``docs/benchmarks.md`` all figures, ``docs/<device>.svg`` the plots. ``--check``
+writes nothing and fails if either page differs; ``--summary`` prints the most important figures and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ END = "<!-- written by benchmarks/harness/report.py: end -->"
 
 
 def readme_section(runs: dict[str, Found]) -> str:
-    """Return what the README says of runs.
+    """Return the README's section: of each run its setting, one table and its plots.
 
     Args:
         runs: the name of a results file without its ending, to what is in it.
@@ -38,18 +38,12 @@ def readme_section(runs: dict[str, Found]) -> str:
         parts.append(f"**{tables.setting_line(found)}**")
         records = [r for r in tables.of_series(found, "workloads") if r["precision"] == leading]
         if records:
-            parts.append(f"Losses of one layer, {leading}, rank {records[0]['workload']['rank']}:")
-            parts.append(tables.losses_table(records))
-            parts.append("\n".join(tables.precision_lines(found)))
-        steps = tables.steps_table(found)
-        if steps is not None:
-            setting = found["steps"]["setting"]
+            rank = records[0]["workload"]["rank"]
             parts.append(
-                f"Whole training steps, {setting['teacher']} to {setting['student']} at "
-                f"{setting['image_size']} px, batch {setting['batch_size']}, variant "
-                f"{setting['variant']}:"
+                f"Forward and backward of the losses of one layer, {leading}, rank {rank} "
+                "(speed over `eager`):"
             )
-            parts.append(steps)
+            parts.append(tables.losses_table(records))
         parts.append(f"![Speed-ups, and time and memory against patches](docs/{name}.svg)")
     return "\n\n".join(part for part in parts if part)
 

@@ -111,7 +111,7 @@ def precision_lines(found: Found) -> list[str]:
             if ranges["compiled"] is not None:
                 part += f", {ranges['compiled']} as `compiled`"
             parts.append(part)
-        # Of the leading one there is a table of times.
+        # The README has a table of the leading precision.
         ratios = "" if precision == leading else f"{'; '.join(parts)}. "
         lines.append(f"- {precision}: {ratios}Largest relative errors: {', '.join(errors)}.")
     return lines
@@ -253,11 +253,20 @@ def details(found: Found) -> str:
     ):
         records = of_series(found, series)
         if records:
-            parts += [f"### {title}", *map(_detail, records)]
+            parts.append(f"### {title}")
+            if series == "workloads":
+                parts.append("\n".join(precision_lines(found)))
+            parts += map(_detail, records)
     if (steps := steps_table(found)) is not None:
-        dense = found["steps"]["dense_gflops"]
+        setting, dense = found["steps"]["setting"], found["steps"]["dense_gflops"]
         products = ", ".join(f"`{name}` {number(count)}" for name, count in dense.items())
-        parts += ["### Training steps", steps, f"GFLOP of dense products a step: {products}."]
+        parts += [
+            "### Training steps",
+            f"{setting['teacher']} to {setting['student']} at {setting['image_size']} px, batch "
+            f"{setting['batch_size']}, variant {setting['variant']}:",
+            steps,
+            f"GFLOP of dense products a step: {products}.",
+        ]
     if (startup := startup_table(found)) is not None:
         parts += ["### Start-up", startup]
     left = [

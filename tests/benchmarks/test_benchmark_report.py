@@ -195,6 +195,8 @@ def test_the_page_has_every_comparison(found):
     assert "wrong: kd 1.0e+00 (allowed 1.0e-06)" in page
     assert "3.5 / ?" in page
     assert "- `triton`: it needs a CUDA device." in page
+    assert "- bf16: `cpu` 4.00 to 4.00 times as fast as `eager`." in page
+    assert "big to small at 126 px, batch 16, variant official:" in page
     # As many columns in each row as in its header.
     for block in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
         assert len({row.count("|") for row in block.splitlines()}) == 1, block
