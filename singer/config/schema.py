@@ -260,18 +260,19 @@ class TrainConfig(_Section):
         steps: optimiser steps; None: ``epochs`` passes over the data.
         epochs: passes over the data.
         batch_size: images per optimiser step, over all processes: it must divide evenly among
-            ``accumulate`` and the processes.
-        accumulate: parts in which a process takes its share of the batch, one after the other, to
-            need less memory. (The outlier loss averages over each part's outliers; the parts have
-            equally many, unless norms tie at the quantile.)
+            ``grad_accum_steps`` and the processes.
+        grad_accum_steps: micro-batches per optimiser step and process, to need less memory. (The
+            outlier loss averages over each micro-batch's outliers; they have equally many, unless
+            norms tie at the quantile.)
         lr: peak learning rate of AdamW.
         min_lr: what the cosine schedule falls towards, as a share of ``lr``.
         warmup: share of the steps in which the learning rate rises linearly from 0.
         weight_decay: AdamW's.
-        decay_all: also decay biases, norms, class token and position table, as the authors do.
+        decay_norm_and_bias: also decay biases, norms, class token and position table, as the
+            authors do.
         betas: AdamW's.
-        clip_norm: largest norm of the gradient of all that one student's method trains; a larger
-            one is scaled down. None: not clipped.
+        max_grad_norm: clip the global norm of one student's gradients (its method's included) to
+            this value; None: no clipping.
         ema: decay of an exponential moving average of the student's weights per step (0.9999,
             say), written beside them; None: none. In early steps the decay is lower.
         precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
@@ -286,14 +287,14 @@ class TrainConfig(_Section):
     steps: int | None = Field(None, ge=1)
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(64, ge=1)
-    accumulate: int = Field(1, ge=1)
+    grad_accum_steps: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(1e-4, ge=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
-    decay_all: bool = False
+    decay_norm_and_bias: bool = False
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    clip_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(None, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False

@@ -159,14 +159,14 @@ class EpochBatches(Sampler[list[int]]):
 
     The order of an epoch is a function of the seed and the epoch alone. Optimiser step ``i`` of it
     takes the tickets ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
-    processes there are: each takes an equal, contiguous share, in ``accumulate`` equal parts, one
-    after the other. What is left at the end of the order and fills no step is not used.
+    processes there are: each takes an equal, contiguous share, in ``grad_accum_steps`` equal parts,
+    one after the other. What is left at the end of the order and fills no step is not used.
 
     Args:
         epoch_size: samples per epoch.
         seed: of the order.
         batch_size: samples per optimiser step, over all processes.
-        accumulate: parts of a process's share.
+        grad_accum_steps: parts of a process's share.
         process_index: this process, from 0.
         num_processes: how many there are.
 
@@ -179,14 +179,14 @@ class EpochBatches(Sampler[list[int]]):
         epoch_size: int,
         seed: int,
         batch_size: int,
-        accumulate: int = 1,
+        grad_accum_steps: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        if batch_size % (num_processes * accumulate):
+        if batch_size % (num_processes * grad_accum_steps):
             raise ValueError(
-                f"batch_size: got {batch_size}, expected a multiple of num_processes * accumulate "
-                f"= {num_processes * accumulate}"
+                f"batch_size: got {batch_size}, expected a multiple of "
+                f"num_processes * grad_accum_steps = {num_processes * grad_accum_steps}"
             )
         if not 0 <= process_index < num_processes:
             raise ValueError(
@@ -195,7 +195,7 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch_size = epoch_size
         self.seed = seed
         self.batch_size = batch_size
-        self.accumulate = accumulate
+        self.grad_accum_steps = grad_accum_steps
         self.process_index = process_index
         self.share = batch_size // num_processes
         self.epoch = 0
@@ -231,7 +231,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of batches, parts of a share, from there to the end of the epoch."""
-        return (self.steps_per_epoch - self.step) * self.accumulate
+        return (self.steps_per_epoch - self.step) * self.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         """Draw the tickets of one batch after the other."""
@@ -242,7 +242,7 @@ class EpochBatches(Sampler[list[int]]):
         for later in range(step, self.steps_per_epoch):
             first = later * self.batch_size + self.process_index * self.share
             share = order[first : first + self.share]
-            for part in share.chunk(self.accumulate):
+            for part in share.chunk(self.grad_accum_steps):
                 yield part.tolist()
 
 
@@ -306,17 +306,19 @@ def check_batch(config: Config, num_processes: int) -> None:
     """Check that the processes can share the batch.
 
     Raises:
-        SingerError: ``train.batch_size`` is no multiple of processes times ``train.accumulate``.
+        SingerError: ``train.batch_size`` is no multiple of the number of processes times
+            ``train.grad_accum_steps``.
     """
-    batch_size, accumulate = config.train.batch_size, config.train.accumulate
-    parts = num_processes * accumulate
+    batch_size, grad_accum_steps = config.train.batch_size, config.train.grad_accum_steps
+    parts = num_processes * grad_accum_steps
     if batch_size % parts:
         below = batch_size // parts * parts
         nearest = f"{below} or {below + parts}" if below else f"{parts}"
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         raise SingerError(
-            f"train.batch_size: got {batch_size}, which {processes} with train.accumulate="
-            f"{accumulate} can't share evenly; expected a multiple of {parts}, such as {nearest}"
+            f"train.batch_size: got {batch_size}, which {processes} with train.grad_accum_steps="
+            f"{grad_accum_steps} can't share evenly; expected a multiple of {parts}, such as "
+            f"{nearest}"
         )
 
 
@@ -348,8 +350,8 @@ def check_readable(source: ImageSource, title: str) -> None:
 def create_loader(config: Config, process_index: int = 0, num_processes: int = 1) -> BatchLoader:
     """Build one process's loader of a run.
 
-    Its batches are ``[train.batch_size / num_processes / train.accumulate, 3, H, W]``, uint8: they
-    are normalised on the device. The global random generators are left alone.
+    Its batches are ``[train.batch_size / num_processes / train.grad_accum_steps, 3, H, W]``, uint8:
+    they are normalised on the device. The global random generators are left alone.
 
     Args:
         config: the run's configuration.
@@ -381,7 +383,7 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
             len(crops),
             train.seed,
             train.batch_size,
-            train.accumulate,
+            train.grad_accum_steps,
             process_index,
             num_processes,
         ),

@@ -79,7 +79,7 @@ def create_accelerator(precision: str) -> Accelerator:
     if accelerator.gradient_accumulation_steps != 1:  # it would divide the losses once more
         raise SingerError(
             f"accelerate: gradient_accumulation_steps is "
-            f"{accelerator.gradient_accumulation_steps}, expected 1; set train.accumulate"
+            f"{accelerator.gradient_accumulation_steps}, expected 1; set train.grad_accum_steps"
         )
     return accelerator
 

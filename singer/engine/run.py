@@ -202,7 +202,7 @@ def _cached_tokens(
         identity,
         len(dataset.source),
         compute,
-        batch_size=loader.batch_sampler.share // config.train.accumulate,
+        batch_size=loader.batch_sampler.share // config.train.grad_accum_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         wait=PatientBarrier(accelerator),

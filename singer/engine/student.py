@@ -71,7 +71,7 @@ def create_optimizer(method: Distiller, train: TrainConfig) -> torch.optim.Optim
     """
     trainable = [p for p in method.parameters() if p.requires_grad]
     return create_optimizer_v2(
-        trainable if train.decay_all else method,  # of a list, timm exempts nothing
+        trainable if train.decay_norm_and_bias else method,  # of a list, timm exempts nothing
         opt="adamw",
         lr=train.lr,
         weight_decay=train.weight_decay,
@@ -141,8 +141,8 @@ class Learner:
         self._schedule = create_schedule(self._optimizer, train, steps)
         self._model, self._stepper = accelerator.prepare(method, self._optimizer)
         self._model.train()
-        self._parts = train.accumulate
-        self._log = LossLog(accelerator, train.accumulate)
+        self._parts = train.grad_accum_steps
+        self._log = LossLog(accelerator, train.grad_accum_steps)
         self._setups: list[dict[str, Any]] = []  # of the steps whose losses are not read yet
         self.folder: RunFolder | None = None
         self._writer: SummaryWriter | None = None
@@ -219,8 +219,10 @@ class Learner:
             epoch: from 0, for the records.
         """
         self._schedule.step_update(step - 1)
-        if self.config.train.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.method.parameters(), self.config.train.clip_norm)
+        if self.config.train.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(
+                self.method.parameters(), self.config.train.max_grad_norm
+            )
         self._stepper.step()
         self._stepper.zero_grad(set_to_none=True)
         if self.ema is not None:

@@ -165,9 +165,9 @@ class Trainer:
                 except torch.OutOfMemoryError as error:
                     self._wind_up()
                     raise SingerError(
-                        f"train.batch_size: {train.batch_size} images in {train.accumulate} parts "
-                        f"and {self.accelerator.num_processes} processes need more memory than "
-                        f"there is; raise train.accumulate ({error})"
+                        f"train.batch_size: {train.batch_size} images in {train.grad_accum_steps} "
+                        f"parts and {self.accelerator.num_processes} processes need more memory "
+                        f"than there is; raise train.grad_accum_steps ({error})"
                     ) from error
                 progress.step()
                 is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
@@ -180,7 +180,7 @@ class Trainer:
                     self._heed_stop()
 
     def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
-        parts = self.config.train.accumulate
+        parts = self.config.train.grad_accum_steps
         for part in range(parts):
             epoch, batch = next(batches)
             self._new_unreadable += batch.unreadable

@@ -93,8 +93,8 @@ def whole(values, tmp_path):
     values["train"] = {
         "steps": 9,
         "batch_size": 4,
-        "accumulate": 2,
-        "clip_norm": 0.05,
+        "grad_accum_steps": 2,
+        "max_grad_norm": 0.05,
         "ema": 0.9,
         "log_every": 2,
         "save_every": 2,

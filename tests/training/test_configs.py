@@ -102,7 +102,7 @@ def test_pairs_have_the_authors_recipe(pair):
     assert (recipe.epochs, recipe.lr, recipe.min_lr, recipe.weight_decay) == (100, 1e-3, 1e-4, 1e-4)
     assert recipe.warmup * recipe.epochs == 5
     assert recipe.betas == (0.9, 0.999)
-    assert (recipe.precision, recipe.clip_norm, recipe.ema) == ("fp32", None, None)
+    assert (recipe.precision, recipe.max_grad_norm, recipe.ema) == ("fp32", None, None)
     assert config.image_size == (518 if "dinov2" in pair else 224)
     assert config.method.layers == ([8, 11] if "small_to" in pair else [17, 23])
     assert timm.is_model_pretrained(config.teacher.name)
@@ -142,7 +142,7 @@ def test_methods_share_layers_weights_and_recipe(file, expected):
     plain, config = load([ABLATED]), load([ABLATED, f"methods/{file}.yaml"])
     assert config.method == expected
     is_official = file == "singer_official"
-    assert config.train == plain.train.model_copy(update={"decay_all": is_official})
+    assert config.train == plain.train.model_copy(update={"decay_norm_and_bias": is_official})
     for section in ("teacher", "student", "data", "image_size"):
         assert getattr(config, section) == getattr(plain, section)
 
@@ -202,7 +202,7 @@ def test_a_configuration_trains_for_a_step(case):
         lr=train.lr,
         weight_decay=train.weight_decay,
         betas=train.betas,
-        filter_bias_and_bn=not train.decay_all,
+        filter_bias_and_bn=not train.decay_norm_and_bias,
     )
     trainable = {name: p for name, p in method.named_parameters() if p.requires_grad}
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}

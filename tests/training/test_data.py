@@ -143,27 +143,30 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert _joined(first) == sampler.order(0).tolist()
 
 
-@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (6, 1)])
-def test_steps_do_not_depend_on_processes_or_accumulation(processes, accumulate):
+@pytest.mark.parametrize(
+    ("processes", "grad_accum_steps"), [(1, 1), (1, 3), (2, 1), (2, 3), (6, 1)]
+)
+def test_steps_do_not_depend_on_processes_or_accumulation(processes, grad_accum_steps):
     size, batch = 32, 6
     order = EpochBatches(size, 7, batch).order(2).tolist()
     samplers = [
-        EpochBatches(size, 7, batch, accumulate, index, processes) for index in range(processes)
+        EpochBatches(size, 7, batch, grad_accum_steps, index, processes)
+        for index in range(processes)
     ]
     parts = [_epoch(sampler, epoch=2) for sampler in samplers]
-    assert {len(sampler) for sampler in samplers} == {5 * accumulate}
+    assert {len(sampler) for sampler in samplers} == {5 * grad_accum_steps}
     for step in range(5):
         taken = [
             part
             for process in parts
-            for part in process[step * accumulate : (step + 1) * accumulate]
+            for part in process[step * grad_accum_steps : (step + 1) * grad_accum_steps]
         ]
-        assert {len(part) for part in taken} == {batch // processes // accumulate}
+        assert {len(part) for part in taken} == {batch // processes // grad_accum_steps}
         assert _joined(taken) == order[step * batch : (step + 1) * batch]
 
 
 def test_seeking_is_leaving_steps_out():
-    sampler = EpochBatches(26, 3, 8, accumulate=2)
+    sampler = EpochBatches(26, 3, 8, grad_accum_steps=2)
     assert sampler.steps_per_epoch == 3
     whole = _epoch(sampler, 4)
     for step in range(4):
@@ -184,7 +187,7 @@ def test_seeking_outside_is_refused(epoch, step):
 
 def test_batches_that_can_not_be_shared_are_refused():
     with pytest.raises(ValueError, match=r"batch_size: got 8, expected a multiple of .* = 6"):
-        EpochBatches(26, 3, 8, accumulate=3, num_processes=2)
+        EpochBatches(26, 3, 8, grad_accum_steps=3, num_processes=2)
     with pytest.raises(ValueError, match="process_index: got 2, expected 0 to 1"):
         EpochBatches(26, 3, 8, process_index=2, num_processes=2)
 
@@ -196,7 +199,9 @@ def test_workers_change_nothing(image_folder, make_config):
     _break(image_folder, "class0/0.png", "class1/3.png")
     runs = []
     for workers in (0, 2):
-        loader = create_loader(make_config(data={"num_workers": workers}, train={"accumulate": 2}))
+        loader = create_loader(
+            make_config(data={"num_workers": workers}, train={"grad_accum_steps": 2})
+        )
         batches = []
         for epoch, step in ((0, 0), (1, 1), (0, 2)):
             loader.batch_sampler.seek(epoch, step)
@@ -272,22 +277,22 @@ def test_workers_survive_the_signals_meant_for_the_trainer(make_config):
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulate", "batch_size", "nearest"),
+    ("processes", "grad_accum_steps", "batch_size", "nearest"),
     [(3, 2, 100, "96 or 102"), (8, 1, 5, "8"), (1, 3, 4, "3 or 6")],
 )
 def test_batches_that_do_not_divide_name_the_nearest(
-    make_config, processes, accumulate, batch_size, nearest
+    make_config, processes, grad_accum_steps, batch_size, nearest
 ):
-    config = make_config(train={"batch_size": batch_size, "accumulate": accumulate})
+    config = make_config(train={"batch_size": batch_size, "grad_accum_steps": grad_accum_steps})
     many = f"{processes} process(es)?"
     with pytest.raises(
         SingerError,
-        match=rf"train\.batch_size: got {batch_size}, which {many} with train\.accumulate="
-        rf"{accumulate} .* multiple of {processes * accumulate}, such as {nearest}$",
+        match=rf"train\.batch_size: got {batch_size}, which {many} with train\.grad_accum_steps="
+        rf"{grad_accum_steps} .* multiple of {processes * grad_accum_steps}, such as {nearest}$",
     ):
         create_loader(config, 0, processes)
     for fitting in nearest.split(" or "):
-        train = {"batch_size": int(fitting), "accumulate": accumulate}
+        train = {"batch_size": int(fitting), "grad_accum_steps": grad_accum_steps}
         check_batch(make_config(train=train), processes)
 
 

@@ -53,7 +53,7 @@ def test_no_step_waits_for_the_device(make_config, monkeypatch, precision):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "_step", step)
-    train = {"precision": precision, "clip_norm": 1.0, "ema": 0.9, "log_every": 3}
+    train = {"precision": precision, "max_grad_norm": 1.0, "ema": 0.9, "log_every": 3}
     config = make_config(image_size=64, train=train)
     training.train(config, QUIET)
     assert len(_metrics(config)) == 6

@@ -75,7 +75,7 @@ def test_an_unreadable_image_does_not_make_half_a_step_a_checkpoint(whole, monke
 def test_a_first_step_that_fails_leaves_no_folder_nor_a_checkpoint(make_config, monkeypatch):
     config = make_config()
     undo = fail_at(monkeypatch, SiNGER, "losses", 1, torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(SingerError, match=r"raise train\.accumulate \(CUDA out of memory\)"):
+    with pytest.raises(SingerError, match=r"raise train\.grad_accum_steps \(CUDA out of memory\)"):
         training.train(config, QUIET, resume=True)
     assert not Path(config.output).exists()
     undo()

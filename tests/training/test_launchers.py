@@ -88,7 +88,7 @@ def _assert_close(folder, expected):
 @pytest.mark.parametrize(
     ("launcher", "overrides"),
     [
-        ([*TORCHRUN, "--nproc-per-node", "2", *CLI], ["train.accumulate=2"]),
+        ([*TORCHRUN, "--nproc-per-node", "2", *CLI], ["train.grad_accum_steps=2"]),
         ([*ACCELERATE, "--num_processes", "4", *CLI], ["data.num_workers=1"]),
     ],
     ids=["torchrun-2", "accelerate-4"],

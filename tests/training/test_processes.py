@@ -27,7 +27,9 @@ from singer.methods import SiNGER
 
 def test_accumulation_by_accelerates_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(SingerError, match=r"gradient_accumulation_steps is 2.*train\.accumulate"):
+    with pytest.raises(
+        SingerError, match=r"gradient_accumulation_steps is 2.*train\.grad_accum_steps"
+    ):
         create_accelerator("fp32")
 
 

@@ -91,7 +91,7 @@ def test_several_students_share_one_pass_of_the_teacher(values, tmp_path, count_
 def test_parts_of_a_batch_add_up_to_it(make_config, tmp_path):
     runs = []
     for parts in (1, 4):
-        changes = {"accumulate": parts, "lr": 1e-4}
+        changes = {"grad_accum_steps": parts, "lr": 1e-4}
         config = make_config(train=changes, output=str(tmp_path / str(parts)))
         training.train(config, QUIET)
         runs.append(_metrics(config.output))
@@ -116,9 +116,11 @@ def test_gradients_are_clipped_as_a_whole(make_config, tmp_path, monkeypatch):
     norms = _record_norms(monkeypatch)
     training.train(make_config(train={"steps": 1}), QUIET)
     limit = norms[0] / 3
-    clipped = make_config(train={"steps": 1, "clip_norm": limit}, output=str(tmp_path / "clipped"))
+    clipped = make_config(
+        train={"steps": 1, "max_grad_norm": limit}, output=str(tmp_path / "clipped")
+    )
     training.train(clipped, QUIET)
-    loose = make_config(train={"steps": 1, "clip_norm": 1e6}, output=str(tmp_path / "loose"))
+    loose = make_config(train={"steps": 1, "max_grad_norm": 1e6}, output=str(tmp_path / "loose"))
     training.train(loose, QUIET)
     # clip_grad_norm_ divides by the norm plus 1e-6.
     assert norms[1:] == pytest.approx([limit, norms[0]], rel=1e-5)
@@ -150,8 +152,10 @@ def test_the_moving_average_is_that_of_the_weights_after_each_step(make_config, 
 
 
 def test_decay_reaches_everything_only_if_asked(make_config):
-    for decay_all in (False, True):
-        config = make_config(train={"decay_all": decay_all, "weight_decay": 0.1})
+    for decay_norm_and_bias in (False, True):
+        config = make_config(
+            train={"decay_norm_and_bias": decay_norm_and_bias, "weight_decay": 0.1}
+        )
         (method,) = training.build_methods(config, create_loader(config), CPU)
         accelerator = training.create_accelerator("fp32")
         learner = Learner(config.trained()[0], method, config, accelerator, 6)
@@ -163,7 +167,7 @@ def test_decay_reaches_everything_only_if_asked(make_config):
         own = dict(method.named_parameters())
         assert decays[id(own["student.blocks.0.attn.qkv.weight"])] == 0.1
         for name in ("student.blocks.0.norm1.weight", "student.cls_token", "student.pos_embed"):
-            assert decays[id(own[name])] == (0.1 if decay_all else 0.0), name
+            assert decays[id(own[name])] == (0.1 if decay_norm_and_bias else 0.0), name
 
 
 @pytest.mark.parametrize(
@@ -271,7 +275,7 @@ def test_nothing_waits_for_the_device_between_logs(make_config, monkeypatch, var
     monkeypatch.setattr(Learner, "backward", backward)
     monkeypatch.setattr(Learner, "log", lambda self: [])
     monkeypatch.setattr(Trainer, "_plot", lambda self: None)
-    config = make_config(method={"variant": variant}, train={"clip_norm": 1.0, "steps": 2})
+    config = make_config(method={"variant": variant}, train={"max_grad_norm": 1.0, "steps": 2})
     monkeypatch.setattr(training, "_last_losses", lambda *_: {})
     training.train(config, QUIET)
     assert reads.found == []
@@ -334,7 +338,7 @@ def test_filling_a_cache_heeds_a_signal(cached, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, tickets)
 
-    config = cached("run", train={"accumulate": 4})  # an image at a time
+    config = cached("run", train={"grad_accum_steps": 4})  # an image at a time
     monkeypatch.setattr(ImageCrops, "batch", batch)
     with pytest.raises(StoppedError, match=r"by SIGTERM while teacher\.cache was filled"):
         training.train(config, QUIET)
