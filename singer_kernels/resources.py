@@ -23,8 +23,19 @@ import torch
 from torch import Tensor
 
 from singer_kernels.backends.operators import ForwardOutput
-from singer_kernels.backends.triton import configs, is_interpreted, ops, stages
-from singer_kernels.backends.triton.stages import backward, gram, outlier, refine
+from singer_kernels.backends.triton import (
+    backward,
+    configs,
+    gram_pairs,
+    gram_rows,
+    gram_tile,
+    is_interpreted,
+    launch,
+    losses,
+    ops,
+    outlier,
+    refine_stage,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANKS = (16, 32, 64, 128, 256)
@@ -32,7 +43,7 @@ RANKS = (16, 32, 64, 128, 256)
 
 _KERNELS = {
     name: (module, kernel)
-    for module in (refine, outlier, gram, backward)
+    for module in (refine_stage, outlier, gram_tile, gram_rows, gram_pairs, losses, backward)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -143,16 +154,16 @@ class _Recorder:
 @contextlib.contextmanager
 def _recording(arch: int) -> Iterator[list[tuple[Launch, int]]]:
     found: list[tuple[Launch, int]] = []
-    architecture = stages.architecture
+    architecture = launch.architecture
     try:
         for name, (module, kernel) in _KERNELS.items():
             setattr(module, name, _Recorder(name, kernel, found))
-        stages.architecture = lambda device: arch
+        launch.architecture = lambda device: arch
         yield found
     finally:
         for name, (module, kernel) in _KERNELS.items():
             setattr(module, name, kernel)
-        stages.architecture = architecture
+        launch.architecture = architecture
 
 
 def training_step(

@@ -19,8 +19,7 @@ from conftest import BACKENDS
 pytest.importorskip("triton")
 
 from singer_kernels import gram_loss
-from singer_kernels.backends.triton import configs
-from singer_kernels.backends.triton.kernels import gram as gram_kernels
+from singer_kernels.backends.triton import configs, gram_tile
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -136,7 +135,7 @@ def cancelled_case(patches, count):
 def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
     case = cancelled_case(33, count)
     guarded = info_error(case)
-    monkeypatch.setattr(gram_kernels, "CANCELLED", gram_kernels.tl.constexpr(float("inf")))
+    monkeypatch.setattr(gram_tile, "CANCELLED", gram_tile.tl.constexpr(float("inf")))
     unguarded = info_error(case)
     assert guarded < 2**-9
     if count == 33:

@@ -12,8 +12,7 @@ pytest.importorskip("triton")
 
 from singer_kernels import backends, fused_losses
 from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.triton import configs
-from singer_kernels.backends.triton.stages import outlier
+from singer_kernels.backends.triton import configs, outlier
 
 CPU = torch.device("cpu")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

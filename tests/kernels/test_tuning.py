@@ -117,11 +117,11 @@ def test_it_is_off_by_default(monkeypatch):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="kernels are compiled where there is a GPU")
 @pytest.mark.parametrize("with_target", [False, True])
 def test_every_stage_gives_the_same_whatever_is_tried(with_target, monkeypatch):
-    from singer_kernels.backends.triton import stages
+    from singer_kernels.backends.triton import launch
 
     monkeypatch.setenv("SINGER_BACKEND", "triton")
     monkeypatch.setenv(tuning.SWITCH, "1")
-    monkeypatch.setattr(stages, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     monkeypatch.setattr(configs, "lookup", lambda *_: Config(32, 32, 1, 1))
     tried = [Config(16, 64, 1, 1), Config(32, 32, 1, 1)]

@@ -153,6 +153,11 @@ def takes_identity(rank: int, width: int) -> bool:
     return rank <= MAX_IDENTITY_RANK and 6 * rank <= width
 
 
+def takes_gram_rows(rank: int, patches: int) -> bool:
+    """Whether programs own rows of the Gram matrices: few patches, a narrow adapter."""
+    return patches < PAIRS_FROM and rank <= MAX_ROWS_BLOCK_R
+
+
 def outlier_warps(block_p: int) -> int:
     """Return the warps for the quantile: at least 8 norms a thread, fewer reductions across."""
     return max(1, min(8, block_p // 256))

@@ -48,20 +48,26 @@ def losses_forward(
         product: the dtype of the products' operands.
         gram_product: that of the Gram products.
     """
-    from singer_kernels.backends.triton import configs, stages
+    from singer_kernels.backends.triton import configs, launch
+    from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
+    from singer_kernels.backends.triton.gram_rows import run_gram_rows
+    from singer_kernels.backends.triton.gram_tile import GramRows, row_norms
+    from singer_kernels.backends.triton.losses import sum_losses
+    from singer_kernels.backends.triton.outlier import run_outlier
+    from singer_kernels.backends.triton.refine_stage import run_refine
 
     prefix, (width, rank) = num_prefix_tokens, down.shape
-    arch = stages.architecture(teacher.device)
-    arithmetic = stages.Arithmetic(product, acc, arch)
-    gram_arithmetic = stages.Arithmetic(gram_product, acc, arch)
-    student, teacher = stages.rows_contiguous(student), stages.rows_contiguous(teacher)
+    arch = launch.architecture(teacher.device)
+    arithmetic = launch.Arithmetic(product, acc, arch)
+    gram_arithmetic = launch.Arithmetic(gram_product, acc, arch)
+    student, teacher = launch.rows_contiguous(student), launch.rows_contiguous(teacher)
     is_own = gram_target is None
     identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
     rows_dtype, gram_dtype = None, narrow_dtype(gram_product, acc)
     if gram and not identity:
         rows_dtype = gram_dtype
-    with stages.on_device(teacher):
-        refined = stages.run_refine(
+    with launch.on_device(teacher):
+        refined = run_refine(
             student,
             teacher,
             down,
@@ -74,30 +80,35 @@ def losses_forward(
             rows_dtype=rows_dtype,
         )
         plain_norms = refined.plain_norms if identity else None
-        outliers = stages.run_outlier(refined.norms, plain_norms, quantile)
+        outliers = run_outlier(refined.norms, plain_norms, quantile)
         found = None
         if gram:
-            target = teacher if gram_target is None else stages.rows_contiguous(gram_target)
-            target_norms = refined.plain_norms if is_own else stages.row_norms(target, prefix, acc)
-            found = stages.run_gram(
-                stages.GramRows(
-                    "identity" if identity else "stored",
-                    refined.rows,
-                    target,
-                    refined.norms,
-                    target_norms,
-                    up,
-                    refined.columns,
-                    refined.parts,
-                    outliers.amplification,
-                ),
+            target = teacher if gram_target is None else launch.rows_contiguous(gram_target)
+            target_norms = refined.plain_norms if is_own else row_norms(target, prefix, acc)
+            sides = GramRows(
+                "identity" if identity else "stored",
+                refined.rows,
+                target,
+                refined.norms,
+                target_norms,
+                up,
                 refined.columns,
-                prefix,
-                gram_arithmetic,
-                columns_dtype=gram_dtype if has_gram_columns else None,
-                d_target_dtype=gram_dtype if has_d_target else None,
+                refined.parts,
+                outliers.amplification,
             )
-        kd, outlier, info, weight = stages.sum_losses(
+            takes_rows = configs.takes_gram_rows(rank, refined.norms.shape[1])
+            if has_gram_columns and not has_d_target and takes_rows:
+                found = run_gram_rows(sides, prefix, gram_arithmetic, columns_dtype=gram_dtype)
+            else:
+                found = run_gram_pairs(
+                    sides,
+                    refined.columns,
+                    prefix,
+                    gram_arithmetic,
+                    columns_dtype=gram_dtype if has_gram_columns else None,
+                    d_target_dtype=gram_dtype if has_d_target else None,
+                )
+        kd, outlier, info, weight = sum_losses(
             refined.kd_parts,
             outliers,
             None if found is None else found.parts,
@@ -140,15 +151,16 @@ def losses_backward(
     down_dtype: torch.dtype | None,
     up_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    """Run the stage ``backward``; see :func:`stages.run_backward` for the arguments."""
-    from singer_kernels.backends.triton import stages
+    """Run the stage ``backward``; see :func:`.backward.run_backward` for the arguments."""
+    from singer_kernels.backends.triton import launch
+    from singer_kernels.backends.triton.backward import run_backward
 
-    arithmetic = stages.Arithmetic(product, acc, stages.architecture(teacher.device))
-    teacher = stages.rows_contiguous(teacher)
-    student = None if student is None else stages.rows_contiguous(student)
-    d_refined = None if d_refined is None else stages.rows_contiguous(d_refined)
-    with stages.on_device(teacher):
-        grads = stages.run_backward(
+    arithmetic = launch.Arithmetic(product, acc, launch.architecture(teacher.device))
+    teacher = launch.rows_contiguous(teacher)
+    student = None if student is None else launch.rows_contiguous(student)
+    d_refined = None if d_refined is None else launch.rows_contiguous(d_refined)
+    with launch.on_device(teacher):
+        grads = run_backward(
             student,
             teacher,
             up,
@@ -178,22 +190,25 @@ def _gram_loss(
     acc: torch.dtype,
     product: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    from singer_kernels.backends.triton import stages
+    from singer_kernels.backends.triton import launch
+    from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
+    from singer_kernels.backends.triton.gram_tile import GramRows, row_norms
+    from singer_kernels.backends.triton.losses import mean_of_parts
 
-    arithmetic = stages.Arithmetic(product, acc, stages.architecture(tokens.device))
-    tokens, target = stages.rows_contiguous(tokens), stages.rows_contiguous(target)
-    with stages.on_device(tokens):
-        norms = stages.row_norms(tokens, num_prefix_tokens, acc)
-        target_norms = stages.row_norms(target, num_prefix_tokens, acc)
-        found = stages.run_gram(
-            stages.GramRows("stored", tokens, target, norms, target_norms),
+    arithmetic = launch.Arithmetic(product, acc, launch.architecture(tokens.device))
+    tokens, target = launch.rows_contiguous(tokens), launch.rows_contiguous(target)
+    with launch.on_device(tokens):
+        norms = row_norms(tokens, num_prefix_tokens, acc)
+        target_norms = row_norms(target, num_prefix_tokens, acc)
+        found = run_gram_pairs(
+            GramRows("stored", tokens, target, norms, target_norms),
             tokens[:, num_prefix_tokens:],
             num_prefix_tokens,
             arithmetic,
             columns_dtype=acc if has_d_tokens else None,
             d_target_dtype=acc if has_d_target else None,
         )
-        loss = stages.mean_of_parts(found.parts, norms)
+        loss = mean_of_parts(found.parts, norms)
     return loss, or_empty(found.columns, loss), or_empty(found.d_target, loss)
 
 

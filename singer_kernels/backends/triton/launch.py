@@ -13,7 +13,7 @@ from torch import Tensor
 
 from singer_kernels.backends.operators import narrow_dtype
 from singer_kernels.backends.triton import configs, tuning
-from singer_kernels.backends.triton.kernels.language import INTERPRETED
+from singer_kernels.backends.triton.language import INTERPRETED
 
 Result = TypeVar("Result")
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from singer_kernels.backends.triton.kernels.language import number
+from singer_kernels.backends.triton import configs
+from singer_kernels.backends.triton.language import number
+from singer_kernels.backends.triton.launch import compiling, kernel_dtype
+from singer_kernels.backends.triton.outlier import Outliers
 
 
 @triton.jit(do_not_specialize=["num_kd", "num_images", "num_info"])
@@ -49,3 +54,38 @@ def sum_losses_kernel(
         for start in range(0, num_info, BLOCK):
             info += tl.load(info_ptr + start + index, mask=start + index < num_info, other=0.0)
         tl.store(info_out_ptr, tl.sum(info) / (images * num_patches * num_patches))
+
+
+def sum_losses(
+    kd_parts: Tensor, outliers: Outliers, gram_parts: Tensor | None, shape: torch.Size, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return kd, outlier, info and 2 / count, all scalars; info is not written without a Gram."""
+    images, tokens, width = shape
+    kd, outlier_loss, info, weight = (kd_parts.new_empty(()) for _ in range(4))
+    sum_losses_kernel[(1,)](
+        kd_parts,
+        outliers.squares,
+        outliers.counts,
+        gram_parts,
+        kd,
+        outlier_loss,
+        weight,
+        info,
+        kd_parts.numel(),
+        images,
+        0 if gram_parts is None else gram_parts.numel(),
+        tokens,
+        tokens - prefix,
+        width,
+        HAS_INFO=gram_parts is not None,
+        ACC=kernel_dtype(kd_parts.dtype),
+        BLOCK=1024,
+        **compiling(configs.SUMS),
+    )
+    return kd, outlier_loss, info, weight
+
+
+def mean_of_parts(parts: Tensor, norms: Tensor) -> Tensor:
+    """Return the Gram loss alone, from its parts; norms ``[B, P]``."""
+    images, patches = norms.shape
+    return parts.sum() / (images * patches * patches)

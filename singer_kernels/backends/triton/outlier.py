@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from singer_kernels.backends.triton.kernels.language import number
+from singer_kernels.backends.triton import configs
+from singer_kernels.backends.triton.language import number
+from singer_kernels.backends.triton.launch import block_of, compiling, kernel_dtype
 
 
 @triton.jit
@@ -78,3 +86,50 @@ def outlier_fwd_kernel(
         plain = tl.load(plain_norms_ptr + image * num_patches + patch, mask=in_range, other=0.0)
         ratio = tl.where(norms == 0, 0.0, plain / norms)
         tl.store(amplification_ptr + image, tl.max(ratio))
+
+
+class Outliers(NamedTuple):
+    """What the stage ``outlier`` gives."""
+
+    threshold: Tensor  # q, [B]
+    squares: Tensor  # [B]
+    counts: Tensor  # [B]
+    amplification: Tensor | None  # largest ‖F‖ / n, [B]
+
+
+def quantile_rank(quantile: float, patches: int, acc: torch.dtype) -> tuple[int, float]:
+    """Return ``⌊γ (P − 1)⌋`` and the rest, computed in the accumulation dtype as torch does."""
+    rank = quantile * (patches - 1)
+    if acc == torch.float32:
+        (gamma,) = struct.unpack("f", struct.pack("f", quantile))
+        (rank,) = struct.unpack("f", struct.pack("f", gamma * (patches - 1)))
+    below = math.floor(rank)
+    return below, rank - below
+
+
+def run_outlier(norms: Tensor, plain_norms: Tensor | None, quantile: float) -> Outliers:
+    """Run the stage ``outlier``: norms ``[B, P]``, and the plain ones if ratios are asked for."""
+    images, patches = norms.shape
+    new = norms.new_empty
+    threshold, squares, counts = (new((images,)) for _ in range(3))
+    amplification = None if plain_norms is None else new((images,))
+    below, share = quantile_rank(quantile, patches, norms.dtype)
+    (kept,) = struct.unpack("f", struct.pack("f", share))
+    block_p = block_of(patches)
+    outlier_fwd_kernel[(images,)](
+        norms,
+        plain_norms,
+        threshold,
+        squares,
+        counts,
+        amplification,
+        patches,
+        below,
+        kept,
+        share - kept,
+        HAS_PLAIN=plain_norms is not None,
+        ACC=kernel_dtype(norms.dtype),
+        BLOCK_P=block_p,
+        **compiling(configs.Config(0, 0, configs.outlier_warps(block_p), 1)),
+    )
+    return Outliers(threshold, squares, counts, amplification)

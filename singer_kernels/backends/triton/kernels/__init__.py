@@ -1,1 +1,0 @@
-"""The kernels, one module for each stage."""
