@@ -15,7 +15,7 @@ from singer_kernels.resources import DTYPES, RANKS, Usage
 
 EXPECTED = Path(__file__).parents[2] / "benchmarks" / "expected"
 
-PRODUCTS = ("refine", "gram_rows", "gram_pairs", "gram_apply", "backward_tokens")
+PRODUCTS = ("refine", "gram_rows", "gram_pairs", "gram_gradient", "backward_tokens")
 
 
 def resources(*arguments, **environment):
@@ -47,17 +47,15 @@ def test_they_are_the_committed_ones(usages):
 
 def test_everything_is_compiled(usages):
     kernels = {usage.kernel for usage in usages}
-    assert {kernel.removesuffix("_formed") for kernel in configs.TABLE} <= {
-        kernel.removesuffix("_fwd") for kernel in kernels
-    }
-    assert kernels >= {"outlier_fwd", "row_norms", "sum_parts", "sum_losses"}
+    assert {kernel.removesuffix("_recompute") for kernel in configs.TABLE} <= kernels
+    assert kernels >= {"outlier", "row_norms", "sum_partials", "sum_losses"}
     for usage in usages:
         assert usage.arch in configs.ARCHITECTURES
         assert usage.operand in DTYPES
         assert usage.rank in RANKS
     for arch in configs.ARCHITECTURES:
         found = {usage.variant for usage in usages if usage.arch == arch}
-        for mode in ("identity", "formed", "stored"):
+        for mode in ("identity", "recompute", "materialized"):
             assert any(variant.startswith(mode) for variant in found)
 
 
@@ -71,7 +69,7 @@ def test_shared_memory_is_within_the_limit(usages):
 
 def test_products_use_the_matrix_unit(usages):
     for usage in usages:
-        is_product = usage.kernel.removesuffix("_fwd") in PRODUCTS
+        is_product = usage.kernel in PRODUCTS
         # Plain float32 products, where three TF32 ones do not fit.
         is_plain = usage.operand != "bfloat16" and usage.rank > configs.MAX_MATRIX_RANK
         if is_product and not is_plain:
@@ -91,7 +89,7 @@ def test_hopper_and_later_use_their_own_instruction(usages):
             usage.matrix
             for usage in usages
             if (usage.arch, usage.operand, usage.rank) == (arch, "bfloat16", 64)
-            and usage.kernel.removesuffix("_fwd") in PRODUCTS
+            and usage.kernel in PRODUCTS
         ]
         assert set(chosen) == {instruction}
 
@@ -101,7 +99,7 @@ def test_the_table_in_text():
     assert done.returncode == 0, done.stderr
     header, *rows = done.stdout.splitlines()
     assert header.split() == list(Usage._fields)
-    assert any(row.split()[3] == "refine_fwd" for row in rows)
+    assert any(row.split()[3] == "refine" for row in rows)
 
 
 def test_the_interpreter_is_refused():

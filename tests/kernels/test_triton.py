@@ -45,7 +45,7 @@ def _small_tiles(monkeypatch):
 @pytest.fixture(params=["rows", "pairs"])
 def _way(request, monkeypatch):
     """Walk the Gram tiles by rows, then by pairs."""
-    monkeypatch.setattr(configs, "PAIRS_FROM", 1 if request.param == "pairs" else 10**6)
+    monkeypatch.setattr(configs, "MIN_PATCHES_FOR_PAIRS", 1 if request.param == "pairs" else 10**6)
 
 
 def one_step(case, dtypes=(F64, F64, F64), **options):
@@ -135,7 +135,7 @@ def cancelled_case(patches, count):
 def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
     case = cancelled_case(33, count)
     guarded = info_error(case)
-    monkeypatch.setattr(gram_tile, "CANCELLED", gram_tile.tl.constexpr(float("inf")))
+    monkeypatch.setattr(gram_tile, "MAX_CANCELLATION", gram_tile.tl.constexpr(float("inf")))
     unguarded = info_error(case)
     assert guarded < 2**-9
     if count == 33:

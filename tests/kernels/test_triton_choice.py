@@ -139,10 +139,10 @@ def test_every_device_has_an_architecture_in_the_table(capability, expected):
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_every_call_has_a_configuration(arch, operand, rank):
     for kernel in configs.TABLE:
-        if kernel == "gram_rows" and rank > configs.MAX_ROWS_BLOCK_R:
+        if kernel == "gram_rows" and rank > configs.MAX_GRAM_ROWS_RANK:
             continue
         is_identity = operand == "bfloat16" and rank <= configs.MAX_IDENTITY_RANK
-        if kernel.endswith("_formed") and not is_identity:
+        if kernel.endswith("_recompute") and not is_identity:
             continue
         assert configs.lookup(kernel, arch, operand, rank).rows >= 16
 
@@ -150,11 +150,11 @@ def test_every_call_has_a_configuration(arch, operand, rank):
 @pytest.mark.parametrize("kernel", ["gram_rows", "gram_pairs"])
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_both_launches_of_the_identity_share_their_tiles(arch, kernel):
-    identity, formed = (
+    identity, recompute = (
         configs.lookup(name, arch, "bfloat16", configs.MAX_IDENTITY_RANK).rows
-        for name in (kernel, f"{kernel}_formed")
+        for name in (kernel, f"{kernel}_recompute")
     )
-    assert identity == formed
+    assert identity == recompute
 
 
 def test_every_configuration_has_its_reason():
@@ -166,11 +166,11 @@ def test_every_configuration_has_its_reason():
 
 @pytest.mark.parametrize("patches", [1, 2, 10, 196, 1369])
 @pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.97, 1.0])
-def test_the_quantile_rank(patches, quantile):
-    below, share = outlier.quantile_rank(quantile, patches, F64)
-    assert 0 <= below < patches
-    assert below + share == quantile * (patches - 1)
-    below, share = outlier.quantile_rank(quantile, patches, F32)
-    rank = (torch.tensor(quantile) * (patches - 1)).item()
-    assert (below, share) == (int(rank), rank - int(rank))
-    assert abs(share - np.float32(share)) <= unit(F32)
+def test_the_quantile_position(patches, quantile):
+    index, fraction = outlier.quantile_position(quantile, patches, F64)
+    assert 0 <= index < patches
+    assert index + fraction == quantile * (patches - 1)
+    index, fraction = outlier.quantile_position(quantile, patches, F32)
+    position = (torch.tensor(quantile) * (patches - 1)).item()
+    assert (index, fraction) == (int(position), position - int(position))
+    assert abs(fraction - np.float32(fraction)) <= unit(F32)

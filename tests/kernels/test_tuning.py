@@ -36,7 +36,7 @@ class Kernel:
     def __init__(self):
         self.tried = []
 
-    def attempt(self, config):
+    def launch(self, config):
         self.tried.append(config)
         if config.rows == 128:
             raise out_of_resources()
@@ -47,7 +47,7 @@ class Kernel:
 
 
 def run(kernel, key=("device", 1)):
-    return tuning.run_tuned("refine", FIRST, kernel.attempt, key, kernel.measure)
+    return tuning.run_tuned("refine", FIRST, kernel.launch, key, kernel.measure)
 
 
 def test_the_fastest_that_fits_is_kept(cache):
@@ -91,7 +91,7 @@ def test_a_file_that_is_none_is_written_anew(cache, content, caplog):
 
 def test_another_error_is_not_hidden():
     class Broken(Kernel):
-        def attempt(self, config):
+        def launch(self, config):
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
@@ -128,9 +128,9 @@ def test_every_stage_gives_the_same_whatever_is_tried(with_target, monkeypatch):
     monkeypatch.setattr(tuning, "candidates", lambda first: tried)
     fastest = []
 
-    def fastest_is_the_first(first, attempt, measure):
+    def fastest_is_the_first(first, launch, measure):
         for config in tried:
-            attempt(config)
+            launch(config)
         fastest.append(tried[0])
         return tried[0]
 

@@ -1,4 +1,4 @@
-"""Stage ``backward``: dS, dWd and dWu in one pass over F and S, and the sums in a fixed order."""
+"""Stage ``backward``: dS, dWd and dWu in one pass over F and S, summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.language import (
     dot,
     load_tile,
-    number,
     operand,
     split_dot,
     store_tile,
+    to_scalar,
     token_offsets,
 )
 from singer_kernels.backends.triton.launch import (
-    Arithmetic,
+    MatmulPrecision,
     block_of,
-    compiling,
+    compiler_options,
     kernel_dtype,
-    meta,
+    meta_params,
 )
 
 
-@triton.jit(do_not_specialize=["num_patches_in_all", "num_images"])
+@triton.jit(do_not_specialize=["total_patches", "num_images"])
 def backward_rows_kernel(
-    columns_ptr,  # [H | Z], [B, P, 2r]
-    gram_columns_ptr,  # X [H | Z], [B, P, 2r]; HAS_INFO
+    hz_ptr,  # [H | Z], [B, P, 2r]
+    grad_hz_ptr,  # X [H | Z], [B, P, 2r]; HAS_INFO
     residual_ptr,  # (F̂ − S) Wuᵀ, [B, P, r]; HAS_KD
     norms_ptr,  # n, [B, P]; HAS_OUTLIER
     threshold_ptr,  # q, [B]; HAS_OUTLIER
     outlier_weight_ptr,  # 2 / count, []; HAS_OUTLIER
     up_ptr,  # Wu, [r, D]; HAS_REFINED
-    d_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
-    d_kd_ptr,  # upstream gradients, []
-    d_outlier_ptr,
-    d_info_ptr,
-    d_hidden_ptr,  # out: dH, [B, P, r]
-    turned_ptr,  # out: V, [B, P, r]
-    d_refined_stride_image,
-    d_refined_stride_token,
-    num_patches_in_all,  # B P
+    grad_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
+    grad_kd_ptr,  # gradient of the kd output, []; HAS_KD
+    grad_outlier_ptr,  # of the outlier output, []; HAS_OUTLIER
+    grad_info_ptr,  # of the info output, []; HAS_INFO
+    grad_h_ptr,  # out: dH, [B, P, r]
+    v_ptr,  # out: V, [B, P, r]
+    grad_refined_stride_image,
+    grad_refined_stride_token,
+    total_patches,  # B P
     num_patches,
     num_prefix_tokens,
     width,
@@ -63,42 +63,48 @@ def backward_rows_kernel(
 ):
     """``V = X H + c H`` and ``dH = X Z + c Z + α (F̂ − S) Wuᵀ + Y Wuᵀ`` of BLOCK_T patches.
 
-    ``c = 2 (n − q)₊ / (count n)``, ``α = 2 / (B T D)``; each term times its upstream gradient.
+    ``c = 2 (n − q)₊ / (count n)``, ``α = 2 / (B T D)``; each term times its output's gradient.
     """
     patch = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask = patch < num_patches_in_all
+    mask = patch < total_patches
     k = tl.arange(0, BLOCK_R)
     offsets = patch.to(tl.int64) * rank
-    d_hidden = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    turned = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    grad_h = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    v = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    # 1. dH = Y Wuᵀ over D
     if HAS_REFINED:
         image, token = patch // num_patches, patch % num_patches + num_prefix_tokens
-        token_offset = token_offsets(image, token, d_refined_stride_image, d_refined_stride_token)
+        token_offset = token_offsets(
+            image, token, grad_refined_stride_image, grad_refined_stride_token
+        )
         for start in range(0, width, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
-            back = operand(load_tile(d_refined_ptr, token_offset, d, mask, width), OPERAND)
-            d_hidden = dot(back, tl.trans(up), d_hidden, PRECISION)
+            y = operand(load_tile(grad_refined_ptr, token_offset, d, mask, width), OPERAND)
+            grad_h = dot(y, tl.trans(up), grad_h, PRECISION)
+    # 2. dH += α (F̂ − S) Wuᵀ
     if HAS_KD:
         num_tokens = num_patches + num_prefix_tokens
-        alpha = 2.0 / (number(num_images, ACC) * num_tokens * width)
-        alpha = tl.load(d_kd_ptr).to(ACC) * alpha
-        d_hidden += alpha * load_tile(residual_ptr, offsets, k, mask, rank).to(ACC)
+        alpha = 2.0 / (to_scalar(num_images, ACC) * num_tokens * width)
+        alpha = tl.load(grad_kd_ptr).to(ACC) * alpha
+        grad_h += alpha * load_tile(residual_ptr, offsets, k, mask, rank).to(ACC)
+    # 3. V += c H and dH += c Z
     if HAS_OUTLIER:
         norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
         threshold = tl.load(threshold_ptr + patch // num_patches, mask=mask, other=0.0)
-        is_within = (norms <= threshold) & (tl.abs(norms) < float("inf"))
-        excess = tl.where(is_within, 0.0, norms - threshold)
-        weight = tl.load(outlier_weight_ptr) * tl.load(d_outlier_ptr).to(ACC)
-        coefficient = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
-        turned += coefficient * load_tile(columns_ptr, 2 * offsets, k, mask, rank)
-        d_hidden += coefficient * load_tile(columns_ptr + rank, 2 * offsets, k, mask, rank)
+        is_inlier = (norms <= threshold) & (tl.abs(norms) < float("inf"))
+        excess = tl.where(is_inlier, 0.0, norms - threshold)
+        weight = tl.load(outlier_weight_ptr) * tl.load(grad_outlier_ptr).to(ACC)
+        outlier_coef = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
+        v += outlier_coef * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
+        grad_h += outlier_coef * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
+    # 4. V += X H and dH += X Z
     if HAS_INFO:
-        d_info = tl.load(d_info_ptr).to(ACC)
-        turned += d_info * load_tile(gram_columns_ptr, 2 * offsets, k, mask, rank).to(ACC)
-        d_hidden += d_info * load_tile(gram_columns_ptr + rank, 2 * offsets, k, mask, rank).to(ACC)
-    store_tile(d_hidden_ptr, offsets, k, mask, rank, d_hidden)
-    store_tile(turned_ptr, offsets, k, mask, rank, turned)
+        grad_info = tl.load(grad_info_ptr).to(ACC)
+        v += grad_info * load_tile(grad_hz_ptr, 2 * offsets, k, mask, rank).to(ACC)
+        grad_h += grad_info * load_tile(grad_hz_ptr + rank, 2 * offsets, k, mask, rank).to(ACC)
+    store_tile(grad_h_ptr, offsets, k, mask, rank, grad_h)
+    store_tile(v_ptr, offsets, k, mask, rank, v)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
@@ -106,20 +112,20 @@ def backward_tokens_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]; HAS_KD
     up_ptr,  # Wu, [r, D]
-    columns_ptr,  # [H | Z], [B, P, 2r]
-    d_hidden_ptr,  # dH, [B, P, r]; NEEDS_DOWN
-    turned_ptr,  # V, [B, P, r]; NEEDS_UP
-    d_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
-    d_kd_ptr,  # upstream gradient, []; HAS_KD
-    d_student_ptr,  # out: dS, [B, T, D]; NEEDS_STUDENT
-    d_down_ptr,  # out: parts of dWd, [splits, D, r]; NEEDS_DOWN
-    d_up_ptr,  # out: parts of dWuᵀ, [splits, D, r]; NEEDS_UP
+    hz_ptr,  # [H | Z], [B, P, 2r]
+    grad_h_ptr,  # dH, [B, P, r]; NEEDS_DOWN
+    v_ptr,  # V, [B, P, r]; NEEDS_UP
+    grad_refined_ptr,  # Y, [B, T, D]; HAS_REFINED
+    grad_kd_ptr,  # gradient of the kd output, []; HAS_KD
+    grad_student_ptr,  # out: dS, [B, T, D]; NEEDS_STUDENT
+    grad_down_ptr,  # out: partial sums of dWd, [splits, D, r]; NEEDS_DOWN
+    grad_up_ptr,  # out: partial sums of dWuᵀ, [splits, D, r]; NEEDS_UP
     teacher_stride_image,
     teacher_stride_token,
     student_stride_image,
     student_stride_token,
-    d_refined_stride_image,
-    d_refined_stride_token,
+    grad_refined_stride_image,
+    grad_refined_stride_token,
     num_rows,  # B T
     num_tokens,
     num_prefix_tokens,
@@ -127,7 +133,7 @@ def backward_tokens_kernel(
     rank,
     rows_per_split,  # a multiple of BLOCK_T
     HAS_KD: tl.constexpr,
-    HAS_TURNED: tl.constexpr,
+    HAS_V: tl.constexpr,
     HAS_REFINED: tl.constexpr,
     NEEDS_STUDENT: tl.constexpr,
     NEEDS_DOWN: tl.constexpr,
@@ -141,19 +147,19 @@ def backward_tokens_kernel(
 ):
     """``dS = α (S − F̂)``, ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (Y − dS)``, BLOCK_D columns of each.
 
-    One program per split of the tokens and block of columns; the parts are summed by
-    ``sum_parts_kernel``. Prefix tokens reach dS alone.
+    One program per split of the rows of ``[B T, D]`` and block of columns;
+    ``sum_partials_kernel`` adds the splits. Prefix tokens contribute to dS alone.
     """
     block_d, split = tl.program_id(0), tl.program_id(1)
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
     up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
-    d_down = tl.zeros((BLOCK_D, BLOCK_R), ACC)
-    d_up = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    grad_down = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    grad_up = tl.zeros((BLOCK_D, BLOCK_R), ACC)
     num_patches = num_tokens - num_prefix_tokens
     if HAS_KD:
-        alpha = 2.0 / (number(num_rows, ACC) * width)
-        alpha = tl.load(d_kd_ptr).to(ACC) * alpha
+        alpha = 2.0 / (to_scalar(num_rows, ACC) * width)
+        alpha = tl.load(grad_kd_ptr).to(ACC) * alpha
     begin = split * rows_per_split
     for start in range(begin, min(begin + rows_per_split, num_rows), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
@@ -163,50 +169,54 @@ def backward_tokens_kernel(
         patch = image * num_patches + token - num_prefix_tokens
         rank_offsets = patch.to(tl.int64) * rank
         offsets = token_offsets(image, token, teacher_stride_image, teacher_stride_token)
-        plain = load_tile(teacher_ptr, offsets, d, in_range, width)
-        hidden = load_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank)
+        # 1. F̂ = F + H Wu
+        teacher = load_tile(teacher_ptr, offsets, d, in_range, width)
+        h = load_tile(hz_ptr, 2 * rank_offsets, k, is_patch, rank)
         delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-        delta = split_dot(hidden, up, delta, OPERAND, PRECISION)
-        refined = plain.to(ACC) + tl.where(is_patch[:, None], delta, 0.0)
-        back = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        delta = split_dot(h, up, delta, OPERAND, PRECISION)
+        refined = teacher.to(ACC) + tl.where(is_patch[:, None], delta, 0.0)
+        # 2. gradient in F̂ of the kd loss, α (F̂ − S) = −dS
+        grad_refined = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         if HAS_KD:
             offsets = token_offsets(image, token, student_stride_image, student_stride_token)
             student = load_tile(student_ptr, offsets, d, in_range, width).to(ACC)
-            back = alpha * (refined - student)
+            grad_refined = alpha * (refined - student)
             if NEEDS_STUDENT:
                 row_offsets = row.to(tl.int64) * width
-                store_tile(d_student_ptr, row_offsets, d, in_range, width, -back)
+                store_tile(grad_student_ptr, row_offsets, d, in_range, width, -grad_refined)
+        # 3. dWd += Fᵀ dH
         if NEEDS_DOWN:
-            inner = load_tile(d_hidden_ptr, rank_offsets, k, is_patch, rank)
-            left = operand(tl.where(is_patch[:, None], plain, 0.0), OPERAND)
-            d_down = dot(tl.trans(left), operand(inner, OPERAND), d_down, PRECISION)
+            inner = load_tile(grad_h_ptr, rank_offsets, k, is_patch, rank)
+            left = operand(tl.where(is_patch[:, None], teacher, 0.0), OPERAND)
+            grad_down = dot(tl.trans(left), operand(inner, OPERAND), grad_down, PRECISION)
+        # 4. dWuᵀ += F̂ᵀ V + (Y − dS)ᵀ H
         if NEEDS_UP:
-            if HAS_TURNED:
-                inner = load_tile(turned_ptr, rank_offsets, k, is_patch, rank)
+            if HAS_V:
+                inner = load_tile(v_ptr, rank_offsets, k, is_patch, rank)
                 left = operand(tl.where(is_patch[:, None], refined, 0.0), OPERAND)
-                d_up = dot(tl.trans(left), operand(inner, OPERAND), d_up, PRECISION)
+                grad_up = dot(tl.trans(left), operand(inner, OPERAND), grad_up, PRECISION)
             if HAS_REFINED:
                 offsets = token_offsets(
-                    image, token, d_refined_stride_image, d_refined_stride_token
+                    image, token, grad_refined_stride_image, grad_refined_stride_token
                 )
-                back += load_tile(d_refined_ptr, offsets, d, in_range, width).to(ACC)
+                grad_refined += load_tile(grad_refined_ptr, offsets, d, in_range, width).to(ACC)
             if HAS_KD or HAS_REFINED:
-                left = operand(tl.where(is_patch[:, None], back, 0.0), OPERAND)
-                d_up = dot(tl.trans(left), operand(hidden, OPERAND), d_up, PRECISION)
+                left = operand(tl.where(is_patch[:, None], grad_refined, 0.0), OPERAND)
+                grad_up = dot(tl.trans(left), operand(h, OPERAND), grad_up, PRECISION)
     offsets = (split * width + d).to(tl.int64) * rank
     if NEEDS_DOWN:
-        store_tile(d_down_ptr, offsets, k, d < width, rank, d_down)
+        store_tile(grad_down_ptr, offsets, k, d < width, rank, grad_down)
     if NEEDS_UP:
-        store_tile(d_up_ptr, offsets, k, d < width, rank, d_up)
+        store_tile(grad_up_ptr, offsets, k, d < width, rank, grad_up)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def sum_parts_kernel(
-    d_down_parts_ptr,  # [num_parts, D, r]; NEEDS_DOWN
-    d_up_parts_ptr,  # [num_parts, D, r]; NEEDS_UP
-    d_down_ptr,  # out: dWd, [D, r]; NEEDS_DOWN
-    d_up_ptr,  # out: dWu, [r, D]; NEEDS_UP
-    num_parts,
+@triton.jit(do_not_specialize=["num_partials"])
+def sum_partials_kernel(
+    grad_down_partials_ptr,  # [num_partials, D, r]; NEEDS_DOWN
+    grad_up_partials_ptr,  # [num_partials, D, r]; NEEDS_UP
+    grad_down_ptr,  # out: dWd, [D, r]; NEEDS_DOWN
+    grad_up_ptr,  # out: dWu, [r, D]; NEEDS_UP
+    num_partials,
     width,
     rank,
     NEEDS_DOWN: tl.constexpr,
@@ -215,85 +225,85 @@ def sum_parts_kernel(
     BLOCK_R: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The parts' sums, in their order: program (·, 0) for dWd, (·, 1) for dWu."""
+    """Sum the splits of dWd (program (·, 0)) and dWuᵀ (program (·, 1)), in their order."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_D, BLOCK_R), ACC)
     if tl.program_id(1) == 0:
         if NEEDS_DOWN:
-            for part in range(num_parts):
-                offsets = (part * width + d).to(tl.int64) * rank
-                total += load_tile(d_down_parts_ptr, offsets, k, d < width, rank)
-            store_tile(d_down_ptr, d.to(tl.int64) * rank, k, d < width, rank, total)
+            for split in range(num_partials):
+                offsets = (split * width + d).to(tl.int64) * rank
+                total += load_tile(grad_down_partials_ptr, offsets, k, d < width, rank)
+            store_tile(grad_down_ptr, d.to(tl.int64) * rank, k, d < width, rank, total)
     else:
         if NEEDS_UP:
-            for part in range(num_parts):
-                offsets = (part * width + d).to(tl.int64) * rank
-                total += load_tile(d_up_parts_ptr, offsets, k, d < width, rank)
-            store_tile(d_up_ptr, k.to(tl.int64) * width, d, k < rank, width, tl.trans(total))
+            for split in range(num_partials):
+                offsets = (split * width + d).to(tl.int64) * rank
+                total += load_tile(grad_up_partials_ptr, offsets, k, d < width, rank)
+            store_tile(grad_up_ptr, k.to(tl.int64) * width, d, k < rank, width, tl.trans(total))
 
 
 def run_backward(
     student: Tensor | None,
     teacher: Tensor,
     up: Tensor,
-    columns: Tensor,
-    gram_columns: Tensor | None,
+    hz: Tensor,
+    grad_hz: Tensor | None,
     residual: Tensor | None,
     norms: Tensor | None,
     threshold: Tensor | None,
     outlier_weight: Tensor | None,
     upstream: Upstream,
     prefix: int,
-    arithmetic: Arithmetic,
+    precision: MatmulPrecision,
     student_dtype: torch.dtype | None,
     down_dtype: torch.dtype | None,
     up_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Run the stage ``backward``.
+    """Launch the stage ``backward``.
 
     Args:
         student: S, ``[B, T, D]``; needed with ``upstream.kd``.
         teacher: F, ``[B, T, D]``.
         up: Wu, ``[r, D]``, contiguous, rounded to the products' dtype.
-        columns: ``[H | Z]``, ``[B, P, 2r]``.
-        gram_columns: ``X [H | Z]``; needed with ``upstream.info``.
+        hz: ``[H | Z]``, ``[B, P, 2r]``.
+        grad_hz: ``X [H | Z]``; needed with ``upstream.info``.
         residual: ``(F̂ − S) Wuᵀ``, ``[B, P, r]``; needed with ``upstream.kd``.
         norms: n, ``[B, P]``; needed with ``upstream.outlier``, as are the next two.
         threshold: q, ``[B]``.
         outlier_weight: 2 / count.
-        upstream: the gradients that come back.
+        upstream: the gradients of the outputs.
         prefix: the number of prefix tokens.
-        arithmetic: how products are computed.
-        student_dtype: the dtype of dS; None: it is not asked for.
+        precision: dtypes of the products and of their sums.
+        student_dtype: the dtype of dS; None: do not compute it.
         down_dtype: the dtype of dWd; likewise.
         up_dtype: the dtype of dWu; likewise.
 
     Returns:
-        dS, dWd and dWu; None where not asked for, or where the gradient is nothing but 0.
+        dS, dWd and dWu; None where not requested, or where no output's gradient reaches them.
     """
     images, tokens, width = teacher.shape
     rank, patches = up.shape[0], tokens - prefix
-    block_r, acc = block_of(rank), arithmetic.acc
+    block_r, acc = block_of(rank), precision.acc
     has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
-    has_turned = upstream.outlier is not None or upstream.info is not None
+    has_v = upstream.outlier is not None or upstream.info is not None
     needs_student = student_dtype is not None and has_kd
-    reaches_adapter = has_kd or has_refined or has_turned
+    reaches_adapter = has_kd or has_refined or has_v
     needs_down = down_dtype is not None and reaches_adapter
     needs_up = up_dtype is not None and reaches_adapter
     new = teacher.new_empty
-    options = arithmetic.options(rank)
-    d_hidden = turned = d_student = None
-    back_strides = (0, 0) if upstream.refined is None else upstream.refined.stride()[:2]
+    options = precision.kernel_options(rank)
+    grad_h = v = grad_student = None
+    grad_refined_strides = (0, 0) if upstream.refined is None else upstream.refined.stride()[:2]
     student_strides = (0, 0) if student is None else student.stride()[:2]
-    if needs_down or (needs_up and has_turned):
-        d_hidden = new((images, patches, rank), dtype=arithmetic.kept)
-        turned = new((images, patches, rank), dtype=arithmetic.kept)
+    if needs_down or (needs_up and has_v):
+        grad_h = new((images, patches, rank), dtype=precision.storage_dtype)
+        v = new((images, patches, rank), dtype=precision.storage_dtype)
 
-        def by_rows(config: configs.Config) -> None:
+        def launch_rows(config: configs.Config) -> None:
             backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
-                columns,
-                gram_columns,
+                hz,
+                grad_hz,
                 residual,
                 norms,
                 threshold,
@@ -303,9 +313,9 @@ def run_backward(
                 upstream.kd,
                 upstream.outlier,
                 upstream.info,
-                d_hidden,
-                turned,
-                *back_strides,
+                grad_h,
+                v,
+                *grad_refined_strides,
                 images * patches,
                 patches,
                 prefix,
@@ -317,37 +327,37 @@ def run_backward(
                 HAS_INFO=upstream.info is not None,
                 HAS_REFINED=has_refined and needs_down,
                 **options,
-                **meta(config, block_r),
+                **meta_params(config, block_r),
             )
 
-        sizes = (images, patches, width, has_kd, has_turned, has_refined)
-        arithmetic.run("backward_rows", rank, by_rows, *sizes)
+        sizes = (images, patches, width, has_kd, has_v, has_refined)
+        precision.run("backward_rows", rank, launch_rows, *sizes)
     if not (needs_student or needs_down or needs_up):
         return None, None, None
     if needs_student:
-        d_student = new((images, tokens, width), dtype=student_dtype)
+        grad_student = new((images, tokens, width), dtype=student_dtype)
 
-    def by_tokens(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
+    def launch_tokens(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
         blocks = triton.cdiv(images * tokens, config.rows)
         rows_per_split = config.rows * triton.cdiv(blocks, configs.SPLITS)
         splits = triton.cdiv(images * tokens, rows_per_split)
-        down_parts = new((splits, width, rank), dtype=acc) if needs_down else None
-        up_parts = new((splits, width, rank), dtype=acc) if needs_up else None
+        down_partials = new((splits, width, rank), dtype=acc) if needs_down else None
+        up_partials = new((splits, width, rank), dtype=acc) if needs_up else None
         backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
             teacher,
             student,
             up,
-            columns,
-            d_hidden,
-            turned,
+            hz,
+            grad_h,
+            v,
             upstream.refined,
             upstream.kd,
-            d_student,
-            down_parts,
-            up_parts,
+            grad_student,
+            down_partials,
+            up_partials,
             *teacher.stride()[:2],
             *student_strides,
-            *back_strides,
+            *grad_refined_strides,
             images * tokens,
             tokens,
             prefix,
@@ -355,39 +365,39 @@ def run_backward(
             rank,
             rows_per_split,
             HAS_KD=has_kd,
-            HAS_TURNED=has_turned,
+            HAS_V=has_v,
             HAS_REFINED=has_refined,
             NEEDS_STUDENT=needs_student,
             NEEDS_DOWN=needs_down,
             NEEDS_UP=needs_up,
             **options,
-            **meta(config, block_r),
+            **meta_params(config, block_r),
         )
-        return down_parts, up_parts
+        return down_partials, up_partials
 
-    flags = (has_kd, has_turned, has_refined, needs_student, needs_down, needs_up)
-    down_parts, up_parts = arithmetic.run(
-        "backward_tokens", rank, by_tokens, images, tokens, width, *flags
+    flags = (has_kd, has_v, has_refined, needs_student, needs_down, needs_up)
+    down_partials, up_partials = precision.run(
+        "backward_tokens", rank, launch_tokens, images, tokens, width, *flags
     )
     if not (needs_down or needs_up):
-        return d_student, None, None
-    d_down = new((width, rank), dtype=down_dtype) if needs_down else None
-    d_up = new((rank, width), dtype=up_dtype) if needs_up else None
-    splits = next(len(parts) for parts in (down_parts, up_parts) if parts is not None)
-    columns_each = max(16, 1024 // block_r)
-    sum_parts_kernel[(triton.cdiv(width, columns_each), 2)](
-        down_parts,
-        up_parts,
-        d_down,
-        d_up,
+        return grad_student, None, None
+    grad_down = new((width, rank), dtype=down_dtype) if needs_down else None
+    grad_up = new((rank, width), dtype=up_dtype) if needs_up else None
+    splits = next(len(sums) for sums in (down_partials, up_partials) if sums is not None)
+    block_d = max(16, 1024 // block_r)
+    sum_partials_kernel[(triton.cdiv(width, block_d), 2)](
+        down_partials,
+        up_partials,
+        grad_down,
+        grad_up,
         splits,
         width,
         rank,
         NEEDS_DOWN=needs_down,
         NEEDS_UP=needs_up,
-        BLOCK_D=columns_each,
+        BLOCK_D=block_d,
         BLOCK_R=block_r,
         ACC=kernel_dtype(acc),
-        **compiling(configs.SUMS),
+        **compiler_options(configs.SMALL),
     )
-    return d_student, d_down, d_up
+    return grad_student, grad_down, grad_up

@@ -1,7 +1,7 @@
-"""How every kernel is launched: a fixed table, by architecture and width of the adapter.
+"""Launch configurations of the kernels: a fixed table by architecture, dtype and rank.
 
-Nothing here changes what is computed but the order of sums, so one table gives the same bits
-always. ``SINGER_AUTOTUNE=1`` measures instead; see :mod:`singer_kernels.backends.triton.tuning`.
+A configuration changes results in the order of sums alone: with the fixed table they are
+reproducible bit by bit. ``SINGER_AUTOTUNE=1`` measures instead; see ``tuning``.
 """
 
 from __future__ import annotations
@@ -9,48 +9,48 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ARCHITECTURES = (80, 86, 90, 100)
-"""sm_80, sm_90, sm_100, and sm_86 for those of 8.x and 12.x with 99 KiB of shared memory."""
+"""sm_80, sm_90, sm_100; sm_86 stands for all of 8.x and 12.x with 99 KiB of shared memory."""
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
-"""Bytes of shared memory that one program may have."""
+"""Largest shared memory of one program, bytes."""
 
 MAX_RANK = 256
 MAX_IMAGES = 65535
-"""The most programs along a grid's second and third axis."""
+"""Largest grid size along axes 1 and 2."""
 
 MAX_PATCHES = 16384
-"""What one program of the quantile holds in registers."""
+"""One program of the outlier kernel holds an image's norms in registers."""
 
 MAX_IDENTITY_RANK = 64
-"""Widest adapter for the Gram identity: beyond, its extra tiles in ``refine`` spill."""
+"""Largest rank for the Gram identity: above it, the extra tiles in ``refine`` spill."""
 
 MAX_MATRIX_RANK = 128
-"""Widest adapter for float32 products on the matrix unit: beyond, three TF32 products spill. The
-plain products that take their place spill too if they must widen float16 operands first."""
+"""Largest rank for float32 products on tensor cores: above it, three TF32 products spill. The IEEE
+products used instead spill as well if float16 operands must be widened first."""
 
-MAX_ROWS_BLOCK_R = 64
-"""Widest adapter for a program that owns rows of the Gram matrices: beyond, X [H | Z] of its rows
-and two Gram tiles do not fit into registers."""
+MAX_GRAM_ROWS_RANK = 64
+"""Largest rank for a program that owns rows of the Gram matrices: above it, X [H | Z] of its rows
+and two Gram tiles do not fit in registers."""
 
-PAIRS_FROM = 512
-"""Number of patches from which E goes through memory: a program that owns rows reads each token
-P / BLOCK_P times, twice as often as pairs of tiles, which soon costs more than writing E once."""
+MIN_PATCHES_FOR_PAIRS = 512
+"""Number of patches from which E is written to memory: a program that owns rows reads each token
+P / BLOCK_P times, twice as often as pairs of tiles; from here that costs more than writing E."""
 
 SPLITS = 16
-"""Into how many parts the tokens are split for dWd and dWu: with 8 blocks of columns at D = 1024
-that is one program for each of 128 multiprocessors, and the parts' sum stays small beside F."""
+"""Splits of the tokens for dWd and dWu: with 8 blocks of columns at D = 1024 that is one program
+for each of 128 multiprocessors, and the partial sums stay small compared to F."""
 
 
 class Config(NamedTuple):
-    """How a kernel is launched.
+    """Launch configuration of a kernel.
 
     Attributes:
         rows: tokens or patches of a tile (BLOCK_T, BLOCK_P).
-        inner: width of a step of the loop, or of the columns that a program owns (BLOCK_D).
-        warps: per program.
-        stages: of the software pipeline.
-        registers: the most that a thread may take; None: not said. Then ptxas spills a few bytes
-            of some kernels to fit one more program onto a multiprocessor; of others, if it is.
+        inner: block of the inner loop, or columns of a program (BLOCK_D, BLOCK_C).
+        warps: num_warps.
+        stages: num_stages of the software pipeline.
+        registers: maxnreg; None leaves it to ptxas. Some kernels spill unless it is set, others
+            only if it is.
     """
 
     rows: int
@@ -61,7 +61,7 @@ class Config(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A row of the table: it holds for these architectures, operands and ranks."""
+    """A row of the table, for these architectures, operand dtypes and ranks up to ``max_rank``."""
 
     architectures: tuple[int, ...]
     operands: tuple[str, ...]
@@ -71,10 +71,10 @@ class Choice(NamedTuple):
 
 
 INTERPRETER = Config(64, 64, 1, 1)
-"""Large tiles: the interpreter's time goes by operations, not by numbers."""
+"""Large tiles: the interpreter's time depends on the number of operations, not on their sizes."""
 
-SUMS = Config(0, 0, 4, 1, 255)
-"""Of the small kernels, which choose their own tiles."""
+SMALL = Config(0, 0, 4, 1, 255)
+"""Small kernels, which choose their own tiles."""
 
 _ALL = ARCHITECTURES
 _BOTH = ("bfloat16", "float32")
@@ -100,7 +100,7 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_AMPERE, _BF16, 64, Config(32, 64, 4, 2, 255), "64 rows spill on sm_80"),
         Choice(_ALL, _F32, 64, Config(16, 32, 8, 3), "32 rows spill; so do 2 stages with 3.8"),
     ),
-    "gram_rows_formed": (
+    "gram_rows_recompute": (
         Choice(_HOPPER, _BF16, 64, Config(64, 32, 8, 2), "64 columns spill; rows as gram_rows"),
         Choice(_AMPERE, _BF16, 64, Config(32, 16, 4, 2), "32 columns spill; rows as gram_rows"),
     ),
@@ -109,11 +109,11 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_HOPPER, _F32, 256, Config(64, 32, 8, 2), "64 columns spill on sm_90"),
         Choice(_AMPERE, _F32, 256, Config(32, 32, 8, 2), "64 rows spill on sm_80"),
     ),
-    "gram_pairs_formed": (
+    "gram_pairs_recompute": (
         Choice(_HOPPER, _BF16, 64, Config(64, 64, 8, 3), "as gram_pairs"),
         Choice(_AMPERE, _BF16, 64, Config(64, 32, 8, 2), "64 columns spill; rows as gram_pairs"),
     ),
-    "gram_apply": (
+    "gram_gradient": (
         Choice(_ALL, _BF16, 256, Config(64, 128, 8, 3), "[H | Z] of rank 64 in one pass over E"),
         Choice(_HOPPER, _F32, 256, Config(64, 64, 8, 2), "two stages fit beside three products"),
         Choice(_AMPERE, _F32, 256, Config(32, 64, 4, 2), "64 rows spill on sm_80"),
@@ -136,9 +136,8 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice(_ALL, _F32, 256, Config(16, 16, 8, 1), "two stages spill on sm_90"),
     ),
 }
-"""What spills and what does not is read off ``python -m singer_kernels.resources``, with Triton
-3.6, 3.7, 3.8 and 3.9; the choice among what fits is by computation, not yet by measurement on a
-device."""
+"""Spills as reported by ``python -m singer_kernels.resources`` with Triton 3.6, 3.7, 3.8 and 3.9.
+Among the configurations that fit, the choice is computed, not yet measured on a device."""
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -149,17 +148,17 @@ def architecture(capability: tuple[int, int]) -> int:
 
 
 def takes_identity(rank: int, width: int) -> bool:
-    """Whether the Gram identity pays: its six products of width r are less than one of width D."""
+    """Whether the Gram identity is cheaper: its six products of width r against one of width D."""
     return rank <= MAX_IDENTITY_RANK and 6 * rank <= width
 
 
 def takes_gram_rows(rank: int, patches: int) -> bool:
-    """Whether programs own rows of the Gram matrices: few patches, a narrow adapter."""
-    return patches < PAIRS_FROM and rank <= MAX_ROWS_BLOCK_R
+    """Whether ``gram_rows`` computes X [H | Z] (no ``[P, P]`` in memory), not ``gram_pairs``."""
+    return patches < MIN_PATCHES_FOR_PAIRS and rank <= MAX_GRAM_ROWS_RANK
 
 
 def outlier_warps(block_p: int) -> int:
-    """Return the warps for the quantile: at least 8 norms a thread, fewer reductions across."""
+    """Return num_warps of the outlier kernel: at least 8 norms per thread."""
     return max(1, min(8, block_p // 256))
 
 

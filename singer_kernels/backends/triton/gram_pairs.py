@@ -1,4 +1,4 @@
-"""A program per pair of tiles of the Gram matrices."""
+"""Stage ``gram`` by pairs of tiles i ≤ j: half the products of ``gram_rows``, with E in memory."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from torch import Tensor
 
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.gram_tile import (
-    Gram,
-    GramRows,
-    _is_other_modes,
-    _tile,
+    GramInputs,
+    GramOutput,
     config_in_mode,
+    gram_tile,
+    skips_image,
 )
 from singer_kernels.backends.triton.language import (
     NORM_EPS,
     dot,
     load_tile,
-    number,
     operand,
     reciprocal,
     store_tile,
+    to_scalar,
 )
 from singer_kernels.backends.triton.launch import (
-    Arithmetic,
+    MatmulPrecision,
     block_of,
-    compiling,
-    meta,
+    compiler_options,
+    meta_params,
 )
 
 
 @triton.jit
 def gram_pairs_kernel(
-    rows_ptr,  # F̂, [B, T, D]; "stored"
+    tokens_ptr,  # F̂, [B, T, D]; "materialized"
     target_ptr,  # R, [B, T, D]
-    up_ptr,  # Wu, [r, D]; "formed"
-    columns_ptr,  # [H | Z], [B, P, 2r]; not "stored"
-    parts_ptr,  # H and L in high and low parts, [B, P, 4, BLOCK_R]; "identity"
+    up_ptr,  # Wu, [r, D]; "recompute"
+    hz_ptr,  # [H | Z], [B, P, 2r]; not "materialized"
+    split_bf16_ptr,  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
     norms_ptr,  # n, [B, P]
     target_norms_ptr,  # norms of R, [B, P]
-    amplification_ptr,  # largest ‖F‖ / n, [B]; not "stored"
+    cancellation_ratio_ptr,  # largest ‖F‖ / n, [B]; not "materialized"
     difference_ptr,  # out: E, [B, P, stride]; STORES
-    slopes_ptr,  # out: parts of s, [B, tiles, P]; STORES
-    target_slopes_ptr,  # out: parts of the target's s, [B, tiles, P]; HAS_TARGET_SLOPES
-    loss_ptr,  # out: sums of E², [B, tiles, tiles]
-    rows_stride_image,
-    rows_stride_token,
+    row_dots_ptr,  # out: partial sums of s, [B, tiles, P]; STORES
+    target_row_dots_ptr,  # out: of the target's s, [B, tiles, P]; HAS_TARGET_ROW_DOTS
+    loss_partials_ptr,  # out: sums of E², [B, tiles, tiles]
+    tokens_stride_image,
+    tokens_stride_token,
     target_stride_image,
     target_stride_token,
     difference_stride,  # of a row of E
@@ -56,7 +56,7 @@ def gram_pairs_kernel(
     width,
     rank,
     STORES: tl.constexpr,
-    HAS_TARGET_SLOPES: tl.constexpr,
+    HAS_TARGET_ROW_DOTS: tl.constexpr,
     MODE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,17 +65,18 @@ def gram_pairs_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``Σ E²`` and, with STORES, E and the parts of s, of one pair of tiles i ≤ j of one image.
+    """``Σ E²`` of one pair of tiles i ≤ j of one image; with STORES, E and partial sums of s.
 
-    ``[a, p]`` of the parts of s is the sum over the columns of tile a in row p.
+    ``s = rowsum(E ∘ G(F̂))``: entry ``[a, p]`` of its partial sums is row p over the columns of
+    tile a. The target's is ``rowsum(−E ∘ G(R))``.
     """
     tile_j, tile_i, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_tiles = tl.num_programs(0)
-    loss_ptr += (image.to(tl.int64) * num_tiles + tile_i) * num_tiles + tile_j
-    if _is_other_modes(amplification_ptr, image, MODE):
+    loss_partials_ptr += (image.to(tl.int64) * num_tiles + tile_i) * num_tiles + tile_j
+    if skips_image(cancellation_ratio_ptr, image, MODE):
         return
     if tile_j < tile_i:
-        tl.store(loss_ptr, 0.0)
+        tl.store(loss_partials_ptr, 0.0)
         return
     norms_ptr += image * num_patches
     target_norms_ptr += image * num_patches
@@ -83,21 +84,22 @@ def gram_pairs_kernel(
     patch_j = tile_j * BLOCK_P + tl.arange(0, BLOCK_P)
     first = image.to(tl.int64)
     target_ptr += first * target_stride_image
-    if MODE == "stored":
-        rows_ptr += first * rows_stride_image
+    if MODE == "materialized":
+        tokens_ptr += first * tokens_stride_image
     else:
-        columns_ptr += first * num_patches * 2 * rank
+        hz_ptr += first * num_patches * 2 * rank
     if MODE == "identity":
-        parts_ptr += first * num_patches * 4 * BLOCK_R
-    difference, gram, target_gram = _tile(
-        rows_ptr,
+        split_bf16_ptr += first * num_patches * 4 * BLOCK_R
+    # 1. E of the tile
+    difference, gram, target_gram = gram_tile(
+        tokens_ptr,
         target_ptr,
         up_ptr,
-        columns_ptr,
-        parts_ptr,
+        hz_ptr,
+        split_bf16_ptr,
         norms_ptr,
         target_norms_ptr,
-        rows_stride_token,
+        tokens_stride_token,
         target_stride_token,
         patch_i,
         patch_j,
@@ -113,43 +115,47 @@ def gram_pairs_kernel(
         BLOCK_D,
         BLOCK_R,
     )
-    times = tl.where(tile_i == tile_j, 1.0, 2.0).to(ACC)
-    tl.store(loss_ptr, times * tl.sum(difference * difference))
+    # 2. Σ E²; a pair off the diagonal stands for two tiles
+    weight = tl.where(tile_i == tile_j, 1.0, 2.0).to(ACC)
+    tl.store(loss_partials_ptr, weight * tl.sum(difference * difference))
+    # 3. E and s of the tile, then of its transpose
     if STORES:
         mask_i, mask_j = patch_i < num_patches, patch_j < num_patches
         difference_ptr += first * num_patches * difference_stride
-        slope_base = first * num_tiles * num_patches
+        row_dots_base = first * num_tiles * num_patches
         offsets_i = patch_i.to(tl.int64) * difference_stride
-        # The padding of a row too: tiles are 0 there, and whole vectors are written and read.
+        # Up to the padded row length, where tiles are 0: aligned, vectorised stores and loads
         store_tile(difference_ptr, offsets_i, patch_j, mask_i, difference_stride, difference)
-        by_row = slope_base + tile_j * num_patches + patch_i
-        by_column = slope_base + tile_i * num_patches + patch_j
-        slope = difference * gram
-        tl.store(slopes_ptr + by_row, tl.sum(slope, axis=1), mask=mask_i)
-        if HAS_TARGET_SLOPES:
-            target_slope = -difference * target_gram
-            tl.store(target_slopes_ptr + by_row, tl.sum(target_slope, axis=1), mask=mask_i)
+        by_row = row_dots_base + tile_j * num_patches + patch_i
+        by_column = row_dots_base + tile_i * num_patches + patch_j
+        row_dots = difference * gram
+        tl.store(row_dots_ptr + by_row, tl.sum(row_dots, axis=1), mask=mask_i)
+        if HAS_TARGET_ROW_DOTS:
+            target_row_dots = -difference * target_gram
+            tl.store(target_row_dots_ptr + by_row, tl.sum(target_row_dots, axis=1), mask=mask_i)
         if tile_i != tile_j:
             offsets_j = patch_j.to(tl.int64) * difference_stride
-            mirrored = tl.trans(difference)
-            store_tile(difference_ptr, offsets_j, patch_i, mask_j, difference_stride, mirrored)
-            tl.store(slopes_ptr + by_column, tl.sum(slope, axis=0), mask=mask_j)
-            if HAS_TARGET_SLOPES:
-                target_slope = -difference * target_gram
-                tl.store(target_slopes_ptr + by_column, tl.sum(target_slope, axis=0), mask=mask_j)
+            transposed = tl.trans(difference)
+            store_tile(difference_ptr, offsets_j, patch_i, mask_j, difference_stride, transposed)
+            tl.store(row_dots_ptr + by_column, tl.sum(row_dots, axis=0), mask=mask_j)
+            if HAS_TARGET_ROW_DOTS:
+                target_row_dots = -difference * target_gram
+                tl.store(
+                    target_row_dots_ptr + by_column, tl.sum(target_row_dots, axis=0), mask=mask_j
+                )
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def gram_apply_kernel(
+@triton.jit(do_not_specialize=["num_partials"])
+def gram_gradient_kernel(
     difference_ptr,  # E, [B, P, stride]
-    slopes_ptr,  # parts of s, [B, num_parts, P]
-    norms_ptr,  # n of the rows that X belongs to, [B, P]
-    columns_ptr,  # what X is applied to, [B, P, C]
-    out_ptr,  # out: ± X columns, [B, P, C]
-    columns_stride_image,
-    columns_stride_row,
+    row_dots_ptr,  # partial sums of s, [B, num_partials, P]
+    norms_ptr,  # n of F̂, or with NEGATIVE of R, [B, P]
+    factor_ptr,  # [B, P, C]
+    out_ptr,  # out: ± X factor, [B, P, C]
+    factor_stride_image,
+    factor_stride_row,
     difference_stride,  # of a row of E
-    num_parts,
+    num_partials,
     num_patches,
     num_columns,  # C
     NEGATIVE: tl.constexpr,
@@ -160,161 +166,165 @@ def gram_apply_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``X columns = 4/(B P²) [diag(1/n) (±E) diag(1/n) − diag(s/n²)] columns``, a tile of it.
+    """``X factor``, a tile; ``X = 4/(B P²) [diag(1/n) (±E) diag(1/n) − diag(s/n²)]``.
 
-    NEGATIVE: the target's side, where the difference is −E.
+    NEGATIVE: −E, for the gradient in the target.
     """
     tile_c, tile, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_images = tl.num_programs(2)
     first = image.to(tl.int64)
     difference_ptr += first * num_patches * difference_stride
-    slopes_ptr += first * num_parts * num_patches
+    row_dots_ptr += first * num_partials * num_patches
     norms_ptr += first * num_patches
-    columns_ptr += first * columns_stride_image
+    factor_ptr += first * factor_stride_image
     out_ptr += first * num_patches * num_columns
     patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = patch < num_patches
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    slope = tl.zeros((BLOCK_P,), ACC)
-    for part in range(num_parts):
-        slope += tl.load(slopes_ptr + part * num_patches + patch, mask=mask, other=0.0)
-    turned = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    # 1. s
+    row_dots = tl.zeros((BLOCK_P,), ACC)
+    for tile_j in range(num_partials):
+        row_dots += tl.load(row_dots_ptr + tile_j * num_patches + patch, mask=mask, other=0.0)
+    # 2. ±E diag(1/n) factor over the patches
+    product = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     offsets = patch.to(tl.int64) * difference_stride
     for start in range(0, num_patches, BLOCK_K):
-        other = start + tl.arange(0, BLOCK_K)
-        other_mask = other < num_patches
-        inverse = reciprocal(tl.load(norms_ptr + other, mask=other_mask, other=0.0))
-        difference = load_tile(difference_ptr, offsets, other, mask, difference_stride)
-        other_offsets = other.to(tl.int64) * columns_stride_row
-        column = load_tile(columns_ptr, other_offsets, c, other_mask, num_columns).to(ACC)
-        scaled = operand(column * inverse[:, None], OPERAND)
-        turned = dot(operand(difference, OPERAND), scaled, turned, PRECISION)
+        patch_j = start + tl.arange(0, BLOCK_K)
+        mask_j = patch_j < num_patches
+        inv_norms = reciprocal(tl.load(norms_ptr + patch_j, mask=mask_j, other=0.0))
+        difference = load_tile(difference_ptr, offsets, patch_j, mask, difference_stride)
+        factor_offsets_j = patch_j.to(tl.int64) * factor_stride_row
+        factor = load_tile(factor_ptr, factor_offsets_j, c, mask_j, num_columns).to(ACC)
+        scaled = operand(factor * inv_norms[:, None], OPERAND)
+        product = dot(operand(difference, OPERAND), scaled, product, PRECISION)
     if NEGATIVE:
-        turned = -turned
+        product = -product
+    # 3. 4/(B P²) (product / n − s/n² factor)
     norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
-    inverse = reciprocal(norms)
-    radial = tl.where(norms < tl.full((), NORM_EPS, ACC), 0.0, slope * inverse * inverse)
-    scale = 4.0 / (number(num_images, ACC) * num_patches * num_patches)
-    column_offsets = patch.to(tl.int64) * columns_stride_row
-    column = load_tile(columns_ptr, column_offsets, c, mask, num_columns).to(ACC)
-    value = turned * (scale * inverse)[:, None] - column * (scale * radial)[:, None]
+    inv_norms = reciprocal(norms)
+    norm_grad_coef = tl.where(
+        norms < tl.full((), NORM_EPS, ACC), 0.0, row_dots * inv_norms * inv_norms
+    )
+    scale = 4.0 / (to_scalar(num_images, ACC) * num_patches * num_patches)
+    factor_offsets = patch.to(tl.int64) * factor_stride_row
+    factor = load_tile(factor_ptr, factor_offsets, c, mask, num_columns).to(ACC)
+    value = product * (scale * inv_norms)[:, None] - factor * (scale * norm_grad_coef)[:, None]
     store_tile(out_ptr, patch.to(tl.int64) * num_columns, c, mask, num_columns, value)
 
 
-def _apply(
+def _launch_gradient(
     difference: Tensor,
-    slopes: Tensor,
+    row_dots: Tensor,
     norms: Tensor,
-    columns: Tensor,
+    factor: Tensor,
     out: Tensor,
-    arithmetic: Arithmetic,
+    precision: MatmulPrecision,
     *,
     negative: bool,
 ) -> Tensor:
-    images, patches, count = out.shape
+    """Write ``X factor`` (``[B, P, C]``) to ``out`` and return it."""
+    images, patches, num_columns = out.shape
 
-    def attempt(config: configs.Config) -> Tensor:
-        block_c = config.inner
-        grid = (triton.cdiv(count, block_c), triton.cdiv(patches, config.rows), images)
-        gram_apply_kernel[grid](
+    def launch(config: configs.Config) -> Tensor:
+        grid = (triton.cdiv(num_columns, config.inner), triton.cdiv(patches, config.rows), images)
+        gram_gradient_kernel[grid](
             difference,
-            slopes,
+            row_dots,
             norms,
-            columns,
+            factor,
             out,
-            *columns.stride()[:2],
+            *factor.stride()[:2],
             difference.stride(1),
-            slopes.shape[1],
+            row_dots.shape[1],
             patches,
-            count,
+            num_columns,
             NEGATIVE=negative,
-            **arithmetic.options(1),
+            **precision.kernel_options(1),
             BLOCK_P=config.rows,
             BLOCK_K=config.rows,
-            BLOCK_C=block_c,
-            **compiling(config),
+            BLOCK_C=config.inner,
+            **compiler_options(config),
         )
         return out
 
-    return arithmetic.run("gram_apply", 1, attempt, images, patches, count)
+    return precision.run("gram_gradient", 1, launch, images, patches, num_columns)
 
 
 def run_gram_pairs(
-    given: GramRows,
-    columns: Tensor,
+    inputs: GramInputs,
+    factor: Tensor,
     prefix: int,
-    arithmetic: Arithmetic,
+    precision: MatmulPrecision,
     *,
-    columns_dtype: torch.dtype | None,
-    d_target_dtype: torch.dtype | None,
-) -> Gram:
-    """Run the stage ``gram`` by pairs of tiles.
+    grad_factor_dtype: torch.dtype | None,
+    grad_target_dtype: torch.dtype | None,
+) -> GramOutput:
+    """Launch the stage ``gram`` by pairs of tiles.
 
     Args:
-        given: both sides.
-        columns: what X is applied to, ``[B, P, C]``.
+        inputs: the operands of the Gram matrices.
+        factor: the right factor of X, ``[B, P, C]``: [H | Z], or the tokens themselves.
         prefix: the number of prefix tokens.
-        arithmetic: how products are computed.
-        columns_dtype: the dtype of ``X columns``; None: it is not asked for.
-        d_target_dtype: the dtype of the target's gradient; None: it is not asked for.
+        precision: dtypes of the products and of their sums.
+        grad_factor_dtype: the dtype of ``X factor``; None: do not compute it.
+        grad_target_dtype: the dtype of the target's gradient; None: do not compute it.
     """
-    images, patches = given.norms.shape
-    width, rank = given.target.shape[-1], given.rank
+    images, patches = inputs.norms.shape
+    width, rank = inputs.target.shape[-1], inputs.rank
     block_r = block_of(rank)
-    needs_columns, needs_target = columns_dtype is not None, d_target_dtype is not None
-    new = given.norms.new_empty
+    needs_factor, needs_target = grad_factor_dtype is not None, grad_target_dtype is not None
+    new = inputs.norms.new_empty
     sizes = (patches, prefix, width, rank)
-    stores = needs_columns or needs_target
-    stride = 16 * triton.cdiv(patches, 16)  # rows that begin at 16-byte boundaries
-    difference = new((images, patches, stride) if stores else (0,), dtype=arithmetic.kept)
+    stores = needs_factor or needs_target
+    stride = 16 * triton.cdiv(patches, 16)  # rows begin at 16-byte boundaries
+    difference = new((images, patches, stride) if stores else (0,), dtype=precision.storage_dtype)
 
-    def by_pairs(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
+    def launch(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
         tiles = triton.cdiv(patches, config.rows)
-        parts = new((images, tiles, tiles))
-        slopes = new((images, tiles, patches) if stores else (0,))
-        target_slopes = new((images, tiles, patches) if needs_target else (0,))
-        for mode in given.modes:
+        loss_partials = new((images, tiles, tiles))
+        row_dots = new((images, tiles, patches) if stores else (0,))
+        target_row_dots = new((images, tiles, patches) if needs_target else (0,))
+        for mode in inputs.modes:
             gram_pairs_kernel[(tiles, tiles, images)](
-                *given.pointers(),
-                given.norms,
-                given.target_norms,
-                given.amplification,
+                *inputs.pointers(),
+                inputs.norms,
+                inputs.target_norms,
+                inputs.cancellation_ratio,
                 difference,
-                slopes,
-                target_slopes,
-                parts,
-                *given.strides(),
+                row_dots,
+                target_row_dots,
+                loss_partials,
+                *inputs.strides(),
                 stride,
                 *sizes,
                 STORES=stores,
-                HAS_TARGET_SLOPES=needs_target,
+                HAS_TARGET_ROW_DOTS=needs_target,
                 MODE=mode,
-                **arithmetic.options(1),
-                **meta(
-                    config_in_mode(arithmetic, "gram_pairs", mode, config, rank), block_r, "BLOCK_P"
+                **precision.kernel_options(1),
+                **meta_params(
+                    config_in_mode(precision, "gram_pairs", mode, config, rank), block_r, "BLOCK_P"
                 ),
             )
-        return parts, slopes, target_slopes
+        return loss_partials, row_dots, target_row_dots
 
-    key = (images, *sizes, given.mode, stores, needs_target)
-    parts, slopes, target_slopes = arithmetic.run("gram_pairs", rank, by_pairs, *key)
-    gram_columns: Tensor | None = None
-    d_target: Tensor | None = None
-    if needs_columns:
-        out = new(columns.shape, dtype=columns_dtype)
-        gram_columns = _apply(
-            difference, slopes, given.norms, columns, out, arithmetic, negative=False
+    key = (images, *sizes, inputs.mode, stores, needs_target)
+    loss_partials, row_dots, target_row_dots = precision.run("gram_pairs", rank, launch, *key)
+    grad_factor = grad_target = None
+    if needs_factor:
+        out = new(factor.shape, dtype=grad_factor_dtype)
+        grad_factor = _launch_gradient(
+            difference, row_dots, inputs.norms, factor, out, precision, negative=False
         )
     if needs_target:
-        out = new((images, patches, width), dtype=d_target_dtype)
-        patch_rows = given.target[:, prefix:]
-        d_target = _apply(
+        out = new((images, patches, width), dtype=grad_target_dtype)
+        target_patches = inputs.target[:, prefix:]
+        grad_target = _launch_gradient(
             difference,
-            target_slopes,
-            given.target_norms,
-            patch_rows,
+            target_row_dots,
+            inputs.target_norms,
+            target_patches,
             out,
-            arithmetic,
+            precision,
             negative=True,
         )
-    return Gram(parts, gram_columns, d_target)
+    return GramOutput(loss_partials, grad_factor, grad_target)

@@ -1,19 +1,15 @@
-"""Stage ``gram``: both Gram matrices tile by tile, their difference's loss, and its gradient.
+"""Stage ``gram``: tiles of both Gram matrices, shared by ``gram_rows`` and ``gram_pairs``.
 
-``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``; the gradient operator in the rows of F̂ is
-``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` (without the s-term where n < 1e-12), and the
-adapter needs ``X [H | Z]`` alone.
+``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``; the loss's gradient in F̂ is ``X F̂`` with
+``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` (without the s-term where n < 1e-12). The
+adapter's gradients need ``X [H | Z]`` alone.
 
-How a tile gets its two products (MODE):
+MODE says how a tile computes ``F̂ᵢ·F̂ⱼ``:
 
-- ``"identity"``, R = F: ``F̂ᵢ·F̂ⱼ = Fᵢ·Fⱼ + hᵢ·Lⱼ + Lᵢ·hⱼ``: one product of width D.
-- ``"formed"``, R = F: F̂ is formed from F in passing. For images where the adapter all but cancels
-  rows, whose identity would be a small difference of large numbers.
-- ``"stored"``: from F̂ and R as they lie in memory.
-
-Two ways through the tiles: a program that owns BLOCK_P rows and walks over all columns (no matrix
-in memory), or a program per pair of tiles i ≤ j that writes E, which ``gram_apply_kernel`` then
-multiplies with the columns (half the products, but E goes through memory).
+- ``"identity"``, R = F: ``F̂ᵢ·F̂ⱼ = Fᵢ·Fⱼ + Hᵢ·Lⱼ + Lᵢ·Hⱼ``, one product of width D.
+- ``"recompute"``, R = F: recompute F̂ from F and H. For images with rows that the adapter nearly
+  cancels (‖F‖ ≫ n), where the identity would subtract large numbers.
+- ``"materialized"``: load F̂ from memory.
 """
 
 from __future__ import annotations
@@ -31,42 +27,42 @@ from singer_kernels.backends.triton.language import (
     load_tile,
     operand,
     reciprocal,
-    root,
     split_dot,
+    sqrt,
 )
 from singer_kernels.backends.triton.launch import (
-    Arithmetic,
+    MatmulPrecision,
     block_of,
-    compiling,
+    compiler_options,
     kernel_dtype,
 )
 
-CANCELLED = tl.constexpr(256.0)
-"""Largest ``‖Fᵢ‖‖Fⱼ‖ / (nᵢ nⱼ)`` of an image for the identity: float32 sums and bfloat16 pairs
-lose this many times 2⁻¹⁷ there, 2⁻⁹ in all, which is the rounding of one bfloat16 product."""
+MAX_CANCELLATION = tl.constexpr(256.0)
+"""Largest ``‖Fᵢ‖‖Fⱼ‖ / (nᵢ nⱼ)`` of an image for the identity, which amplifies the 2⁻¹⁷ error of
+float32 sums and bfloat16 pairs: to 2⁻⁹ at this limit, the rounding of one bfloat16 product."""
 
 
 @triton.jit
-def _formed(plain, hidden, up_ptr, d, k, rank, width, OPERAND, PRECISION):
-    """Return F̂ of a tile, rounded to an operand."""
+def _recompute_refined(teacher, h, up_ptr, d, k, rank, width, OPERAND, PRECISION):
+    """Return ``F̂ = F + H Wu`` of a tile, rounded to the operand dtype."""
     up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
-    refined = split_dot(hidden, up, plain.to(hidden.dtype), OPERAND, PRECISION)
+    refined = split_dot(h, up, teacher.to(h.dtype), OPERAND, PRECISION)
     return operand(refined, OPERAND)
 
 
 @triton.jit
-def _tile(
-    rows_ptr,
-    target_ptr,
-    up_ptr,
-    columns_ptr,
-    parts_ptr,
-    norms_ptr,
-    target_norms_ptr,
-    rows_stride_token,
+def gram_tile(
+    tokens_ptr,  # F̂ of the image, [T, D]; "materialized"
+    target_ptr,  # R of the image, [T, D]
+    up_ptr,  # Wu, [r, D]; "recompute"
+    hz_ptr,  # [H | Z] of the image, [P, 2r]; "recompute"
+    split_bf16_ptr,  # high and low bf16 of H and L, [P, 4, BLOCK_R]; "identity"
+    norms_ptr,  # n, [P]
+    target_norms_ptr,  # norms of R, [P]
+    tokens_stride_token,
     target_stride_token,
-    patch_i,
-    patch_j,
+    patch_i,  # patches of the tile's rows, [BLOCK_P]
+    patch_j,  # of its columns, [BLOCK_P]
     num_patches,
     num_prefix_tokens,
     width,
@@ -83,67 +79,78 @@ def _tile(
     mask_i, mask_j = patch_i < num_patches, patch_j < num_patches
     token_i = (patch_i + num_prefix_tokens).to(tl.int64)
     token_j = (patch_j + num_prefix_tokens).to(tl.int64)
-    target_i, target_j = token_i * target_stride_token, token_j * target_stride_token
+    target_offsets_i, target_offsets_j = (
+        token_i * target_stride_token,
+        token_j * target_stride_token,
+    )
     column = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
-    rank_i, rank_j = patch_i.to(tl.int64) * rank, patch_j.to(tl.int64) * rank
-    if MODE == "formed":
-        hidden_i = load_tile(columns_ptr, 2 * rank_i, k, mask_i, rank)
-        hidden_j = load_tile(columns_ptr, 2 * rank_j, k, mask_j, rank)
-    plain = tl.zeros((BLOCK_P, BLOCK_P), ACC)
-    refined = tl.zeros((BLOCK_P, BLOCK_P), ACC)
+    rank_offsets_i, rank_offsets_j = patch_i.to(tl.int64) * rank, patch_j.to(tl.int64) * rank
+    if MODE == "recompute":
+        h_i = load_tile(hz_ptr, 2 * rank_offsets_i, k, mask_i, rank)
+        h_j = load_tile(hz_ptr, 2 * rank_offsets_j, k, mask_j, rank)
+    # 1. Rᵢ·Rⱼ and, but for the identity, F̂ᵢ·F̂ⱼ over D
+    target_product = tl.zeros((BLOCK_P, BLOCK_P), ACC)
+    product = tl.zeros((BLOCK_P, BLOCK_P), ACC)
     for start in range(0, width, BLOCK_D):
         d = start + column
-        plain_i = load_tile(target_ptr, target_i, d, mask_i, width)
-        plain_j = load_tile(target_ptr, target_j, d, mask_j, width)
-        left, right = operand(plain_i, OPERAND), operand(plain_j, OPERAND)
-        plain = dot(left, tl.trans(right), plain, PRECISION)
-        if MODE == "formed":
-            left = _formed(plain_i, hidden_i, up_ptr, d, k, rank, width, OPERAND, PRECISION)
-            right = _formed(plain_j, hidden_j, up_ptr, d, k, rank, width, OPERAND, PRECISION)
-            refined = dot(left, tl.trans(right), refined, PRECISION)
-        if MODE == "stored":
-            row_i, row_j = token_i * rows_stride_token, token_j * rows_stride_token
-            left = operand(load_tile(rows_ptr, row_i, d, mask_i, width), OPERAND)
-            right = operand(load_tile(rows_ptr, row_j, d, mask_j, width), OPERAND)
-            refined = dot(left, tl.trans(right), refined, PRECISION)
-    inverse_i = reciprocal(tl.load(norms_ptr + patch_i, mask=mask_i, other=0.0))
-    inverse_j = reciprocal(tl.load(norms_ptr + patch_j, mask=mask_j, other=0.0))
-    inverse = inverse_i[:, None] * inverse_j[None, :]
-    plain_inverse_i = reciprocal(tl.load(target_norms_ptr + patch_i, mask=mask_i, other=0.0))
-    plain_inverse_j = reciprocal(tl.load(target_norms_ptr + patch_j, mask=mask_j, other=0.0))
-    plain_inverse = plain_inverse_i[:, None] * plain_inverse_j[None, :]
-    target_gram = plain * plain_inverse
+        target_i = load_tile(target_ptr, target_offsets_i, d, mask_i, width)
+        target_j = load_tile(target_ptr, target_offsets_j, d, mask_j, width)
+        left, right = operand(target_i, OPERAND), operand(target_j, OPERAND)
+        target_product = dot(left, tl.trans(right), target_product, PRECISION)
+        if MODE == "recompute":
+            left = _recompute_refined(target_i, h_i, up_ptr, d, k, rank, width, OPERAND, PRECISION)
+            right = _recompute_refined(target_j, h_j, up_ptr, d, k, rank, width, OPERAND, PRECISION)
+            product = dot(left, tl.trans(right), product, PRECISION)
+        if MODE == "materialized":
+            tokens_offsets_i, tokens_offsets_j = (
+                token_i * tokens_stride_token,
+                token_j * tokens_stride_token,
+            )
+            left = operand(load_tile(tokens_ptr, tokens_offsets_i, d, mask_i, width), OPERAND)
+            right = operand(load_tile(tokens_ptr, tokens_offsets_j, d, mask_j, width), OPERAND)
+            product = dot(left, tl.trans(right), product, PRECISION)
+    # 2. 1 / (nᵢ nⱼ) of both sides, and G(R)
+    inv_norms_i = reciprocal(tl.load(norms_ptr + patch_i, mask=mask_i, other=0.0))
+    inv_norms_j = reciprocal(tl.load(norms_ptr + patch_j, mask=mask_j, other=0.0))
+    inv_norms = inv_norms_i[:, None] * inv_norms_j[None, :]
+    target_inv_norms_i = reciprocal(tl.load(target_norms_ptr + patch_i, mask=mask_i, other=0.0))
+    target_inv_norms_j = reciprocal(tl.load(target_norms_ptr + patch_j, mask=mask_j, other=0.0))
+    target_inv_norms = target_inv_norms_i[:, None] * target_inv_norms_j[None, :]
+    target_gram = target_product * target_inv_norms
+    # 3. G(F̂) and E
     if MODE == "identity":
         for step in range(6):
-            # H Lᵀ, then L Hᵀ: high·high, high·low and low·high of each.
+            # Hᵢ·Lⱼ, then Lᵢ·Hⱼ: high·high, high·low and low·high of each
             second, term = step // 3, step % 3
-            part_i = patch_i.to(tl.int64) * (4 * BLOCK_R) + (2 * second + term // 2) * BLOCK_R
+            split_offsets_i = (
+                patch_i.to(tl.int64) * (4 * BLOCK_R) + (2 * second + term // 2) * BLOCK_R
+            )
             other = 2 - 2 * second + term % 2
-            part_j = patch_j.to(tl.int64) * (4 * BLOCK_R) + other * BLOCK_R
-            left = operand(load_tile(parts_ptr, part_i, k, mask_i, BLOCK_R), OPERAND)
-            right = operand(load_tile(parts_ptr, part_j, k, mask_j, BLOCK_R), OPERAND)
-            refined = dot(left, tl.trans(right), refined, PRECISION)
-        # Not the difference of two Gram entries near 1, but of what tells them apart.
-        difference = plain * (inverse - plain_inverse) + refined * inverse
+            split_offsets_j = patch_j.to(tl.int64) * (4 * BLOCK_R) + other * BLOCK_R
+            left = operand(load_tile(split_bf16_ptr, split_offsets_i, k, mask_i, BLOCK_R), OPERAND)
+            right = operand(load_tile(split_bf16_ptr, split_offsets_j, k, mask_j, BLOCK_R), OPERAND)
+            product = dot(left, tl.trans(right), product, PRECISION)
+        # Both entries are near 1: expand the difference to avoid cancellation.
+        difference = target_product * (inv_norms - target_inv_norms) + product * inv_norms
         gram = target_gram + difference
     else:
-        gram = refined * inverse
+        gram = product * inv_norms
         difference = gram - target_gram
     return difference, gram, target_gram
 
 
 @triton.jit
-def _is_other_modes(amplification_ptr, image, MODE: tl.constexpr):
-    """Whether an image is left to the launch in the other of the modes "identity" and "formed"."""
-    if MODE == "stored":
+def skips_image(cancellation_ratio_ptr, image, MODE: tl.constexpr):
+    """Whether the launch in the other mode, "identity" or "recompute", computes this image."""
+    if MODE == "materialized":
         return False
     else:
-        largest = tl.load(amplification_ptr + image)
+        largest = tl.load(cancellation_ratio_ptr + image)
         if MODE == "identity":
-            return largest * largest > CANCELLED
+            return largest * largest > MAX_CANCELLATION
         else:
-            return (largest * largest > CANCELLED) == 0
+            return (largest * largest > MAX_CANCELLATION) == 0
 
 
 @triton.jit
@@ -159,7 +166,7 @@ def row_norms_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``n = ‖x‖`` of each patch."""
+    """``n = ‖x‖`` of BLOCK_P patches of one image."""
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = patch < num_patches
@@ -169,52 +176,52 @@ def row_norms_kernel(
         d = start + tl.arange(0, BLOCK_D)
         x = load_tile(tokens_ptr, offsets, d, mask, width).to(ACC)
         squares += tl.sum(x * x, axis=1)
-    tl.store(norms_ptr + image * num_patches + patch, root(squares), mask=mask)
+    tl.store(norms_ptr + image * num_patches + patch, sqrt(squares), mask=mask)
 
 
-class Gram(NamedTuple):
-    """What the stage ``gram`` gives; what was not asked for is None."""
+class GramOutput(NamedTuple):
+    """Tensors of the stage ``gram``; None where not requested."""
 
-    parts: Tensor  # sums of E²
-    columns: Tensor | None  # X [H | Z], [B, P, 2r]
-    d_target: Tensor | None  # the gradient in the target's patches, [B, P, D]
+    loss_partials: Tensor  # sums of E²
+    grad_factor: Tensor | None  # X factor, [B, P, C]; grad_hz where the factor is [H | Z]
+    grad_target: Tensor | None  # gradient in the target's patches, [B, P, D]
 
 
-class GramRows(NamedTuple):
-    """The two sides of the stage ``gram``, and what the identity takes."""
+class GramInputs(NamedTuple):
+    """Operands of the Gram matrices; those without default are always needed."""
 
-    mode: str  # "identity" or "stored"
-    rows: Tensor | None  # F̂, [B, T, D]
+    mode: str  # "identity" or "materialized"
+    tokens: Tensor | None  # F̂, [B, T, D]; "materialized"
     target: Tensor  # R, [B, T, D]
     norms: Tensor  # n, [B, P]
-    target_norms: Tensor  # [B, P]
-    up: Tensor | None = None
-    columns: Tensor | None = None
-    parts: Tensor | None = None
-    amplification: Tensor | None = None
+    target_norms: Tensor  # norms of R, [B, P]
+    up: Tensor | None = None  # Wu, [r, D]
+    hz: Tensor | None = None  # [H | Z], [B, P, 2r]
+    split_bf16: Tensor | None = None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
+    cancellation_ratio: Tensor | None = None  # largest ‖F‖ / n, [B]; "identity"
 
     @property
     def rank(self) -> int:
-        """r; 1 if there is no adapter."""
-        return 1 if self.columns is None else self.columns.shape[-1] // 2
+        """r; 1 without an adapter."""
+        return 1 if self.hz is None else self.hz.shape[-1] // 2
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The launches: what the identity can't do, the second does."""
-        return ("identity", "formed") if self.mode == "identity" else ("stored",)
+        """The launches' modes: images beyond MAX_CANCELLATION take a second launch."""
+        return ("identity", "recompute") if self.mode == "identity" else ("materialized",)
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors in the kernels' order."""
-        return self.rows, self.target, self.up, self.columns, self.parts
+        """Return the operands in the kernels' order."""
+        return self.tokens, self.target, self.up, self.hz, self.split_bf16
 
     def strides(self) -> tuple[int, ...]:
-        """Return the image and token strides of both sides."""
-        rows = self.target if self.rows is None else self.rows
-        return (*rows.stride()[:2], *self.target.stride()[:2])
+        """Return the image and token strides of F̂ and R."""
+        tokens = self.target if self.tokens is None else self.tokens
+        return (*tokens.stride()[:2], *self.target.stride()[:2])
 
 
 def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
-    """Return the norms of the patches of ``tokens [B, T, D]``, ``[B, P]``."""
+    """Return the norms ``[B, P]`` of the patches of ``tokens`` ``[B, T, D]``."""
     images, count, width = tokens.shape
     patches = count - prefix
     norms = tokens.new_empty((images, patches), dtype=acc)
@@ -229,15 +236,15 @@ def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
         ACC=kernel_dtype(acc),
         BLOCK_P=rows,
         BLOCK_D=inner,
-        **compiling(configs.SUMS),
+        **compiler_options(configs.SMALL),
     )
     return norms
 
 
 def config_in_mode(
-    arithmetic: Arithmetic, kernel: str, mode: str, config: configs.Config, rank: int
+    precision: MatmulPrecision, kernel: str, mode: str, config: configs.Config, rank: int
 ) -> configs.Config:
-    """Return a mode's configuration; both modes write to one grid of tiles: they share its rows."""
-    if mode != "formed":
+    """Return the configuration of one mode; both modes write the same partials: same tile rows."""
+    if mode != "recompute":
         return config
-    return arithmetic.config(f"{kernel}_formed", rank)._replace(rows=config.rows)
+    return precision.config(f"{kernel}_recompute", rank)._replace(rows=config.rows)

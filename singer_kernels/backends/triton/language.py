@@ -1,4 +1,4 @@
-"""What the kernels share: rounding, products, and where a row lies in memory."""
+"""Device functions shared by the kernels: rounding, products, tiles in memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1``), on NumPy arrays.
 
-It truncates where it should round to bfloat16, and multiplies bfloat16 by its raw bits; so there
-bfloat16 is kept as float32 numbers that were rounded here."""
+The interpreter truncates to bfloat16 instead of rounding, and multiplies bfloat16 as raw bits:
+there the kernels hold bfloat16 operands as rounded float32."""
 
 NORM_EPS = tl.constexpr(1e-12)
-"""Smallest denominator of the Gram matrix's rows: that of ``singer_kernels.reference``."""
+"""Smallest denominator of the Gram matrix's row normalisation, as in the reference."""
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_dot(x, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Return ``acc + x b`` with x to twice an operand's digits: bfloat16 high and low parts."""
+    """Return ``acc + x b`` with x split into bfloat16 high and low parts: twice the digits."""
     if OPERAND == tl.bfloat16:
         high = operand(x, OPERAND)
         low = operand(x - high.to(x.dtype), OPERAND)
@@ -60,7 +60,7 @@ def split_dot(x, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_dot_transposed(x, y, acc, OPERAND: tl.constexpr):
-    """Return ``acc + x yᵀ``, both in bfloat16 high and low parts; low times low is left out."""
+    """Return ``acc + x yᵀ``, both split into bfloat16 high and low parts; drop low times low."""
     x_high = operand(x, OPERAND)
     y_high = operand(y, OPERAND)
     x_low = operand(x - x_high.to(x.dtype), OPERAND)
@@ -72,14 +72,14 @@ def split_dot_transposed(x, y, acc, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, row_offsets, columns, row_mask, num_columns):
-    """Load ``[rows, columns]``, 0 outside; ``row_offsets`` in elements, the columns contiguous."""
+    """Load a tile, 0 outside; ``row_offsets`` in elements, ``columns`` contiguous."""
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     return tl.load(ptr + row_offsets[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, row_offsets, columns, row_mask, num_columns, value):
-    """Store ``[rows, columns]``, rounded to the pointer's dtype."""
+    """Store a tile, rounded to the pointer's dtype."""
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     value = cast(value, ptr.dtype.element_ty)
     tl.store(ptr + row_offsets[:, None] + columns[None, :], value, mask=mask)
@@ -87,13 +87,13 @@ def store_tile(ptr, row_offsets, columns, row_mask, num_columns, value):
 
 @triton.jit
 def token_offsets(image, token, stride_image, stride_token):
-    """Return where tokens begin, in elements; int64, for a batch may exceed 2³¹ elements."""
+    """Return the tokens' offsets in elements; int64: a batch may exceed 2³¹ elements."""
     return image.to(tl.int64) * stride_image + token.to(tl.int64) * stride_token
 
 
 @triton.jit
-def root(x):
-    """Return the square root, correctly rounded; Triton's own is approximate in float32."""
+def sqrt(x):
+    """Return the square root, correctly rounded; ``tl.sqrt`` is approximate in float32."""
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
     else:
@@ -103,11 +103,11 @@ def root(x):
 @triton.jit
 def reciprocal(norms):
     """Return ``1 / max(n, 1e-12)``, and 0 where n = 0; NaN stays NaN."""
-    least = tl.full((), NORM_EPS, norms.dtype)
-    return tl.where(norms == 0, 0.0, 1.0 / tl.where(norms < least, least, norms))
+    eps = tl.full((), NORM_EPS, norms.dtype)
+    return tl.where(norms == 0, 0.0, 1.0 / tl.where(norms < eps, eps, norms))
 
 
 @triton.jit
-def number(count, ACC: tl.constexpr):
-    """Return an integer argument as a floating scalar; Triton makes a 1 a Python number."""
+def to_scalar(count, ACC: tl.constexpr):
+    """Return an integer argument as a scalar tensor; Triton specialises 1 to a Python int."""
     return tl.zeros((), ACC) + count

@@ -1,4 +1,4 @@
-"""What the launches share: arithmetic, tile sizes, devices and layouts."""
+"""Helpers of the launches: precision, tile sizes, devices, layouts."""
 
 from __future__ import annotations
 
@@ -18,76 +18,83 @@ from singer_kernels.backends.triton.language import INTERPRETED
 Result = TypeVar("Result")
 
 
-class Arithmetic(NamedTuple):
-    """How products are computed on the device at hand."""
+class MatmulPrecision(NamedTuple):
+    """Dtypes of matrix products on one architecture."""
 
-    product: torch.dtype  # what the operands are rounded to
-    acc: torch.dtype  # what sums are kept in
-    arch: int | None  # None: the interpreter
+    product: torch.dtype  # of the operands
+    acc: torch.dtype  # of the sums
+    arch: int | None  # one of configs.ARCHITECTURES; None: the interpreter
 
     @property
     def operand(self) -> Any:
-        """The operands' dtype in a kernel. float16 lacks the range of F̂ and X: float32 takes it."""
+        """Operand dtype in a kernel; float32 for float16, which lacks the range of F̂ and X."""
         if self.product == torch.float16:
             return tl.float32
-        return getattr(tl, self.name)
+        return getattr(tl, self.operand_name)
 
     @property
-    def name(self) -> str:
-        """The operands' dtype in a kernel, by its name."""
+    def operand_name(self) -> str:
+        """Name of the operand dtype in a kernel."""
         dtype = torch.float32 if self.product == torch.float16 else self.product
         return str(dtype).removeprefix("torch.")
 
     @property
-    def kept(self) -> torch.dtype:
-        """What products are stored in between kernels; float16 would lose their range."""
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of intermediate results in memory; float16 would lose their range."""
         return narrow_dtype(self.product, self.acc)
 
-    def precision(self, rank: int) -> str:
-        """Return how float32 operands are multiplied: by three TF32 products, where they fit.
+    def input_precision(self, rank: int) -> str:
+        """Return ``tl.dot``'s input_precision: three TF32 products for float32, where they fit.
 
-        Not by one, even where torch may: the matrix unit would cut 13 bits off, not round them.
+        Never a single one: the matrix unit truncates 13 bits of the operands.
         """
-        is_narrow = self.name == "float32" and rank <= configs.MAX_MATRIX_RANK
+        is_narrow = self.operand_name == "float32" and rank <= configs.MAX_MATRIX_RANK
         return "tf32x3" if is_narrow else "ieee"
 
-    def options(self, rank: int) -> dict[str, Any]:
-        """Return the constants that every kernel with products takes."""
+    def kernel_options(self, rank: int) -> dict[str, Any]:
+        """Return the constexpr arguments of every kernel with products."""
         return {
             "OPERAND": self.operand,
-            "PRECISION": self.precision(rank),
+            "PRECISION": self.input_precision(rank),
             "ACC": kernel_dtype(self.acc),
         }
 
     def config(self, kernel: str, rank: int) -> configs.Config:
-        """Return a kernel's configuration here, by the table."""
-        return configs.lookup(kernel, self.arch, self.name, rank)
+        """Return a kernel's configuration in the table."""
+        return configs.lookup(kernel, self.arch, self.operand_name, rank)
 
     def run(
         self,
         kernel: str,
         rank: int,
-        attempt: Callable[[configs.Config], Result],
+        launch: Callable[[configs.Config], Result],
         *sizes: object,
     ) -> Result:
-        """Run ``attempt`` with a kernel's configuration: the table's, or the tuned one.
+        """Call ``launch`` with a kernel's configuration: the table's, or the autotuned one.
 
         Args:
             kernel: a key of ``configs.TABLE``.
             rank: r.
-            attempt: launches the kernel.
-            sizes: what else a tuned configuration depends on.
+            launch: launches the kernel with a configuration.
+            sizes: further parts of the autotuning key.
         """
         config = self.config(kernel, rank)
         if self.arch is None or not tuning.is_on():
-            return attempt(config)
+            return launch(config)
         device = torch.cuda.get_device_name().replace(" ", "-")
-        key = (device, triton.__version__, self.name, self.precision(rank), rank, *sizes)
-        return tuning.run_tuned(kernel, config, attempt, key)
+        key = (
+            device,
+            triton.__version__,
+            self.operand_name,
+            self.input_precision(rank),
+            rank,
+            *sizes,
+        )
+        return tuning.run_tuned(kernel, config, launch, key)
 
 
 def architecture(device: torch.device) -> int | None:
-    """Return the architecture that configurations are looked up for; None: the interpreter."""
+    """Return the table's architecture for a device; None: the interpreter."""
     if INTERPRETED.value:
         return None
     return configs.architecture(torch.cuda.get_device_capability(device))
@@ -99,18 +106,18 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def block_of(size: int) -> int:
-    """Return the power of two, at least 16, that holds a size: the least that a product takes."""
+    """Return the next power of two, at least 16: the smallest tile of ``tl.dot``."""
     return max(16, triton.next_power_of_2(size))
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy of it if its last dimension is not contiguous."""
+    """Return the tensor, copied if its last dimension is not contiguous."""
     is_contiguous = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     return tensor if is_contiguous else tensor.contiguous()
 
 
-def compiling(config: configs.Config) -> dict[str, Any]:
-    """Return a configuration's compiler options. Multiply-adds are fused, whatever the default."""
+def compiler_options(config: configs.Config) -> dict[str, Any]:
+    """Return the compiler options of a configuration; multiply-adds are always fused."""
     return {
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -119,18 +126,16 @@ def compiling(config: configs.Config) -> dict[str, Any]:
     }
 
 
-def meta(
-    config: configs.Config, block_r: int | None = None, rows: str = "BLOCK_T"
-) -> dict[str, Any]:
+def meta_params(config: configs.Config, block_r: int, rows: str = "BLOCK_T") -> dict[str, Any]:
     """Return a kernel's tile sizes and compiler options."""
-    options = {
+    return {
         rows: config.rows,
         "BLOCK_D": config.inner,
-        **compiling(config),
+        "BLOCK_R": block_r,
+        **compiler_options(config),
     }
-    return options if block_r is None else {**options, "BLOCK_R": block_r}
 
 
 def kernel_dtype(dtype: torch.dtype) -> Any:
-    """Return a dtype as a kernel takes it."""
+    """Return Triton's dtype for a torch dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""The last step of the forward: the losses from their parts."""
+"""The three losses from the partial sums of the stages."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.triton import configs
-from singer_kernels.backends.triton.language import number
-from singer_kernels.backends.triton.launch import compiling, kernel_dtype
-from singer_kernels.backends.triton.outlier import Outliers
+from singer_kernels.backends.triton.language import to_scalar
+from singer_kernels.backends.triton.launch import compiler_options, kernel_dtype
+from singer_kernels.backends.triton.outlier import OutlierOutput
 
 
-@triton.jit(do_not_specialize=["num_kd", "num_images", "num_info"])
+@triton.jit(do_not_specialize=["num_kd_partials", "num_images", "num_info_partials"])
 def sum_losses_kernel(
-    kd_ptr,  # sums of (F̂ − S)², [num_kd]
+    kd_partials_ptr,  # sums of (F̂ − S)², [num_kd_partials]
     squares_ptr,  # sums of (n − q)², [B]
-    counts_ptr,  # [B]
-    info_ptr,  # sums of E², [num_info]
+    counts_ptr,  # numbers of outliers, [B]
+    info_partials_ptr,  # sums of E², [num_info_partials]; HAS_INFO
     kd_out_ptr,  # out: []
     outlier_out_ptr,  # out: []
     outlier_weight_ptr,  # out: 2 / count, []
-    info_out_ptr,  # out: []
-    num_kd,
+    info_out_ptr,  # out: []; HAS_INFO
+    num_kd_partials,
     num_images,
-    num_info,
+    num_info_partials,
     num_tokens,
     num_patches,
     width,
@@ -33,13 +33,19 @@ def sum_losses_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The three losses from their parts, summed in a fixed order by one program."""
+    """``kd = Σ (F̂ − S)² / (B T D)``, ``outlier = Σ (n − q)² / count``, ``info = Σ E² / (B P²)``.
+
+    One program sums all partials in a fixed order: results are reproducible bit by bit.
+    """
+    # 1. kd
     index = tl.arange(0, BLOCK)
     kd = tl.zeros((BLOCK,), ACC)
-    for start in range(0, num_kd, BLOCK):
-        kd += tl.load(kd_ptr + start + index, mask=start + index < num_kd, other=0.0)
-    images = number(num_images, ACC)
+    for start in range(0, num_kd_partials, BLOCK):
+        mask = start + index < num_kd_partials
+        kd += tl.load(kd_partials_ptr + start + index, mask=mask, other=0.0)
+    images = to_scalar(num_images, ACC)
     tl.store(kd_out_ptr, tl.sum(kd) / (images * num_tokens * width))
+    # 2. outlier, and its weight 2 / count in the backward
     squares = tl.zeros((BLOCK,), ACC)
     counts = tl.zeros((BLOCK,), ACC)
     for start in range(0, num_images, BLOCK):
@@ -49,43 +55,49 @@ def sum_losses_kernel(
     count = tl.maximum(tl.sum(counts), 1.0)
     tl.store(outlier_out_ptr, tl.sum(squares) / count)
     tl.store(outlier_weight_ptr, 2.0 / count)
+    # 3. info
     if HAS_INFO:
         info = tl.zeros((BLOCK,), ACC)
-        for start in range(0, num_info, BLOCK):
-            info += tl.load(info_ptr + start + index, mask=start + index < num_info, other=0.0)
+        for start in range(0, num_info_partials, BLOCK):
+            mask = start + index < num_info_partials
+            info += tl.load(info_partials_ptr + start + index, mask=mask, other=0.0)
         tl.store(info_out_ptr, tl.sum(info) / (images * num_patches * num_patches))
 
 
 def sum_losses(
-    kd_parts: Tensor, outliers: Outliers, gram_parts: Tensor | None, shape: torch.Size, prefix: int
+    kd_partials: Tensor,
+    outliers: OutlierOutput,
+    info_partials: Tensor | None,
+    shape: torch.Size,
+    prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return kd, outlier, info and 2 / count, all scalars; info is not written without a Gram."""
+    """Return kd, outlier, info and 2 / count, ``[]`` each; info is unwritten without partials."""
     images, tokens, width = shape
-    kd, outlier_loss, info, weight = (kd_parts.new_empty(()) for _ in range(4))
+    kd, outlier_loss, info, weight = (kd_partials.new_empty(()) for _ in range(4))
     sum_losses_kernel[(1,)](
-        kd_parts,
+        kd_partials,
         outliers.squares,
         outliers.counts,
-        gram_parts,
+        info_partials,
         kd,
         outlier_loss,
         weight,
         info,
-        kd_parts.numel(),
+        kd_partials.numel(),
         images,
-        0 if gram_parts is None else gram_parts.numel(),
+        0 if info_partials is None else info_partials.numel(),
         tokens,
         tokens - prefix,
         width,
-        HAS_INFO=gram_parts is not None,
-        ACC=kernel_dtype(kd_parts.dtype),
+        HAS_INFO=info_partials is not None,
+        ACC=kernel_dtype(kd_partials.dtype),
         BLOCK=1024,
-        **compiling(configs.SUMS),
+        **compiler_options(configs.SMALL),
     )
     return kd, outlier_loss, info, weight
 
 
-def mean_of_parts(parts: Tensor, norms: Tensor) -> Tensor:
-    """Return the Gram loss alone, from its parts; norms ``[B, P]``."""
+def mean_of_partials(partials: Tensor, norms: Tensor) -> Tensor:
+    """Return the Gram loss alone, ``[]``, from the sums of E²; norms ``[B, P]``."""
     images, patches = norms.shape
-    return parts.sum() / (images * patches * patches)
+    return partials.sum() / (images * patches * patches)

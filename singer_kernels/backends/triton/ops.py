@@ -51,21 +51,21 @@ def losses_forward(
     from singer_kernels.backends.triton import configs, launch
     from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
     from singer_kernels.backends.triton.gram_rows import run_gram_rows
-    from singer_kernels.backends.triton.gram_tile import GramRows, row_norms
+    from singer_kernels.backends.triton.gram_tile import GramInputs, row_norms
     from singer_kernels.backends.triton.losses import sum_losses
     from singer_kernels.backends.triton.outlier import run_outlier
     from singer_kernels.backends.triton.refine_stage import run_refine
 
     prefix, (width, rank) = num_prefix_tokens, down.shape
     arch = launch.architecture(teacher.device)
-    arithmetic = launch.Arithmetic(product, acc, arch)
-    gram_arithmetic = launch.Arithmetic(gram_product, acc, arch)
+    precision = launch.MatmulPrecision(product, acc, arch)
+    gram_precision = launch.MatmulPrecision(gram_product, acc, arch)
     student, teacher = launch.rows_contiguous(student), launch.rows_contiguous(teacher)
     is_own = gram_target is None
     identity = gram and is_own and product == torch.bfloat16 and configs.takes_identity(rank, width)
-    rows_dtype, gram_dtype = None, narrow_dtype(gram_product, acc)
+    gram_tokens_dtype, gram_dtype = None, narrow_dtype(gram_product, acc)
     if gram and not identity:
-        rows_dtype = gram_dtype
+        gram_tokens_dtype = gram_dtype
     with launch.on_device(teacher):
         refined = run_refine(
             student,
@@ -73,45 +73,45 @@ def losses_forward(
             down,
             up,
             prefix,
-            arithmetic,
+            precision,
             identity=identity,
             residual_dtype=narrow_dtype(product, acc) if has_residual else None,
             has_refined=has_refined,
-            rows_dtype=rows_dtype,
+            gram_tokens_dtype=gram_tokens_dtype,
         )
-        plain_norms = refined.plain_norms if identity else None
-        outliers = run_outlier(refined.norms, plain_norms, quantile)
+        teacher_norms = refined.teacher_norms if identity else None
+        outliers = run_outlier(refined.norms, teacher_norms, quantile)
         found = None
         if gram:
             target = teacher if gram_target is None else launch.rows_contiguous(gram_target)
-            target_norms = refined.plain_norms if is_own else row_norms(target, prefix, acc)
-            sides = GramRows(
-                "identity" if identity else "stored",
-                refined.rows,
+            target_norms = refined.teacher_norms if is_own else row_norms(target, prefix, acc)
+            inputs = GramInputs(
+                "identity" if identity else "materialized",
+                refined.gram_tokens,
                 target,
                 refined.norms,
                 target_norms,
                 up,
-                refined.columns,
-                refined.parts,
-                outliers.amplification,
+                refined.hz,
+                refined.split_bf16,
+                outliers.cancellation_ratio,
             )
             takes_rows = configs.takes_gram_rows(rank, refined.norms.shape[1])
             if has_gram_columns and not has_d_target and takes_rows:
-                found = run_gram_rows(sides, prefix, gram_arithmetic, columns_dtype=gram_dtype)
+                found = run_gram_rows(inputs, prefix, gram_precision, grad_hz_dtype=gram_dtype)
             else:
                 found = run_gram_pairs(
-                    sides,
-                    refined.columns,
+                    inputs,
+                    refined.hz,
                     prefix,
-                    gram_arithmetic,
-                    columns_dtype=gram_dtype if has_gram_columns else None,
-                    d_target_dtype=gram_dtype if has_d_target else None,
+                    gram_precision,
+                    grad_factor_dtype=gram_dtype if has_gram_columns else None,
+                    grad_target_dtype=gram_dtype if has_d_target else None,
                 )
         kd, outlier, info, weight = sum_losses(
-            refined.kd_parts,
+            refined.kd_partials,
             outliers,
-            None if found is None else found.parts,
+            None if found is None else found.loss_partials,
             teacher.shape,
             prefix,
         )
@@ -123,10 +123,10 @@ def losses_forward(
         norms=refined.norms,
         threshold=outliers.threshold,
         outlier_weight=weight,
-        columns=refined.columns,
+        columns=refined.hz,
         residual=or_empty(refined.residual, kd, narrow_dtype(product, acc)),
-        gram_columns=or_empty(None if found is None else found.columns, kd, gram_dtype),
-        d_target=or_empty(None if found is None else found.d_target, kd, gram_dtype),
+        gram_columns=or_empty(None if found is None else found.grad_factor, kd, gram_dtype),
+        d_target=or_empty(None if found is None else found.grad_target, kd, gram_dtype),
     )
 
 
@@ -155,7 +155,7 @@ def losses_backward(
     from singer_kernels.backends.triton import launch
     from singer_kernels.backends.triton.backward import run_backward
 
-    arithmetic = launch.Arithmetic(product, acc, launch.architecture(teacher.device))
+    precision = launch.MatmulPrecision(product, acc, launch.architecture(teacher.device))
     teacher = launch.rows_contiguous(teacher)
     student = None if student is None else launch.rows_contiguous(student)
     d_refined = None if d_refined is None else launch.rows_contiguous(d_refined)
@@ -172,7 +172,7 @@ def losses_backward(
             outlier_weight,
             Upstream(d_kd, d_outlier, d_info, d_refined),
             num_prefix_tokens,
-            arithmetic,
+            precision,
             student_dtype,
             down_dtype,
             up_dtype,
@@ -192,24 +192,24 @@ def _gram_loss(
 ) -> tuple[Tensor, ...]:
     from singer_kernels.backends.triton import launch
     from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
-    from singer_kernels.backends.triton.gram_tile import GramRows, row_norms
-    from singer_kernels.backends.triton.losses import mean_of_parts
+    from singer_kernels.backends.triton.gram_tile import GramInputs, row_norms
+    from singer_kernels.backends.triton.losses import mean_of_partials
 
-    arithmetic = launch.Arithmetic(product, acc, launch.architecture(tokens.device))
+    precision = launch.MatmulPrecision(product, acc, launch.architecture(tokens.device))
     tokens, target = launch.rows_contiguous(tokens), launch.rows_contiguous(target)
     with launch.on_device(tokens):
         norms = row_norms(tokens, num_prefix_tokens, acc)
         target_norms = row_norms(target, num_prefix_tokens, acc)
         found = run_gram_pairs(
-            GramRows("stored", tokens, target, norms, target_norms),
+            GramInputs("materialized", tokens, target, norms, target_norms),
             tokens[:, num_prefix_tokens:],
             num_prefix_tokens,
-            arithmetic,
-            columns_dtype=acc if has_d_tokens else None,
-            d_target_dtype=acc if has_d_target else None,
+            precision,
+            grad_factor_dtype=acc if has_d_tokens else None,
+            grad_target_dtype=acc if has_d_target else None,
         )
-        loss = mean_of_parts(found.parts, norms)
-    return loss, or_empty(found.columns, loss), or_empty(found.d_target, loss)
+        loss = mean_of_partials(found.loss_partials, norms)
+    return loss, or_empty(found.grad_factor, loss), or_empty(found.grad_target, loss)
 
 
 operators.define("triton")

@@ -1,4 +1,4 @@
-"""Stage ``outlier``: each image's quantile by bitwise selection, and its share of the loss."""
+"""Stage ``outlier``: each image's norm threshold by bitwise selection, and its loss terms."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.triton import configs
-from singer_kernels.backends.triton.language import number
-from singer_kernels.backends.triton.launch import block_of, compiling, kernel_dtype
+from singer_kernels.backends.triton.language import to_scalar
+from singer_kernels.backends.triton.launch import block_of, compiler_options, kernel_dtype
 
 
 @triton.jit
 def _kth_smallest(keys, k, BITS: tl.constexpr):
-    """Return the k-th smallest (from 0) of non-negative integers, built from its highest bit.
+    """Return the k-th smallest (from 0) of non-negative integers.
 
-    It is the largest v with at most k keys below v.
+    It is the largest v with at most k keys below v, built bit by bit from the highest.
     """
     value = tl.zeros((), keys.dtype)
     one = tl.full((), 1, keys.dtype)
     for step in range(BITS):
         candidate = value | (one << (BITS - 1 - step))
-        below = tl.sum((keys < candidate).to(tl.int32))
-        value = tl.where(below <= k, candidate, value)
+        num_below = tl.sum((keys < candidate).to(tl.int32))
+        value = tl.where(num_below <= k, candidate, value)
     return value
 
 
-@triton.jit(do_not_specialize=["rank_below"])
-def outlier_fwd_kernel(
+@triton.jit(do_not_specialize=["lower_index"])
+def outlier_kernel(
     norms_ptr,  # n, [B, P]
-    plain_norms_ptr,  # norms of F, [B, P]; HAS_PLAIN
+    teacher_norms_ptr,  # norms of F, [B, P]; HAS_TEACHER_NORMS
     threshold_ptr,  # out: q, [B]
     squares_ptr,  # out: sums of (n − q)² over the outliers, [B]
-    counts_ptr,  # out: how many outliers, [B]
-    amplification_ptr,  # out: largest ‖F‖ / n, [B]; HAS_PLAIN
+    counts_ptr,  # out: numbers of outliers, [B]
+    cancellation_ratio_ptr,  # out: largest ‖F‖ / n, [B]; HAS_TEACHER_NORMS
     num_patches,
-    rank_below,  # ⌊γ (P − 1)⌋
-    weight,  # γ (P − 1) − ⌊γ (P − 1)⌋
-    weight_rest,  # what float32 loses of it
-    HAS_PLAIN: tl.constexpr,
+    lower_index,  # ⌊γ (P − 1)⌋
+    fraction_high,  # w = γ (P − 1) − ⌊γ (P − 1)⌋, rounded to float32
+    fraction_low,  # w − fraction_high
+    HAS_TEACHER_NORMS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """``q = lerp(n₍ₖ₎, n₍ₖ₊₁₎, w)`` as ``torch.quantile`` has it; ``Σ (n − q)²`` and the count.
+    """``q = lerp(n₍ₖ₎, n₍ₖ₊₁₎, w)`` as in ``torch.quantile``; ``Σ (n − q)²`` and count of n > q.
 
-    One program per image. Norms are not negative, so their bits are ordered as they are; NaN is
-    an outlier of a NaN quantile, as in the reference.
+    One program per image. A NaN norm makes q NaN and is an outlier, as in the reference.
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK_P)
     in_range = patch < num_patches
     norms = tl.load(norms_ptr + image * num_patches + patch, mask=in_range, other=0.0)
     is_nan = norms != norms
+    # 1. sort keys: the bits of non-negative floats order as integers; NaN and padding come last
     if ACC == tl.float64:
         keys = norms.to(tl.int64, bitcast=True)
         last = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
@@ -64,72 +64,83 @@ def outlier_fwd_kernel(
         keys = norms.to(tl.int32, bitcast=True)
         last = tl.full((), 0x7FFFFFFF, tl.int32)
     keys = tl.where(in_range & (norms == norms), keys, last)
-    low_key = _kth_smallest(keys, rank_below, 63 if ACC == tl.float64 else 31)
-    through = tl.sum((keys <= low_key).to(tl.int32))
+    # 2. the order statistics n₍ₖ₎ and n₍ₖ₊₁₎
+    low_key = _kth_smallest(keys, lower_index, 63 if ACC == tl.float64 else 31)
+    not_above = tl.sum((keys <= low_key).to(tl.int32))
     next_key = tl.min(tl.where(keys > low_key, keys, last))
-    share = number(weight, ACC) + weight_rest
-    is_between = (share > 0) & (through <= rank_below + 1)
+    fraction = to_scalar(fraction_high, ACC) + fraction_low
+    is_between = (fraction > 0) & (not_above <= lower_index + 1)
     high_key = tl.where(is_between, next_key, low_key)
+    # 3. q, interpolated as torch.lerp does
     low = low_key.to(ACC, bitcast=True)
     high = high_key.to(ACC, bitcast=True)
     gap = high - low
-    threshold = tl.where(share < 0.5, low + share * gap, high - gap * (1.0 - share))
+    threshold = tl.where(fraction < 0.5, low + fraction * gap, high - gap * (1.0 - fraction))
     has_nan = tl.max(is_nan.to(tl.int32)) > 0
     threshold = tl.where(has_nan, float("nan"), threshold)
+    # 4. Σ (n − q)² and count over the outliers; the largest ‖F‖ / n
     is_finite = tl.abs(norms) < float("inf")
     is_outlier = in_range & ~((norms <= threshold) & is_finite)
     excess = tl.where(is_outlier, norms - threshold, 0.0)
     tl.store(threshold_ptr + image, threshold)
     tl.store(squares_ptr + image, tl.sum(excess * excess))
     tl.store(counts_ptr + image, tl.sum(is_outlier.to(tl.int32)).to(ACC))
-    if HAS_PLAIN:
-        plain = tl.load(plain_norms_ptr + image * num_patches + patch, mask=in_range, other=0.0)
-        ratio = tl.where(norms == 0, 0.0, plain / norms)
-        tl.store(amplification_ptr + image, tl.max(ratio))
+    if HAS_TEACHER_NORMS:
+        offsets = image * num_patches + patch
+        teacher_norms = tl.load(teacher_norms_ptr + offsets, mask=in_range, other=0.0)
+        ratio = tl.where(norms == 0, 0.0, teacher_norms / norms)
+        tl.store(cancellation_ratio_ptr + image, tl.max(ratio))
 
 
-class Outliers(NamedTuple):
-    """What the stage ``outlier`` gives."""
+class OutlierOutput(NamedTuple):
+    """Tensors of the stage ``outlier``."""
 
     threshold: Tensor  # q, [B]
-    squares: Tensor  # [B]
-    counts: Tensor  # [B]
-    amplification: Tensor | None  # largest ‖F‖ / n, [B]
+    squares: Tensor  # sums of (n − q)² over the outliers, [B]
+    counts: Tensor  # numbers of outliers, [B]
+    cancellation_ratio: Tensor | None  # largest ‖F‖ / n, [B]
 
 
-def quantile_rank(quantile: float, patches: int, acc: torch.dtype) -> tuple[int, float]:
-    """Return ``⌊γ (P − 1)⌋`` and the rest, computed in the accumulation dtype as torch does."""
-    rank = quantile * (patches - 1)
+def quantile_position(quantile: float, patches: int, acc: torch.dtype) -> tuple[int, float]:
+    """Return ``⌊γ (P − 1)⌋`` and the fraction, in the accumulation dtype's arithmetic as torch."""
+    position = quantile * (patches - 1)
     if acc == torch.float32:
         (gamma,) = struct.unpack("f", struct.pack("f", quantile))
-        (rank,) = struct.unpack("f", struct.pack("f", gamma * (patches - 1)))
-    below = math.floor(rank)
-    return below, rank - below
+        (position,) = struct.unpack("f", struct.pack("f", gamma * (patches - 1)))
+    index = math.floor(position)
+    return index, position - index
 
 
-def run_outlier(norms: Tensor, plain_norms: Tensor | None, quantile: float) -> Outliers:
-    """Run the stage ``outlier``: norms ``[B, P]``, and the plain ones if ratios are asked for."""
+def run_outlier(norms: Tensor, teacher_norms: Tensor | None, quantile: float) -> OutlierOutput:
+    """Launch the stage ``outlier``.
+
+    Args:
+        norms: n, ``[B, P]``.
+        teacher_norms: norms of F, ``[B, P]``; None: do not compute the cancellation ratio.
+        quantile: γ.
+    """
     images, patches = norms.shape
     new = norms.new_empty
     threshold, squares, counts = (new((images,)) for _ in range(3))
-    amplification = None if plain_norms is None else new((images,))
-    below, share = quantile_rank(quantile, patches, norms.dtype)
-    (kept,) = struct.unpack("f", struct.pack("f", share))
+    cancellation_ratio = None if teacher_norms is None else new((images,))
+    index, fraction = quantile_position(quantile, patches, norms.dtype)
+    # Triton passes a float as float32: the rest goes in a second argument.
+    (fraction_high,) = struct.unpack("f", struct.pack("f", fraction))
     block_p = block_of(patches)
-    outlier_fwd_kernel[(images,)](
+    outlier_kernel[(images,)](
         norms,
-        plain_norms,
+        teacher_norms,
         threshold,
         squares,
         counts,
-        amplification,
+        cancellation_ratio,
         patches,
-        below,
-        kept,
-        share - kept,
-        HAS_PLAIN=plain_norms is not None,
+        index,
+        fraction_high,
+        fraction - fraction_high,
+        HAS_TEACHER_NORMS=teacher_norms is not None,
         ACC=kernel_dtype(norms.dtype),
         BLOCK_P=block_p,
-        **compiling(configs.Config(0, 0, configs.outlier_warps(block_p), 1)),
+        **compiler_options(configs.Config(0, 0, configs.outlier_warps(block_p), 1)),
     )
-    return Outliers(threshold, squares, counts, amplification)
+    return OutlierOutput(threshold, squares, counts, cancellation_ratio)

@@ -1,4 +1,4 @@
-"""Stage ``refine``: H, Z and what else is needed of each row, the norms, the KD partial sums."""
+"""Stage ``refine``: H, Z, the norms of F and F̂, and the partial sums of the KD loss."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from singer_kernels.backends.triton.language import (
     dot,
     load_tile,
     operand,
-    root,
     split_dot,
     split_dot_transposed,
+    sqrt,
     store_tile,
     token_offsets,
 )
-from singer_kernels.backends.triton.launch import Arithmetic, block_of, meta
+from singer_kernels.backends.triton.launch import MatmulPrecision, block_of, meta_params
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def refine_fwd_kernel(
+def refine_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]
     down_ptr,  # Wd, [D, r]
     up_ptr,  # Wu, [r, D]
-    overlap_ptr,  # M = Wu Wuᵀ, [r, r]; IDENTITY
-    columns_ptr,  # out: [H | Z], [B, P, 2r]
-    parts_ptr,  # out: H and L = Z − ½ H M in high and low parts, [B, P, 4, BLOCK_R]; IDENTITY
+    up_gram_ptr,  # M = Wu Wuᵀ, [r, r]; IDENTITY
+    hz_ptr,  # out: [H | Z], [B, P, 2r]
+    split_bf16_ptr,  # out: high and low bf16 of H and L = Z − ½ H M, [B, P, 4, BLOCK_R]; IDENTITY
     residual_ptr,  # out: (F̂ − S) Wuᵀ, [B, P, r]; HAS_RESIDUAL
     norms_ptr,  # out: n, [B, P]
-    plain_norms_ptr,  # out: norms of F, [B, P]
-    kd_ptr,  # out: sums of (F̂ − S)², [programs]
+    teacher_norms_ptr,  # out: norms of F, [B, P]
+    kd_partials_ptr,  # out: sums of (F̂ − S)², [programs]
     refined_ptr,  # out: F̂, [B, T, D]; HAS_REFINED
-    rows_ptr,  # out: F̂ for the Gram products, [B, T, D]; HAS_ROWS
+    gram_tokens_ptr,  # out: F̂ for the Gram products, [B, T, D]; HAS_GRAM_TOKENS
     teacher_stride_image,
     teacher_stride_token,
     student_stride_image,
@@ -50,7 +50,7 @@ def refine_fwd_kernel(
     IDENTITY: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_REFINED: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_GRAM_TOKENS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -60,9 +60,9 @@ def refine_fwd_kernel(
 ):
     """``H = F Wd``, ``F̂ = F + H Wu``, ``Z = F̂ Wuᵀ``, ``n = ‖F̂‖``, KD partial ``Σ (F̂ − S)²``.
 
-    One program per BLOCK_T tokens, whatever their image; on prefix tokens H = 0. F is read twice,
-    the second time from cache. With IDENTITY ``Z = F Wuᵀ + H M``: to the last digits what the
-    Gram identity needs; else Z comes from the rounded F̂, whose error is small beside F̂ itself.
+    One program per BLOCK_T rows of the flattened ``[B T, D]``; H = 0 on prefix tokens. F is read
+    twice, the second time from L2. IDENTITY takes ``Z = F Wuᵀ + H M``, as exact as the Gram
+    identity needs it; otherwise ``Z = F̂ Wuᵀ`` of the rounded F̂.
     """
     program = tl.program_id(0)
     row = program * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -76,81 +76,84 @@ def refine_fwd_kernel(
     column = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
 
-    hidden = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    latent = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    # 1. H = F Wd over D; with IDENTITY, F Wuᵀ too
+    h = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    z = tl.zeros((BLOCK_T, BLOCK_R), ACC)
     for start in range(0, width, BLOCK_D):
         d = start + column
-        plain = operand(load_tile(teacher_ptr, teacher_offsets, d, in_range, width), OPERAND)
+        teacher = operand(load_tile(teacher_ptr, teacher_offsets, d, in_range, width), OPERAND)
         down = operand(load_tile(down_ptr, d * rank, k, d < width, rank), OPERAND)
-        hidden = dot(plain, down, hidden, PRECISION)
+        h = dot(teacher, down, h, PRECISION)
         if IDENTITY:
             up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
-            latent = dot(plain, tl.trans(up), latent, PRECISION)
-    hidden = tl.where(is_patch[:, None], hidden, 0.0)
+            z = dot(teacher, tl.trans(up), z, PRECISION)
+    h = tl.where(is_patch[:, None], h, 0.0)
 
     patch = image * (num_tokens - num_prefix_tokens) + token - num_prefix_tokens
     rank_offsets = patch.to(tl.int64) * rank
-    store_tile(columns_ptr, 2 * rank_offsets, k, is_patch, rank, hidden)
+    store_tile(hz_ptr, 2 * rank_offsets, k, is_patch, rank, h)
     if IDENTITY:
-        # The overlap is symmetric: its rows are its columns.
-        overlap = load_tile(overlap_ptr, k * rank, k, k < rank, rank)
-        full = split_dot_transposed(hidden, overlap, latent, OPERAND)
-        half = 0.5 * (latent + full)
-        part_offsets = patch.to(tl.int64) * 4 * BLOCK_R
-        high = operand(hidden, OPERAND)
-        low = hidden - high.to(ACC)
-        store_tile(parts_ptr, part_offsets, k, is_patch, BLOCK_R, high)
-        store_tile(parts_ptr + BLOCK_R, part_offsets, k, is_patch, BLOCK_R, low)
-        high = operand(half, OPERAND)
-        low = half - high.to(ACC)
-        store_tile(parts_ptr + 2 * BLOCK_R, part_offsets, k, is_patch, BLOCK_R, high)
-        store_tile(parts_ptr + 3 * BLOCK_R, part_offsets, k, is_patch, BLOCK_R, low)
-        store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, full)
+        # 2. Z = F Wuᵀ + H M and L = Z − ½ H M; M is symmetric, so x Mᵀ = x M
+        up_gram = load_tile(up_gram_ptr, k * rank, k, k < rank, rank)
+        full_z = split_dot_transposed(h, up_gram, z, OPERAND)
+        l = 0.5 * (z + full_z)
+        split_offsets = patch.to(tl.int64) * 4 * BLOCK_R
+        high = operand(h, OPERAND)
+        low = h - high.to(ACC)
+        store_tile(split_bf16_ptr, split_offsets, k, is_patch, BLOCK_R, high)
+        store_tile(split_bf16_ptr + BLOCK_R, split_offsets, k, is_patch, BLOCK_R, low)
+        high = operand(l, OPERAND)
+        low = l - high.to(ACC)
+        store_tile(split_bf16_ptr + 2 * BLOCK_R, split_offsets, k, is_patch, BLOCK_R, high)
+        store_tile(split_bf16_ptr + 3 * BLOCK_R, split_offsets, k, is_patch, BLOCK_R, low)
+        store_tile(hz_ptr + rank, 2 * rank_offsets, k, is_patch, rank, full_z)
 
+    # 3. F̂ = F + H Wu over D; squared norms, KD sum, Z = F̂ Wuᵀ and residual of each block
     residual = tl.zeros((BLOCK_T, BLOCK_R), ACC)
     squares = tl.zeros((BLOCK_T,), ACC)
-    plain_squares = tl.zeros((BLOCK_T,), ACC)
+    teacher_squares = tl.zeros((BLOCK_T,), ACC)
     kd = tl.zeros((BLOCK_T,), ACC)
     for start in range(0, width, BLOCK_D):
         d = start + column
-        plain = load_tile(teacher_ptr, teacher_offsets, d, in_range, width).to(ACC)
+        teacher = load_tile(teacher_ptr, teacher_offsets, d, in_range, width).to(ACC)
         student = load_tile(student_ptr, student_offsets, d, in_range, width).to(ACC)
         up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
         delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-        delta = split_dot(hidden, up, delta, OPERAND, PRECISION)
-        refined = plain + tl.where(is_patch[:, None], delta, 0.0)
+        delta = split_dot(h, up, delta, OPERAND, PRECISION)
+        refined = teacher + tl.where(is_patch[:, None], delta, 0.0)
         difference = refined - student
         squares += tl.sum(refined * refined, axis=1)
-        plain_squares += tl.sum(plain * plain, axis=1)
+        teacher_squares += tl.sum(teacher * teacher, axis=1)
         kd += tl.sum(difference * difference, axis=1)
         if not IDENTITY:
-            latent = dot(operand(refined, OPERAND), tl.trans(up), latent, PRECISION)
+            z = dot(operand(refined, OPERAND), tl.trans(up), z, PRECISION)
         if HAS_RESIDUAL:
             residual = dot(operand(difference, OPERAND), tl.trans(up), residual, PRECISION)
         if HAS_REFINED:
             store_tile(refined_ptr, row_offsets, d, in_range, width, refined)
-        if HAS_ROWS:
-            store_tile(rows_ptr, row_offsets, d, in_range, width, refined)
-    tl.store(kd_ptr + program, tl.sum(tl.where(in_range, kd, 0.0)))
-    tl.store(norms_ptr + patch, root(squares), mask=is_patch)
-    tl.store(plain_norms_ptr + patch, root(plain_squares), mask=is_patch)
+        if HAS_GRAM_TOKENS:
+            store_tile(gram_tokens_ptr, row_offsets, d, in_range, width, refined)
+    # 4. norms, KD partial sum, Z and residual to memory
+    tl.store(kd_partials_ptr + program, tl.sum(tl.where(in_range, kd, 0.0)))
+    tl.store(norms_ptr + patch, sqrt(squares), mask=is_patch)
+    tl.store(teacher_norms_ptr + patch, sqrt(teacher_squares), mask=is_patch)
     if not IDENTITY:
-        store_tile(columns_ptr + rank, 2 * rank_offsets, k, is_patch, rank, latent)
+        store_tile(hz_ptr + rank, 2 * rank_offsets, k, is_patch, rank, z)
     if HAS_RESIDUAL:
         store_tile(residual_ptr, rank_offsets, k, is_patch, rank, residual)
 
 
-class Refined(NamedTuple):
-    """What the stage ``refine`` gives; what was not asked for is None."""
+class RefineOutput(NamedTuple):
+    """Tensors of the stage ``refine``; None where not requested."""
 
-    columns: Tensor  # [H | Z], [B, P, 2r]
+    hz: Tensor  # [H | Z], [B, P, 2r]
     norms: Tensor  # n, [B, P]
-    plain_norms: Tensor  # norms of F, [B, P]
-    kd_parts: Tensor  # [programs]
-    parts: Tensor | None  # H and L in high and low parts, [B, P, 4, BLOCK_R]
+    teacher_norms: Tensor  # norms of F, [B, P]
+    kd_partials: Tensor  # sums of (F̂ − S)², [programs]
+    split_bf16: Tensor | None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]
     residual: Tensor | None  # (F̂ − S) Wuᵀ, [B, P, r]
     refined: Tensor | None  # F̂, [B, T, D], in the teacher's dtype
-    rows: Tensor | None  # F̂, [B, T, D], for the Gram products
+    gram_tokens: Tensor | None  # F̂, [B, T, D], in the Gram products' dtype
 
 
 def run_refine(
@@ -159,14 +162,14 @@ def run_refine(
     down: Tensor,
     up: Tensor,
     prefix: int,
-    arithmetic: Arithmetic,
+    precision: MatmulPrecision,
     *,
     identity: bool,
     residual_dtype: torch.dtype | None,
     has_refined: bool,
-    rows_dtype: torch.dtype | None,
-) -> Refined:
-    """Run the stage ``refine``.
+    gram_tokens_dtype: torch.dtype | None,
+) -> RefineOutput:
+    """Launch the stage ``refine``.
 
     Args:
         student: S, ``[B, T, D]``.
@@ -174,49 +177,51 @@ def run_refine(
         down: Wd, ``[D, r]``, contiguous, rounded to the products' dtype.
         up: Wu, ``[r, D]``, likewise.
         prefix: the number of prefix tokens.
-        arithmetic: how products are computed.
-        identity: whether the Gram identity's parts are needed.
-        residual_dtype: the dtype of ``(F̂ − S) Wuᵀ``; None: it is not needed.
-        has_refined: whether F̂ is, in the teacher's dtype.
-        rows_dtype: the dtype in which the Gram products want F̂; None: they don't.
+        precision: dtypes of the products and of their sums.
+        identity: whether the Gram identity follows, which reads H and L split into bfloat16.
+        residual_dtype: the dtype of ``(F̂ − S) Wuᵀ``; None: do not compute it.
+        has_refined: whether to write F̂ in the teacher's dtype.
+        gram_tokens_dtype: the dtype of F̂ for the Gram products; None: do not write it.
     """
     images, tokens, width = teacher.shape
     rank, patches = down.shape[1], tokens - prefix
-    block_r, acc = block_of(rank), arithmetic.acc
+    block_r, acc = block_of(rank), precision.acc
     new = teacher.new_empty
-    columns = new((images, patches, 2 * rank), dtype=acc)
-    parts = None
+    hz = new((images, patches, 2 * rank), dtype=acc)
+    split_bf16 = None
     if identity:
-        parts = new((images, patches, 4, block_r), dtype=arithmetic.product)
+        split_bf16 = new((images, patches, 4, block_r), dtype=precision.product)
     has_residual, residual = residual_dtype is not None, None
     if has_residual:
         residual = new((images, patches, rank), dtype=residual_dtype)
-    norms, plain_norms = (new((images, patches), dtype=acc) for _ in range(2))
+    norms, teacher_norms = (new((images, patches), dtype=acc) for _ in range(2))
     refined = new((images, tokens, width)) if has_refined else None
-    rows, writes_rows = None, False
-    if rows_dtype is not None:
-        writes_rows = refined is None or refined.dtype != rows_dtype
-        rows = new((images, tokens, width), dtype=rows_dtype) if writes_rows else refined
-    # Rounded operands are exact in float32 and in TF32: this product rounds nothing but its sums.
-    overlap = torch.mm(up.to(acc), up.to(acc).T) if identity else None
+    gram_tokens, writes_gram_tokens = None, False
+    if gram_tokens_dtype is not None:
+        writes_gram_tokens = refined is None or refined.dtype != gram_tokens_dtype
+        gram_tokens = (
+            new((images, tokens, width), dtype=gram_tokens_dtype) if writes_gram_tokens else refined
+        )
+    # Exact products: bfloat16 operands fit in TF32. Only the sums round.
+    up_gram = torch.mm(up.to(acc), up.to(acc).T) if identity else None
 
-    def attempt(config: Config) -> Tensor:
+    def launch(config: Config) -> Tensor:
         programs = triton.cdiv(images * tokens, config.rows)
-        kd_parts = new((programs,), dtype=acc)
-        refine_fwd_kernel[(programs,)](
+        kd_partials = new((programs,), dtype=acc)
+        refine_kernel[(programs,)](
             teacher,
             student,
             down,
             up,
-            overlap,
-            columns,
-            parts,
+            up_gram,
+            hz,
+            split_bf16,
             residual,
             norms,
-            plain_norms,
-            kd_parts,
+            teacher_norms,
+            kd_partials,
             refined,
-            rows,
+            gram_tokens,
             *teacher.stride()[:2],
             *student.stride()[:2],
             images * tokens,
@@ -227,12 +232,14 @@ def run_refine(
             IDENTITY=identity,
             HAS_RESIDUAL=has_residual,
             HAS_REFINED=has_refined,
-            HAS_ROWS=writes_rows,
-            **arithmetic.options(rank),
-            **meta(config, block_r),
+            HAS_GRAM_TOKENS=writes_gram_tokens,
+            **precision.kernel_options(rank),
+            **meta_params(config, block_r),
         )
-        return kd_parts
+        return kd_partials
 
-    sizes = (images, tokens, width, identity, has_residual, has_refined, writes_rows)
-    kd_parts = arithmetic.run("refine", rank, attempt, *sizes)
-    return Refined(columns, norms, plain_norms, kd_parts, parts, residual, refined, rows)
+    sizes = (images, tokens, width, identity, has_residual, has_refined, writes_gram_tokens)
+    kd_partials = precision.run("refine", rank, launch, *sizes)
+    return RefineOutput(
+        hz, norms, teacher_norms, kd_partials, split_bf16, residual, refined, gram_tokens
+    )

@@ -85,7 +85,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 def _fastest(
     first: Config,
-    attempt: Callable[[Config], object],
+    launch: Callable[[Config], object],
     measure: Callable[[Callable[[], object]], float],
 ) -> Config:
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -93,7 +93,7 @@ def _fastest(
     times: dict[Config, float] = {}
     for config in candidates(first):
         try:
-            times[config] = measure(functools.partial(attempt, config))
+            times[config] = measure(functools.partial(launch, config))
         except (OutOfResources, PTXASError):  # it does not fit on this device
             continue
     return min(times, key=lambda config: times[config])
@@ -102,7 +102,7 @@ def _fastest(
 def run_tuned(
     kernel: str,
     first: Config,
-    attempt: Callable[[Config], _Result],
+    launch: Callable[[Config], _Result],
     key: tuple[object, ...],
     measure: Callable[[Callable[[], object]], float] = _milliseconds,
 ) -> _Result:
@@ -111,12 +111,12 @@ def run_tuned(
     Args:
         kernel: its key of ``configs.TABLE``.
         first: the table's configuration.
-        attempt: runs the stage with a configuration.
+        launch: runs the stage with a configuration.
         key: what the choice depends on: device, versions, dtypes, sizes.
         measure: returns the time of a call.
 
     Returns:
-        What ``attempt`` does. While a CUDA graph is captured nothing is measured: what is not
+        What ``launch`` does. While a CUDA graph is captured nothing is measured: what is not
         known yet runs as the table has it.
     """
     name = " ".join(map(str, (kernel, *key)))
@@ -124,9 +124,9 @@ def run_tuned(
         _chosen.update(_read(cache_file()))
     if name not in _chosen:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return attempt(first)
-        _chosen[name] = _fastest(first, attempt, measure)
+            return launch(first)
+        _chosen[name] = _fastest(first, launch, measure)
         _logger.info("%s: %s is the fastest", name, _chosen[name])
         path = cache_file()
         _write(path, {**_read(path), name: _chosen[name]})
-    return attempt(_chosen[name])
+    return launch(_chosen[name])
