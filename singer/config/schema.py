@@ -282,6 +282,7 @@ class TrainConfig(_Section):
             request to stop is answered then (at once, in a single process).
         save_every: steps between two checkpoints; one more is made at the end of every epoch.
         keep_checkpoints: how many of the last ones stay.
+        peer_monitor: end a rank when another one has died, see :mod:`singer.engine.peer_monitor`.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -302,15 +303,16 @@ class TrainConfig(_Section):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
+    peer_monitor: bool = True
 
 
-class TrainedModel(NamedTuple):
-    """A model to train.
+class StudentSpec(NamedTuple):
+    """One student to train.
 
     Attributes:
-        key: of its section, for messages.
-        model: what it is.
-        folder: where what comes of it goes.
+        key: of its section in the configuration, for messages.
+        model: the model.
+        folder: its output directory.
     """
 
     key: str
@@ -348,7 +350,7 @@ class Config(_Section):
         if (self.student is None) == (not self.students):
             found = "neither" if self.student is None else "both"
             raise ValueError(f"got {found} of student and students, expected one of them")
-        folders = [path.name for _, _, path in self.trained()]
+        folders = [path.name for _, _, path in self.student_specs()]
         if len(set(folders)) < len(folders):
             raise ValueError(f"students: got the folders {folders}; give each one of its own")
         if self.teacher.cache is not None and self.data.crops == "random":
@@ -358,12 +360,12 @@ class Config(_Section):
             )
         return self
 
-    def trained(self) -> list[TrainedModel]:
-        """Return the models to train, each with its key in the configuration and its folder."""
+    def student_specs(self) -> list[StudentSpec]:
+        """Return the students to train, in the order of the configuration."""
         if self.student is not None:
-            return [TrainedModel("student", self.student, Path(self.output))]
+            return [StudentSpec("student", self.student, Path(self.output))]
         return [
-            TrainedModel(
+            StudentSpec(
                 f"students.{index}",
                 student,
                 Path(self.output, student.folder or student.name.replace("/", "_")),

@@ -1,7 +1,6 @@
-"""Checkpoints on disk: all that a run needs to go on, and no way to lose it half-way.
+"""Checkpoints on disk: written atomically, verified by checksums.
 
-A checkpoint is a folder of safetensors files and a ``state.json`` that holds the SHA-256 of each.
-It is written aside, flushed to the disk, and renamed: it is there whole, or not at all.
+A checkpoint is a directory of safetensors files and a ``state.json`` that holds their SHA-256.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from singer.errors import SingerError
+from singer.io import atomic_write
 
 _logger = logging.getLogger("singer")
 
@@ -31,12 +31,12 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass
 class Checkpoint:
-    """What is saved.
+    """The content of a checkpoint.
 
     Attributes:
-        step: optimiser steps done.
+        step: number of completed optimiser steps.
         tensors: file name without its ending to named tensors.
-        state: everything else, as JSON can hold it.
+        state: everything else, in JSON's types.
     """
 
     step: int
@@ -44,8 +44,8 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-class DamagedError(Exception):
-    """A checkpoint is not what was written."""
+class CorruptCheckpointError(Exception):
+    """A file of a checkpoint is missing, truncated or altered."""
 
 
 def _digest(content: bytes) -> str:
@@ -56,30 +56,12 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames inside a folder last, where the system can (Windows can't)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class CheckpointStore:
-    """The checkpoints of one run: ``step-N`` folders.
+    """The checkpoints of one run: directories named ``step-N``.
 
     Args:
-        folder: where they are; it is made with the first one.
-        keep: how many of the last ones stay.
+        folder: their parent directory; created with the first one.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -87,42 +69,36 @@ class CheckpointStore:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Return the steps of which a checkpoint is there, ascending; none of them is read."""
+        """Return the steps that have a checkpoint, ascending; none is read."""
         if not self.folder.is_dir():
             return []
         matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step is, or would be."""
+        """Return the directory of a step's checkpoint, whether or not it exists."""
         return self.folder / f"step-{step:09d}"
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then remove those that are no longer kept.
+        """Write a checkpoint, then remove old ones.
 
         Args:
             checkpoint: what to write; tensors may be on any device.
 
         Returns:
-            Its folder.
+            Its directory.
 
         Raises:
-            SingerError: it can't be written; the earlier ones are untouched then.
+            SingerError: it can't be written; earlier ones are untouched.
         """
         final = self.path(checkpoint.step)
-        aside = self.folder / f".{final.name}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            aside.mkdir()
-            self._write_content(aside, checkpoint)
-            _sync_folder(aside)
-            if final.exists():  # one that was damaged: its run went on from an earlier one
-                os.rename(final, self.folder / f".{final.name}.replaced")
-            os.rename(aside, final)
-            _sync_folder(self.folder)
+            self._remove_stale_tmp()
+            with atomic_write(final) as tmp_path:  # it replaces a corrupt one
+                tmp_path.mkdir()
+                self._write_content(tmp_path, checkpoint)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             kept = [step for step in self.steps() if step < checkpoint.step]
             earlier = f"that of step {kept[-1]} is untouched" if kept else "there is none yet"
             raise SingerError(
@@ -139,48 +115,48 @@ class CheckpointStore:
             content = save(on_cpu, metadata={"format": "pt"})
             file_name = f"{name}.safetensors"
             digests[file_name] = _digest(content)
-            _write(folder / file_name, content)
+            (folder / file_name).write_bytes(content)
         body = {"step": checkpoint.step, "files": digests, "state": checkpoint.state}
         whole = {"sha256": _digest(_canonical(body)), **body}
-        _write(folder / _STATE, json.dumps(whole, indent=1, allow_nan=False).encode())
+        (folder / _STATE).write_text(json.dumps(whole, indent=1, allow_nan=False))
 
-    def _remove_leftovers(self) -> None:
+    def _remove_stale_tmp(self) -> None:
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self, newest: int) -> None:
-        """Keep the last ones up to ``newest``; later ones were damaged, or their run was redone."""
+        """Keep the last ones up to ``newest``; later ones are corrupt, or their run was redone."""
         steps = self.steps()
         kept = [step for step in steps if step <= newest][-self.keep :]
         for step in steps:
             if step not in kept:
-                # Out of sight first: what is half removed must not look like a checkpoint.
+                # Rename first: a partly removed directory must not look like a checkpoint.
                 hidden = self.folder / f".{self.path(step).name}.removed"
                 try:
                     os.rename(self.path(step), hidden)
                 except OSError as error:
                     _logger.warning("%s can't be removed: %s", self.path(step), error)
-        self._remove_leftovers()
+        self._remove_stale_tmp()
 
     def newest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that is whole; name those that are not in the log.
+        """Read the newest intact checkpoint; corrupt ones are named in the log.
 
         Returns:
-            The checkpoint, on the CPU; None if there is none at all.
+            The checkpoint, on the CPU; None if there is none.
 
         Raises:
-            SingerError: there are some, and all are damaged.
+            SingerError: all of them are corrupt.
         """
-        damaged = []
+        corrupt = []
         for step in reversed(self.steps()):
             try:
                 return self.read(step)
-            except DamagedError as error:
-                damaged.append(str(error))
+            except CorruptCheckpointError as error:
+                corrupt.append(str(error))
                 _logger.warning("%s; it is passed over", error)
-        if damaged:
+        if corrupt:
             raise SingerError(
-                f"output: no checkpoint can be used: {'; '.join(damaged)}; start anew in another "
+                f"output: no checkpoint can be used: {'; '.join(corrupt)}; start anew in another "
                 f"folder"
             )
         return None
@@ -189,22 +165,24 @@ class CheckpointStore:
         """Read and verify the checkpoint of a step.
 
         Raises:
-            DamagedError: a file is missing, truncated or altered; the message names it.
+            CorruptCheckpointError: a file is missing, truncated or altered; the message names it.
         """
         folder = self.path(step)
         whole = self._read_state(folder / _STATE)
         if whole["step"] != step:
-            raise DamagedError(f"{folder} holds the checkpoint of step {whole['step']}")
+            raise CorruptCheckpointError(f"{folder} holds the checkpoint of step {whole['step']}")
         tensors = {}
         for name, digest in whole["files"].items():
             path = folder / name
             content = self._read_file(path)
             if _digest(content) != digest:
-                raise DamagedError(f"{path} is truncated or altered (its SHA-256 differs)")
+                raise CorruptCheckpointError(
+                    f"{path} is truncated or altered (its SHA-256 differs)"
+                )
             try:
                 tensors[path.stem] = load(content)
             except SafetensorError as error:
-                raise DamagedError(f"{path} is no safetensors file ({error})") from error
+                raise CorruptCheckpointError(f"{path} is no safetensors file ({error})") from error
         return Checkpoint(whole["step"], tensors, whole["state"])
 
     def _read_state(self, path: Path) -> Mapping[str, Any]:
@@ -215,11 +193,13 @@ class CheckpointStore:
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
-            raise DamagedError(f"{path} is truncated or altered (its SHA-256 differs)")
+            raise CorruptCheckpointError(f"{path} is truncated or altered (its SHA-256 differs)")
         return whole
 
     def _read_file(self, path: Path) -> bytes:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise DamagedError(f"{path} can't be read ({error.strerror or error})") from error
+            raise CorruptCheckpointError(
+                f"{path} can't be read ({error.strerror or error})"
+            ) from error

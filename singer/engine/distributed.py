@@ -1,25 +1,24 @@
-"""Several processes as one run: how they start, agree on errors, and notice that one has died."""
+"""Process groups: start-up, errors shared by all ranks, global means, signals, barriers."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -29,21 +28,68 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from singer.errors import EXIT_PEER_LOST, SharedError, SingerError, StoppedError
+from singer.errors import SharedError, SingerError
 
 _logger = logging.getLogger("singer")
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""One process may load what the others wait for; :class:`PeerWatch` sees those that die."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""One rank may load what the others wait for; :mod:`.peer_monitor` finds ranks that have died."""
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _JOIN_TIMEOUT = timedelta(minutes=10)
 
 
+def run_on_all_ranks(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Decorate a function so that its ``SingerError`` on one rank is raised on all of them.
+
+    Every rank must call it at the same point; the function itself must not wait for other ranks.
+
+    Raises:
+        SharedError: by the decorated function: it failed somewhere; the message names the rank,
+            unless it failed on all.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        result: Result | None = None
+        message = None
+        try:
+            result = function(*args, **kwargs)
+        except SingerError as error:
+            if PartialState().num_processes == 1:
+                raise
+            message = str(error)
+        messages = gather_object([message])
+        failed = [rank for rank, text in enumerate(messages) if text is not None]
+        if failed:
+            where = "" if len(failed) == len(messages) else f"rank {failed[0]}: "
+            raise SharedError(f"{where}{messages[failed[0]]}")
+        return result
+
+    return run
+
+
+def run_on_main(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Decorate a function to run on the main rank only, and return its (small) result on all.
+
+    Raises:
+        SharedError: by the decorated function, see :func:`run_on_all_ranks`.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        is_main = PartialState().is_main_process
+        result = run_on_all_ranks(lambda: function(*args, **kwargs) if is_main else None)()
+        return broadcast_object_list([result])[0]
+
+    return run
+
+
 def create_accelerator(precision: str) -> Accelerator:
-    """Join the processes that a launcher started, if any.
+    """Create the run's Accelerator, and with it the launcher's process group, if there is one.
 
     Args:
         precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
@@ -55,12 +101,12 @@ def create_accelerator(precision: str) -> Accelerator:
     _join_restarted()
     try:
         accelerator = Accelerator(
-            # Without it, where there is no GPU, Accelerate takes each process for the only one.
-            cpu=_is_for_cpu(),
+            # Without a GPU, Accelerate ignores the launcher's world size unless cpu=True.
+            cpu=_uses_cpu(),
             mixed_precision={"fp32": "no"}.get(precision, precision),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             ],
         )
     except ValueError as error:  # Accelerate keeps one precision per process
@@ -84,46 +130,51 @@ def create_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
-def _is_for_cpu() -> bool:
+def _uses_cpu() -> bool:
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _launchers_store() -> dist.Store | None:
-    """Return a connection to the store that the launcher's address names; None: it names none."""
+    """Connect to the TCP store at ``MASTER_ADDR``; None: that is not set."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:
         return None
     return dist.TCPStore(host, int(port), is_master=False, timeout=_STORE_TIMEOUT)
 
 
-def _folder_key(folder: str) -> str:
-    return f"singer/folder/{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()}"
+def _output_key(output: str) -> str:
+    return f"singer/output/{hashlib.sha256(os.path.abspath(output).encode()).hexdigest()}"
 
 
-def note_folder(folder: str) -> None:
-    """Tell the launcher's store, if it outlives these processes, that they took a folder."""
-    if _launcher_holds_store():
-        _launchers_store().set(_folder_key(folder), "")
+def register_output(output: str) -> None:
+    """Record in the launcher's store that this run created its output directory.
+
+    Processes that the launcher restarts can then tell it from one that was there before.
+    """
+    if launcher_holds_store():
+        _launchers_store().set(_output_key(output), "")
 
 
-def is_noted(folder: str) -> bool:
-    """Whether processes that the same launcher started before these took a folder."""
-    return _launcher_holds_store() and _launchers_store().check([_folder_key(folder)])
+@run_on_main
+def is_output_registered(output: str) -> bool:
+    """Return whether processes that the same launcher started earlier created the directory."""
+    return launcher_holds_store() and _launchers_store().check([_output_key(output)])
 
 
-def _launcher_holds_store() -> bool:
+def launcher_holds_store() -> bool:
+    """Return whether the store is the launcher's, and so outlives the processes (torchrun)."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _join_restarted() -> None:
-    """Join the other processes in a corner of the launcher's store that none used before.
+    """Initialise the process group under a fresh store prefix: restarted ranks see no stale keys.
 
-    torchrun's store outlives the processes that it restarts. In it a new process may find the
-    address of a dead one, and torch then fails to connect (pytorch issue 135712).
+    torchrun's store outlives the processes that it restarts: a new one may find the address of a
+    dead one, and torch then fails to connect (pytorch issue 135712).
     """
     backends = {"cpu": "gloo", "cuda": "nccl"}
-    kind = "cpu" if _is_for_cpu() else torch.accelerator.current_accelerator().type
-    if not _launcher_holds_store() or dist.is_initialized() or kind not in backends:
+    kind = "cpu" if _uses_cpu() else torch.accelerator.current_accelerator().type
+    if not launcher_holds_store() or dist.is_initialized() or kind not in backends:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size == 1:
@@ -131,29 +182,29 @@ def _join_restarted() -> None:
     store = _launchers_store()
     name = agree_on_group(store, rank, size)
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before NCCL takes the first one
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or NCCL would use GPU 0
     dist.init_process_group(
         backends[kind],
         store=dist.PrefixStore(name, store),
         rank=rank,
         world_size=size,
-        timeout=_COLLECTIVE_TIMEOUT,
+        timeout=COLLECTIVE_TIMEOUT,
     )
 
 
 def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
-    """Return a name that the processes running now share, and no earlier ones had.
+    """Return a store prefix that the current processes share and no earlier ones used.
 
-    Every process shows a token of its own. Rank 0 puts them together; the group is settled when
-    each process has found its own token in it, not one that a process of its rank left behind.
+    Every process writes a random token. Rank 0 joins them; the group is settled when each process
+    has found its own token in it, not a stale one of an earlier process of its rank.
 
     Args:
         store: may hold what earlier processes wrote.
         rank: of this process.
-        size: number of processes.
+        size: number of ranks.
 
     Raises:
-        TimeoutError: the others did not come within ten minutes.
+        TimeoutError: the others did not join within ten minutes.
     """
     own = uuid.uuid4().hex
     store.set(f"singer/token/{rank}", own)
@@ -175,89 +226,52 @@ def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
     raise TimeoutError(f"rank {rank} of {size}: the other processes did not come")
 
 
-def together(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do something in every process; if it fails in one, all of them raise that error.
-
-    Args:
-        accelerator: of the run.
-        action: must not wait for the other processes.
-
-    Raises:
-        SharedError: it failed somewhere; the message names the rank, unless it failed everywhere.
-    """
-    result: Result | None = None
-    message = None
-    try:
-        result = action()
-    except SingerError as error:
-        if accelerator.num_processes == 1:
-            raise
-        message = str(error)
-    messages = gather_object([message])
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
-    if failed:
-        where = "" if len(failed) == len(messages) else f"rank {failed[0]}: "
-        raise SharedError(f"{where}{messages[failed[0]]}")
-    return result
-
-
-def on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Do something in the main process alone, and give its result (small, plain) to all.
-
-    Raises:
-        SharedError: see :func:`together`.
-    """
-    result = together(accelerator, action if accelerator.is_main_process else lambda: None)
-    return broadcast_object_list([result])[0]
-
-
 def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
-    """Scale means over one process's entries so that their average over the processes is exact.
+    """Weight each rank's means so that their average over the ranks is the mean over all entries.
 
-    With c entries here, C in all and W processes, a mean m becomes m · c · W / C: averaged over the
-    processes, as gradients are, that is the sum over all entries divided by their number.
+    With c entries on this rank, C on all and W ranks, a mean m becomes m · c · W / C. Averaged over
+    the ranks, as DDP averages gradients, that is the sum over all entries divided by C.
 
     Args:
         means: scalars, differentiable.
-        counts: over how many entries each was taken, scalars; a mean over none must be 0.
+        counts: number of entries behind each, scalars; the mean of no entries must be 0.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return list(means)
     own = torch.stack(list(counts)).to(means[0].dtype)
     total = own.clone()
     dist.all_reduce(total)
-    shares = own * dist.get_world_size() / total.clamp_min(1)
-    return [mean * share for mean, share in zip(means, shares, strict=True)]
+    weights = own * dist.get_world_size() / total.clamp_min(1)
+    return [mean * weight for mean, weight in zip(means, weights, strict=True)]
 
 
-class StopRequest:
-    """Notes SIGTERM and SIGUSR1, with which schedulers announce that a machine is taken away.
+class PreemptionHandler:
+    """Records SIGTERM and SIGUSR1, which schedulers send before preemption, and Ctrl-C (SIGINT).
 
-    Within the block, ``requested`` names the first of these signals that came, if any did, Ctrl-C
-    (SIGINT) included; a second Ctrl-C interrupts at once. Only Python's main thread can hear
-    signals; elsewhere nothing is noted.
+    A context manager. ``signal`` is the name of the first signal received, or None. A second Ctrl-C
+    interrupts at once. Outside Python's main thread no handler is installed.
     """
 
     _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self) -> None:
-        self.requested: str | None = None
-        self._former: dict[int, Any] = {}
+        self.signal: str | None = None
+        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
             for name in self._NAMES:
                 number = getattr(signal, name, None)  # Windows has no SIGUSR1
                 if number is not None:
-                    self._former[number] = signal.signal(number, self._note)
+                    self._previous[number] = signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.requested == "SIGINT":
+            if self.signal == "SIGINT":
                 raise KeyboardInterrupt
             print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
-        self.requested = self.requested or signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name
 
     def __exit__(
         self,
@@ -265,148 +279,12 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
 
-class PeerWatch:
-    """Ends this process when another one of the run has died or hangs, and names its rank.
-
-    A collective operation would wait for the dead one: up to its timeout, or for ever. Every
-    process writes a sign of life into a store, and watches that of the next rank. Two threads do
-    it: one may wait for the store, the other notes when it waits too long.
-
-    Args:
-        store: shared by all processes, and by this run alone.
-        rank: of this process.
-        size: number of processes.
-        interval: seconds between two signs of life.
-        patience: seconds without one after which a process counts as lost.
-        end: what to do with the message; None: print it, and end the process at once with
-            ``EXIT_PEER_LOST``.
-    """
-
-    def __init__(
-        self,
-        store: dist.Store,
-        rank: int,
-        size: int,
-        *,
-        interval: float = 2.0,
-        patience: float = 45.0,
-        end: Callable[[str], None] | None = None,
-    ) -> None:
-        self.store = store
-        self.rank = rank
-        self.size = size
-        self.interval = interval
-        self.patience = patience
-        self.end = end or self._end_process
-        self._closing = threading.Event()
-        self._ended = threading.Event()
-        self._rounds = 0
-        self._threads: list[threading.Thread] = []
-        self._where = f"rank {rank} of {size} ({socket.gethostname()}, process {os.getpid()})"
-
-    def start(self) -> None:
-        """Show the first sign of life, and begin to watch."""
-        self.store.set(f"life/{self.rank}", f"0 {self._where}")
-        for target in (self._watch_peer, self._watch_store):
-            thread = threading.Thread(target=target, name="peer-watch", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it found that another process is lost."""
-        return self._ended.is_set()
-
-    def _end(self, message: str) -> None:
-        if not self._closing.is_set() and not self._ended.is_set():
-            self._ended.set()
-            self.end(message)
-
-    def _end_process(self, message: str) -> None:
-        print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
-        os._exit(EXIT_PEER_LOST)  # the main thread may wait in a collective operation for ever
-
-    def _ticks(self) -> Iterator[float]:
-        """Yield, at every interval, for how long this process itself did not run before it."""
-        last = time.monotonic()
-        while not self._closing.wait(self.interval) and not self._ended.is_set():
-            # Suspended, or kept from running: the others may have been, too.
-            yield max(0.0, time.monotonic() - last - 2 * self.interval)
-            last = time.monotonic()
-
-    def _watch_peer(self) -> None:
-        watched = (self.rank + 1) % self.size
-        last, since, name = b"", time.monotonic(), f"rank {watched} of {self.size}"
-        try:
-            for stalled in self._ticks():
-                since += stalled
-                self._rounds += 1
-                self.store.set(f"life/{self.rank}", f"{self._rounds} {self._where}")
-                if self.store.check(["failed"]):
-                    self._end(self.store.get("failed").decode())
-                elif self.store.check([f"done/{watched}"]):
-                    since = time.monotonic()
-                elif self.store.check([f"life/{watched}"]):
-                    sign = self.store.get(f"life/{watched}")
-                    if sign != last:
-                        last, since = sign, time.monotonic()
-                        name = sign.decode().partition(" ")[2]
-                if time.monotonic() - since > self.patience:
-                    message = f"{name} has shown no sign of life for {self.patience:.0f} s"
-                    self.store.set("failed", message)
-                    self._end(message)
-        except RuntimeError as error:  # torch's DistError: whoever holds the store is gone
-            self._end(f"{_store_holder(self.size)} is gone ({_line(error)})")
-
-    def _watch_store(self) -> None:
-        rounds, since = 0, time.monotonic()
-        for stalled in self._ticks():
-            since += stalled
-            if self._rounds != rounds:
-                rounds, since = self._rounds, time.monotonic()
-            elif time.monotonic() - since > self.patience:
-                self._end(f"{_store_holder(self.size)} has not answered for {self.patience:.0f} s")
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the other processes that this one ends; they then end, too."""
-        message = f"{self._where} failed: {type(error).__name__}: {_line(error)}"
-        self._close({"failed": message, f"done/{self.rank}": ""})
-
-    def close(self) -> None:
-        """Stop watching and being watched."""
-        self._close({f"done/{self.rank}": ""})
-
-    def _close(self, last_words: Mapping[str, str]) -> None:
-        self._closing.set()
-        # In a thread, for a store that does not answer; it is the last.
-        last = threading.Thread(target=self._say, args=(last_words,), daemon=True)
-        last.start()
-        # A thread that still waits for the store when Python ends would abort the process.
-        for thread in (last, *self._threads):
-            thread.join(timeout=self.interval + 10.0)
-
-    def _say(self, words: Mapping[str, str]) -> None:
-        try:
-            for key, value in words.items():
-                self.store.set(key, value)
-        except RuntimeError as error:
-            _logger.debug("the run's store is gone already: %s", error)
-
-
-def _store_holder(size: int) -> str:
-    return "the launcher on the first machine" if _launcher_holds_store() else f"rank 0 of {size}"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _run_store() -> dist.Store | None:
-    """Return a store with keys of this run's own, shared by its processes; None: there is none."""
+def create_run_store() -> dist.Store | None:
+    """Return the launcher's store under a prefix of this run's own; None: there is none."""
     (name,) = broadcast_object_list([uuid.uuid4().hex])
     store = _launchers_store()
     if store is None:
@@ -415,23 +293,23 @@ def _run_store() -> dist.Store | None:
     return dist.PrefixStore(f"singer/run/{name}", store)
 
 
-class PatientBarrier:
-    """Waits until every process has called it as often, for as long as it takes.
+class UnboundedBarrier:
+    """A barrier without timeout, over the TCP store.
 
-    A collective barrier would give up after its timeout, where one process works for hours more
-    than another. That a process has died is :class:`PeerWatch`'s to see.
+    A collective barrier would time out where one rank works for hours longer than another. Ranks
+    that have died are found by :mod:`singer.engine.peer_monitor`.
 
     Args:
-        accelerator: of the run; every process makes the barrier at the same point.
+        accelerator: of the run; every rank creates the barrier at the same point.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.store = _run_store() if accelerator.num_processes > 1 else None
+        self.store = create_run_store() if accelerator.num_processes > 1 else None
         self.calls = 0
 
     def __call__(self) -> None:
-        """Wait for the others."""
+        """Wait until every rank has called it as often."""
         if self.store is None:
             self.accelerator.wait_for_everyone()
             return
@@ -440,45 +318,3 @@ class PatientBarrier:
         self.store.add(key, 1)
         while self.store.add(key, 0) < self.accelerator.num_processes:
             time.sleep(0.1)
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    text = str(error).lower()
-    known = isinstance(error, dist.DistError)
-    return known or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
-
-
-@contextmanager
-def watching_peers(accelerator: Accelerator, stop: StopRequest) -> Iterator[None]:
-    """Within the block, no process outlives another one by more than a minute.
-
-    Args:
-        accelerator: of the run.
-        stop: whether the launcher wants this process to end.
-    """
-    store = _run_store() if accelerator.num_processes > 1 else None
-    if store is None:
-        yield
-        return
-    watch = PeerWatch(store, accelerator.process_index, accelerator.num_processes)
-    watch.start()
-    try:
-        yield
-        accelerator.wait_for_everyone()
-    except SharedError:  # every process raises it
-        watch.close()
-        raise
-    except BaseException as error:
-        if isinstance(error, StoppedError) and error.is_shared:
-            watch.close()
-            raise
-        if _is_lost_connection(error):
-            # The cause lies in another process: the watch will name it, and end this one.
-            deadline = time.monotonic() + watch.patience + 5 * watch.interval
-            while time.monotonic() < deadline and not watch.has_ended:
-                if stop.requested is not None:  # by the launcher, which names the rank
-                    watch.end(f"another process has died, and {stop.requested} came")
-                time.sleep(0.1)
-        watch.fail(error)
-        raise
-    watch.close()

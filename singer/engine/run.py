@@ -1,4 +1,4 @@
-"""A run from its configuration to its results."""
+"""A training run, from its configuration to its results."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import Tensor
 from singer.config.changes import differences
 from singer.config.schema import Config, load_config
 from singer.data.loader import BatchLoader, calibration_images, create_loader
-from singer.engine.checkpoints import Checkpoint, CheckpointStore, DamagedError
+from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
 from singer.engine.distributed import (
-    PatientBarrier,
-    StopRequest,
+    PreemptionHandler,
+    UnboundedBarrier,
     create_accelerator,
-    is_noted,
-    on_main,
-    together,
-    watching_peers,
+    is_output_registered,
+    run_on_all_ranks,
+    run_on_main,
 )
-from singer.engine.run_dir import CHECKPOINTS, CONFIG, check_new, leftovers
-from singer.engine.student import Learner
+from singer.engine.peer_monitor import monitor_peers
+from singer.engine.run_dir import CHECKPOINTS, CONFIG, check_new, stale_tmp
+from singer.engine.student import StudentTrainer
 from singer.engine.trainer import TeacherTokens, Trainer
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.features.cache import TokenCache, weights_digest
@@ -47,16 +47,15 @@ CALIBRATION_IMAGES = 2
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind of one student.
+    """The result of a run for one student.
 
     Attributes:
-        folder: the student's folder.
+        folder: the student's output directory.
         method: the trained method, on its device.
-        losses: each loss, averaged over the last tenth of the steps; empty in all processes but the
-            main one.
+        losses: each loss, averaged over the last tenth of the steps; empty except on the main rank.
         steps: optimiser steps, of the whole run.
-        seconds: time in the loop, of the part that ran now.
-        images_per_second: over all processes, saving and logging included.
+        seconds: time in the training loop since the start or the resume.
+        images_per_second: over all ranks, saving and logging included.
     """
 
     folder: Path
@@ -74,12 +73,12 @@ def check(
 
     Args:
         config: the run's configuration.
-        process_index: of this process.
-        num_processes: of the run.
-        resume: the run's folder may be there.
+        process_index: rank of this process.
+        num_processes: number of ranks.
+        resume: the output directory may exist.
 
     Returns:
-        The run's loader, for this process.
+        This rank's loader.
 
     Raises:
         SingerError: something does not fit; the message names the key.
@@ -94,7 +93,7 @@ def check(
     teacher = inspect_backbone(
         config.teacher.name, config.image_size, "teacher", config.teacher.options
     )
-    for key, model, _ in config.trained():
+    for key, model, _ in config.student_specs():
         student = inspect_backbone(model.name, config.image_size, key, model.options)
         match_models(teacher, student, config.method.layers)
     METHODS[config.method.name].check(teacher, config.method.model_dump())
@@ -102,20 +101,20 @@ def check(
 
 
 def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> list[Distiller]:
-    """Load the teacher, make the students, and put each into the configured method.
+    """Load the teacher, create the students, and wrap each in the configured method.
 
-    A student's weights depend on the seed alone, so that two methods start from the same.
+    A student's initial weights depend on the seed alone, so that methods can be compared.
 
     Args:
         config: the run's configuration.
         loader: gives the calibration images of methods that measure the teacher.
-        device: where the teacher is measured, and the methods end up.
+        device: of the calibration and of the methods.
 
     Returns:
-        A method for each of ``config.trained()``; they share the teacher.
+        A method for each of ``config.student_specs()``; they share the teacher.
 
     Raises:
-        SingerError: the backend can't run, weights can't be had, or see the method.
+        SingerError: the backend can't run, or weights can't be loaded; or see the method.
     """
     backend = getattr(config.method, "backend", None)
     try:
@@ -135,14 +134,14 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
     images = calibration_images(loader.dataset, CALIBRATION_IMAGES).to(device)
     options = config.method.model_dump(exclude={"name"})
     methods = []
-    for key, model, _ in config.trained():
-        set_seed(config.train.seed)  # again: loaded weights take less randomness than random ones
+    for key, model, _ in config.student_specs():
+        set_seed(config.train.seed)  # again: loading weights draws fewer random numbers than init
         student = create_backbone(model.name, config.image_size, key, model.weights, model.options)
         method = METHODS[config.method.name](
             teacher, student, images=images, seed=config.train.seed, **options
         )
         methods.append(method.to(device))
-    # Last: where a block is linearised, its weights are taken as they came.
+    # Last: blocks are linearised with their full-precision weights.
     precision = config.teacher.precision
     if precision == "bf16" or (precision == "auto" and config.train.precision == "bf16"):
         teacher.cast(torch.bfloat16)
@@ -152,7 +151,7 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
 
 
 def _layers(methods: list[Distiller]) -> list[int]:
-    """Return the teacher's blocks that any of the methods reads."""
+    """Return the indices of the teacher's blocks that any of the methods reads."""
     return sorted({layer for method in methods for layer in method.teacher_layers})
 
 
@@ -162,15 +161,15 @@ def _cached_tokens(
     loader: BatchLoader,
     images_digest: str,
     accelerator: Accelerator,
-    stop: StopRequest,
+    preemption: PreemptionHandler,
 ) -> TeacherTokens:
-    """Return what reads the teacher's tokens from the configured cache, which is filled first."""
+    """Fill the configured cache, and return a function that reads the teacher's tokens from it."""
     teacher, layers, dataset = methods[0].teacher, _layers(methods), loader.dataset
     device = accelerator.device
 
     def crops(indices: list[int]) -> Tensor:
-        if stop.requested is not None:  # complete shards stay
-            raise StoppedError(stop.requested, "while teacher.cache was filled", is_shared=False)
+        if preemption.signal is not None:  # complete shards stay
+            raise StoppedError(preemption.signal, "while teacher.cache was filled", is_shared=False)
         batch = dataset.batch(indices)
         if batch.unreadable:
             raise SingerError(
@@ -205,11 +204,11 @@ def _cached_tokens(
         batch_size=loader.batch_sampler.share // config.train.grad_accum_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        wait=PatientBarrier(accelerator),
+        wait=UnboundedBarrier(accelerator),
     )
 
-    def read(images: Tensor, tickets: Tensor) -> BlockTokens:
-        found = cache.read([dataset.source_index(ticket) for ticket in tickets.tolist()])
+    def read(images: Tensor, sample_ids: Tensor) -> BlockTokens:
+        found = cache.read([dataset.source_index(sample_id) for sample_id in sample_ids.tolist()])
         tokens = {layer: value.to(device, non_blocking=True) for layer, value in found.items()}
         return BlockTokens(tokens, calls)
 
@@ -219,27 +218,28 @@ def _cached_tokens(
 def _computed_tokens(methods: list[Distiller]) -> TeacherTokens:
     teacher, layers = methods[0].teacher, _layers(methods)
 
-    def compute(images: Tensor, tickets: Tensor) -> BlockTokens:
+    def compute(images: Tensor, sample_ids: Tensor) -> BlockTokens:
         return teacher.tokens(images, layers)
 
     return compute
 
 
 def source_digest(loader: BatchLoader) -> str:
-    """Return the start of a SHA-256 over the names of the images, in their order."""
+    """Return the first 16 digits of a SHA-256 over the names of the images, in order."""
     source, digest = loader.dataset.source, hashlib.sha256()
     for index in range(len(source)):
         digest.update(f"{source.name(index)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def _checkpoint_to_resume(
+@run_on_main
+def _step_to_resume(
     config: Config, store: CheckpointStore, identity: Mapping[str, Any], force: bool
 ) -> int | None:
-    """Return the step to go on from; None: from the beginning.
+    """Return the step of the checkpoint to resume from; None: start from the beginning.
 
     Raises:
-        SingerError: the folder holds something else, or a run with another configuration.
+        SingerError: the directory holds something else, or a run with another configuration.
     """
     output = Path(config.output)
     if not output.exists():
@@ -249,7 +249,7 @@ def _checkpoint_to_resume(
         raise SingerError(f"output: {str(output)!r} is no writable folder")
     written = output / CONFIG
     if not written.exists():
-        if set(output.iterdir()) - set(leftovers(output)):
+        if set(output.iterdir()) - set(stale_tmp(output)):
             raise SingerError(f"output: {str(output)!r} is no run's folder: it has no {CONFIG}")
         return None
     try:
@@ -277,10 +277,11 @@ def _checkpoint_to_resume(
     return checkpoint.step
 
 
-def _read_on_all(store: CheckpointStore, step: int) -> Checkpoint:
+@run_on_all_ranks
+def _read_checkpoint(store: CheckpointStore, step: int) -> Checkpoint:
     try:
         return store.read(step)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         raise SingerError(
             f"output: the checkpoint of step {step} can't be read here ({error}); with several "
             f"machines, the folder must be on a file system that they share"
@@ -290,58 +291,59 @@ def _read_on_all(store: CheckpointStore, step: int) -> Checkpoint:
 def train(
     config: Config, console: Console | None = None, *, resume: bool = False, force: bool = False
 ) -> list[RunResult]:
-    """Distil the configured teacher into the configured students, and write the run's folder.
+    """Distil the configured teacher into the configured students; write the output directory.
 
-    It seeds the global random generators. Every process that a launcher (torchrun, accelerate
-    launch) started calls it. When torchrun restarts them, they go on with the folder that they
-    made. (A new torchrun does not know of it: where a scheduler starts the whole job anew, resume
-    from the start.)
+    It seeds the global random generators. Under a launcher (torchrun, accelerate launch) every
+    process calls it. Processes that torchrun restarts resume by themselves; where a scheduler
+    starts a new torchrun, pass ``resume`` from the first time on.
 
     Args:
         config: the run's configuration.
-        console: where progress is shown; None: standard error.
-        resume: go on from the newest checkpoint in the run's folder, if there is one.
+        console: shows the progress; None: standard error.
+        resume: resume from the newest checkpoint in the output directory, if there is one.
         force: resume although the configuration, the images or the number of processes changed.
 
     Returns:
         For each student the trained method, its last losses and its speed.
 
     Raises:
-        SingerError: something in the configuration, the weights or the data does not fit (nothing
-            has been written then), a loss or a weight is no longer finite, too many images can't be
-            read, or a file can't be written.
+        SingerError: the configuration, the weights or the data are invalid (nothing has been
+            written then), a loss or a weight is no longer finite, too many images can't be read,
+            or a file can't be written.
         StoppedError: SIGTERM or SIGUSR1 came; the run is saved.
     """
     accelerator = create_accelerator(config.train.precision)
-    resume = resume or on_main(accelerator, lambda: is_noted(config.output))
-    with StopRequest() as stop, watching_peers(accelerator, stop):
-        return _train(config, accelerator, stop, console or Console(stderr=True), resume, force)
+    resume = resume or is_output_registered(config.output)
+    console = console or Console(stderr=True)
+    is_monitored = config.train.peer_monitor
+    with PreemptionHandler() as preemption, monitor_peers(accelerator, preemption, is_monitored):
+        return _train(config, accelerator, preemption, console, resume, force)
 
 
 def _train(
     config: Config,
     accelerator: Accelerator,
-    stop: StopRequest,
+    preemption: PreemptionHandler,
     console: Console,
     resume: bool,
     force: bool,
 ) -> list[RunResult]:
     rank, size = accelerator.process_index, accelerator.num_processes
-    loader = together(
-        accelerator, lambda: check(config, process_index=rank, num_processes=size, resume=resume)
-    )
+    loader = run_on_all_ranks(check)(config, process_index=rank, num_processes=size, resume=resume)
     store = CheckpointStore(Path(config.output, CHECKPOINTS), config.train.keep_checkpoints)
     identity = {"processes": size, "images": source_digest(loader)}
     checkpoint = None
     if resume:
-        step = on_main(accelerator, lambda: _checkpoint_to_resume(config, store, identity, force))
+        step = _step_to_resume(config, store, identity, force)
         if step is not None:
-            checkpoint = together(accelerator, lambda: _read_on_all(store, step))
-    methods = together(accelerator, lambda: build_methods(config, loader, accelerator.device))
+            checkpoint = _read_checkpoint(store, step)
+    methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device)
     if config.teacher.cache is None:
         tokens = _computed_tokens(methods)
     else:
-        tokens = _cached_tokens(config, methods, loader, identity["images"], accelerator, stop)
+        tokens = _cached_tokens(
+            config, methods, loader, identity["images"], accelerator, preemption
+        )
     set_seed(config.train.seed, device_specific=True)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
     steps = config.train.steps or config.train.epochs * steps_per_epoch
@@ -350,45 +352,45 @@ def _train(
             f"train.steps: got {steps} in all, but the run in {config.output!r} has done "
             f"{checkpoint.step}"
         )
-    learners = [
-        Learner(trained, method, config, accelerator, steps)
-        for trained, method in zip(config.trained(), methods, strict=True)
+    students = [
+        StudentTrainer(spec, method, config, accelerator, steps)
+        for spec, method in zip(config.student_specs(), methods, strict=True)
     ]
     trainer = Trainer(
         config,
         accelerator,
-        learners,
+        students,
         tokens,
         loader,
         store,
-        stop,
+        preemption,
         console,
         steps=steps,
         identity=identity,
         resumed=checkpoint,
         reopen=resume,
     )
-    first = trainer.done
+    first = trainer.completed_steps
     seconds = trainer.run()
-    images = (steps - first) * config.train.batch_size
+    num_images = (steps - first) * config.train.batch_size
     return [
         RunResult(
-            folder=learner.path,
-            method=learner.method,
-            losses=_last_losses(learner, steps),
+            folder=student.path,
+            method=student.method,
+            losses=_last_losses(student, steps),
             steps=steps,
             seconds=seconds,
-            images_per_second=images / seconds,
+            images_per_second=num_images / seconds,
         )
-        for learner in learners
+        for student in students
     ]
 
 
-def _last_losses(learner: Learner, steps: int) -> dict[str, float]:
-    if learner.folder is None:
+def _last_losses(student: StudentTrainer, steps: int) -> dict[str, float]:
+    if student.run_dir is None:
         return {}
-    records = learner.folder.read_metrics()[-max(1, steps // 10) :]
-    if not records:  # the file is lost, and no step was left to do
+    records = student.run_dir.read_metrics()[-max(1, steps // 10) :]
+    if not records:  # the file was deleted, and no step was left
         return {}
     names = [name for name in records[0] if name not in ("step", "epoch", "lr")]
     return {name: sum(record[name] for record in records) / len(records) for name in names}

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and how it is written."""
+"""The output directory of a run: its files, and how they are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from singer.errors import SingerError
+from singer.io import atomic_write, stale_tmp
 
 _logger = logging.getLogger("singer")
 
@@ -25,14 +26,14 @@ CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 
 
 def check_new(path: str | Path, advice: str = "") -> Path:
-    """Check that a run's folder does not exist yet, and return it as a path.
+    """Check that an output directory does not exist yet, and return it as a path.
 
     Args:
-        path: the folder.
-        advice: what else a user can do than to name another one.
+        path: the directory.
+        advice: appended to the message if it exists.
 
     Raises:
-        SingerError: it exists, or can't be made.
+        SingerError: it exists, or can't be created.
     """
     path = Path(path)
     with writing(path):
@@ -50,41 +51,15 @@ def check_new(path: str | Path, advice: str = "") -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the system inside the block into one that names the path."""
+    """Turn an ``OSError`` inside the block into a ``SingerError`` that names the path."""
     try:
         yield
     except OSError as error:
         raise SingerError(f"output: {path} can't be written: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside, then put it in place in one step.
-
-    Args:
-        path: the file; its folder must exist.
-        write: writes the content to the path that it is given.
-
-    Raises:
-        SingerError: the file can't be written; what stood at ``path`` before is untouched.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path):
-            write(aside)
-            with open(aside, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """Return what a killed process may have left of :func:`write_atomically` in a folder."""
-    return [path for path in folder.glob(".*.partial") if path.is_file()]
-
-
-class RunFolder:
-    """The folder of a run, or of one of its students, made anew.
+class RunDir:
+    """The directory of a run, or of one of its students, newly created.
 
     | file | content |
     |---|---|
@@ -96,42 +71,40 @@ class RunFolder:
     | ``projections.safetensors``, ``adapters.safetensors`` | what else was trained |
     | ``spectrum.json`` | the singular values behind each adapter |
     | ``figures/`` | PNG figures |
-    | ``checkpoints/`` | what the run needs to go on, see :mod:`singer.engine.checkpoints` |
+    | ``checkpoints/`` | checkpoints to resume from, see :mod:`singer.engine.checkpoints` |
 
     Args:
-        path: the folder.
+        path: the directory.
 
     Raises:
-        SingerError: it exists already, or can't be made.
+        SingerError: it exists already, or can't be created.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = check_new(path)
-        self._make()
+        self._create()
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def reopen(cls, path: str | Path) -> RunFolder:
-        """Take the folder as an interrupted run left it; make it if it is not there.
+    def reopen(cls, path: str | Path) -> RunDir:
+        """Open the directory of an interrupted run; create it if it does not exist.
 
         Raises:
-            SingerError: it can't be made or written.
+            SingerError: it can't be created or written.
         """
-        folder = cls.__new__(cls)
-        folder.path = Path(path)
-        folder._make()
-        for leftover in leftovers(folder.path):
-            leftover.unlink()
-        return folder
+        run_dir = cls.__new__(cls)
+        run_dir.path = Path(path)
+        run_dir._create()
+        for tmp_path in stale_tmp(run_dir.path):
+            tmp_path.unlink()
+        return run_dir
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file atomically and return its path."""
-        path = self.path / name
-        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-        return path
+        """Write a text file atomically, in UTF-8, and return its path."""
+        return self._write(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file atomically and return its path."""
@@ -141,15 +114,18 @@ class RunFolder:
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> Path:
         """Write a safetensors file atomically and return its path."""
-        path = self.path / name
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         # Not save_file: it ignores the umask and makes files that their owner alone can read.
-        content = save(on_cpu, metadata=dict(metadata))
-        write_atomically(path, lambda aside: aside.write_bytes(content))
+        return self._write(name, save(on_cpu, metadata=dict(metadata)))
+
+    def _write(self, name: str, content: bytes) -> Path:
+        path = self.path / name
+        with writing(path), atomic_write(path) as tmp_path:
+            tmp_path.write_bytes(content)
         return path
 
     def append_metrics(self, records: list[dict[str, Any]]) -> None:
-        """Append records to ``metrics.jsonl``, one JSON object a line; all of them, or none."""
+        """Append records to ``metrics.jsonl``, one JSON object per line; all of them or none."""
         path = self.path / METRICS
         content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
         with writing(path), open(path, "ab", buffering=0) as file:
@@ -162,13 +138,13 @@ class RunFolder:
                 raise
 
     def sync_metrics(self) -> None:
-        """Make what :meth:`append_metrics` wrote outlive a power failure."""
+        """Flush ``metrics.jsonl`` to the disk."""
         path = self.path / METRICS
         with writing(path), open(path, "ab") as file:
             os.fsync(file.fileno())
 
-    def cut_metrics(self, step: int) -> None:
-        """Take out of ``metrics.jsonl`` what came after a step, and what is damaged."""
+    def truncate_metrics(self, step: int) -> None:
+        """Truncate ``metrics.jsonl`` after a step and drop corrupt lines."""
         path = self.path / METRICS
         if not path.exists():
             return
@@ -177,15 +153,15 @@ class RunFolder:
             try:
                 is_kept = json.loads(line)["step"] <= step
             except (ValueError, TypeError, KeyError):
-                break  # cut short by a kill, or damaged: nothing can be said of what follows
+                break  # cut short by a kill, or corrupt: what follows can't be trusted
             if is_kept and line.endswith(b"\n"):
                 kept.append(line)
         if len(kept) < step:
             _logger.warning("%s: the records of some steps up to %d are lost", path, step)
-        write_atomically(path, lambda aside: aside.write_bytes(b"".join(kept)))
+        self._write(METRICS, b"".join(kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the records of ``metrics.jsonl``; none if it is not there."""
+        """Return the records of ``metrics.jsonl``; none if it does not exist."""
         path = self.path / METRICS
         if not path.exists():
             return []
@@ -193,11 +169,11 @@ class RunFolder:
             return [json.loads(line) for line in file]
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the directory and everything in it."""
         shutil.rmtree(self.path)
 
     def figure_path(self, name: str) -> Path:
-        """Return where the figure ``name`` goes, and make its folder."""
-        folder = self.path / "figures"
-        folder.mkdir(exist_ok=True)
-        return folder / f"{name}.png"
+        """Return the path of the figure ``name``, and create its directory."""
+        directory = self.path / "figures"
+        directory.mkdir(exist_ok=True)
+        return directory / f"{name}.png"

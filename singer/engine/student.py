@@ -1,4 +1,4 @@
-"""One student in training: what trains it, what is logged of it, what is saved of it."""
+"""The training state of one student: optimiser, schedule, moving average, logs, exports."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from singer.config.schema import Config, TrainConfig, TrainedModel
-from singer.engine.distributed import together
-from singer.engine.run_dir import STUDENT, STUDENT_EMA, TENSORBOARD, RunFolder, writing
+from singer.config.schema import Config, StudentSpec, TrainConfig
+from singer.engine.distributed import run_on_all_ranks
+from singer.engine.run_dir import STUDENT, STUDENT_EMA, TENSORBOARD, RunDir, writing
 from singer.engine.state_dicts import load_module, load_optimizer, optimizer_tensors
 from singer.errors import NonFiniteError, SharedError
 from singer.methods import Distiller
@@ -30,11 +30,11 @@ _logger = logging.getLogger("singer")
 
 
 class LossLog:
-    """Keeps each step's losses on the device; reads them, and checks them, only when asked.
+    """Keeps losses on the device, and copies them to the host only in :meth:`read`.
 
     Args:
-        accelerator: averages them over the processes.
-        parts: how many times :meth:`add` is called in a step.
+        accelerator: averages them over the ranks.
+        parts: micro-batches per step, and so calls of :meth:`add`.
     """
 
     def __init__(self, accelerator: Accelerator, parts: int = 1) -> None:
@@ -44,15 +44,15 @@ class LossLog:
         self._pending: list[Tensor] = []
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Note the losses of one part of a step's batch, scalars."""
+        """Append the losses of one micro-batch, scalars."""
         self.names = list(losses)
         self._pending.append(torch.stack([loss.detach().float() for loss in losses.values()]))
 
     def read(self, steps: int) -> list[dict[str, float]]:
-        """Return the means of the steps since the last call, over their batches and processes.
+        """Return each step's losses since the last call, averaged over micro-batches and ranks.
 
         Args:
-            steps: how many were completed; what was added of a further one is dropped.
+            steps: number of completed steps; micro-batches of a further one are dropped.
         """
         pending, self._pending = self._pending[: steps * self.parts], []
         if not pending:
@@ -63,10 +63,10 @@ class LossLog:
 
 
 def create_optimizer(method: Distiller, train: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW over all that a method trains.
+    """Return AdamW over the trainable parameters of a method.
 
     Args:
-        method: names the parameters that timm exempts from weight decay.
+        method: timm reads the parameters that it exempts from weight decay off it.
         train: the recipe.
     """
     trainable = [p for p in method.parameters() if p.requires_grad]
@@ -83,12 +83,12 @@ def create_optimizer(method: Distiller, train: TrainConfig) -> torch.optim.Optim
 def create_schedule(
     optimizer: torch.optim.Optimizer, train: TrainConfig, steps: int
 ) -> CosineLRScheduler:
-    """Return the learning rate's schedule: a linear warm-up, then a cosine.
+    """Return the learning rate schedule: a linear warm-up, then a cosine.
 
     Args:
-        optimizer: whose rate is set by ``step_update(step)``, steps counted from 0.
+        optimizer: its learning rate is set by ``step_update(step)``, from step 0.
         train: the recipe.
-        steps: the whole run's.
+        steps: number of optimiser steps of the whole run.
     """
     warmup = min(round(train.warmup * steps), steps - 1)
     return CosineLRScheduler(
@@ -102,30 +102,30 @@ def create_schedule(
     )
 
 
-class Learner:
-    """A student in training, with its method, optimiser, schedule, moving average and folder.
+class StudentTrainer:
+    """Trains one student: its method, optimiser, schedule, moving average and output directory.
 
     Args:
-        trained: which model it is, and where its files go.
-        method: holds it, on its device.
+        spec: the student's model and output directory.
+        method: contains the student, on its device.
         config: the run's configuration.
         accelerator: of the run.
-        steps: the whole run's.
+        steps: number of optimiser steps of the whole run.
 
     Attributes:
-        method: as it was given, not wrapped for the exchange of gradients.
-        folder: its files; None until :meth:`open`, and in all processes but the main one.
+        method: not wrapped in DDP.
+        run_dir: its output directory; None before :meth:`open`, and except on the main rank.
     """
 
     def __init__(
         self,
-        trained: TrainedModel,
+        spec: StudentSpec,
         method: Distiller,
         config: Config,
         accelerator: Accelerator,
         steps: int,
     ) -> None:
-        self.key, self.model_config, self.path = trained
+        self.key, self.model_config, self.path = spec
         self.method = method
         self.config = config
         self.accelerator = accelerator
@@ -135,7 +135,7 @@ class Learner:
             if train.ema is None
             else ModelEmaV3(method.student, decay=train.ema, use_warmup=True)
         )
-        if train.compile:  # after the moving average's copy, which is never run
+        if train.compile:  # after the moving average copied it; the copy is never run
             method.student_backbone.compile()
         self._optimizer = create_optimizer(method, train)
         self._schedule = create_schedule(self._optimizer, train, steps)
@@ -143,8 +143,8 @@ class Learner:
         self._model.train()
         self._parts = train.grad_accum_steps
         self._log = LossLog(accelerator, train.grad_accum_steps)
-        self._setups: list[dict[str, Any]] = []  # of the steps whose losses are not read yet
-        self.folder: RunFolder | None = None
+        self._pending: list[dict[str, Any]] = []  # step, epoch, lr; the losses are not read yet
+        self.run_dir: RunDir | None = None
         self._writer: SummaryWriter | None = None
         self.saved_step: int | None = None
 
@@ -154,21 +154,21 @@ class Learner:
         return self._log.names
 
     def open(self, done: int) -> None:
-        """Open its folder, and write what is known before the first step. Main process only.
+        """Open the output directory, and write the method's reports. Main rank only.
 
         Args:
-            done: steps that an earlier part of the run has done; records of later ones are dropped.
+            done: number of completed steps of a resumed run; records of later ones are dropped.
         """
-        self.folder = RunFolder.reopen(self.path)
-        self.folder.cut_metrics(done)
+        self.run_dir = RunDir.reopen(self.path)
+        self.run_dir.truncate_metrics(done)
         for name, report in self.method.reports().items():
-            self.folder.write_json(f"{name}.json", report)
-        path = self.folder.path / TENSORBOARD
+            self.run_dir.write_json(f"{name}.json", report)
+        path = self.run_dir.path / TENSORBOARD
         with writing(path):
             self._writer = SummaryWriter(str(path), purge_step=done + 1)
 
     def close(self) -> None:
-        """Flush what is written along the way; that it can't be is no error any more."""
+        """Flush TensorBoard; a failure is only logged at this point."""
         if self._writer is None:
             return
         try:
@@ -177,20 +177,20 @@ class Learner:
             _logger.warning("%s can't be written: %s", self.path / TENSORBOARD, error)
 
     def backward(self, images: Tensor, teacher: BlockTokens, part: int) -> None:
-        """Add the gradients of one part of a step's batch.
+        """Accumulate the gradients of one micro-batch.
 
         Args:
             images: ``[b, 3, H, W]``.
-            teacher: its tokens for these images.
-            part: 0, 1, ...; processes exchange gradients at the last one.
+            teacher: its tokens of these images.
+            part: index of the micro-batch in its step; gradients are all-reduced at the last one.
 
         Raises:
             SharedError: the loss does not depend on a parameter that is trained.
         """
-        exchange: AbstractContextManager[Any] = nullcontext()
+        sync: AbstractContextManager[Any] = nullcontext()
         if part < self._parts - 1:
-            exchange = self.accelerator.no_sync(self._model)
-        with exchange:
+            sync = self.accelerator.no_sync(self._model)
+        with sync:
             losses = self._model(images, teacher)
             self.accelerator.backward(losses["loss"] / self._parts)
         if not self._log.names:
@@ -198,17 +198,17 @@ class Learner:
         self._log.add(losses)
 
     def _check_gradients(self) -> None:
-        """Check, after the first backward, that every trained parameter takes part."""
-        idle = [
+        """Check, after the first backward, that every trainable parameter has a gradient."""
+        unused = [
             name
             for name, parameter in self.method.named_parameters()
             if parameter.requires_grad and parameter.grad is None
         ]
-        if idle:  # several processes would wait for its gradient
+        if unused:  # DDP would wait for its gradient
+            names = f"{', '.join(unused[:5])}{', …' if len(unused) > 5 else ''}"
             raise SharedError(
-                f"method.name: {self.config.method.name!r} trains {', '.join(idle[:5])}"
-                f"{', …' if len(idle) > 5 else ''}, which its loss does not depend on; use it, or "
-                f"set requires_grad_(False)"
+                f"method.name: {self.config.method.name!r} trains {names}, which its loss does not "
+                f"depend on; use it, or set requires_grad_(False)"
             )
 
     def step(self, step: int, epoch: int) -> None:
@@ -216,7 +216,7 @@ class Learner:
 
         Args:
             step: from 1.
-            epoch: from 0, for the records.
+            epoch: from 0; logged.
         """
         self._schedule.step_update(step - 1)
         if self.config.train.max_grad_norm is not None:
@@ -228,7 +228,7 @@ class Learner:
         if self.ema is not None:
             self.ema.update(self.method.student, step)
         rate = self._optimizer.param_groups[0]["lr"]
-        self._setups.append({"step": step, "epoch": epoch, "lr": rate})
+        self._pending.append({"step": step, "epoch": epoch, "lr": rate})
 
     def log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call; return the records.
@@ -237,33 +237,31 @@ class Learner:
             NonFiniteError: one is NaN or infinite; those before it are written.
         """
         records: list[dict[str, Any]] = []
-        setups, self._setups = self._setups, []
-        for setup, losses in zip(setups, self._log.read(len(setups)), strict=True):
+        pending, self._pending = self._pending, []
+        for entry, losses in zip(pending, self._log.read(len(pending)), strict=True):
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
                 self._write(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
-                raise self._non_finite(setup["step"], f"{name} is {losses[name]}")
-            records.append({**setup, **losses})
+                raise self._non_finite(entry["step"], f"{name} is {losses[name]}")
+            records.append({**entry, **losses})
         self._write(records)
         return records
 
+    @run_on_all_ranks
     def _write(self, records: list[dict[str, Any]]) -> None:
-        together(self.accelerator, lambda: self._write_here(records))
-
-    def _write_here(self, records: list[dict[str, Any]]) -> None:
-        if self.folder is None or self._writer is None:
+        if self.run_dir is None or self._writer is None:
             return
-        self.folder.append_metrics(records)
-        with writing(self.folder.path / TENSORBOARD):
+        self.run_dir.append_metrics(records)
+        with writing(self.run_dir.path / TENSORBOARD):
             for record in records:
                 for name in ("lr", *self.loss_names):
                     self._writer.add_scalar(f"train/{name}", record[name], record["step"])
 
     def sync(self) -> None:
-        """Make the records last that were written so far. Main process only."""
-        if self.folder is not None:
-            self.folder.sync_metrics()
+        """Flush the records to the disk. Main rank only."""
+        if self.run_dir is not None:
+            self.run_dir.sync_metrics()
 
     def _non_finite(self, step: int, what: str) -> NonFiniteError:
         if self.saved_step is None:
@@ -275,7 +273,7 @@ class Learner:
         return NonFiniteError(f"{whose}step {step}: {what}; {good}; lower train.lr{hint}")
 
     def check_finite(self, step: int) -> None:
-        """Check every weight, before it is saved.
+        """Check that all weights are finite.
 
         Raises:
             NonFiniteError: one is not finite.
@@ -285,7 +283,7 @@ class Learner:
                 raise self._non_finite(step, f"the weight {name} is not finite")
 
     def checkpoint(self) -> dict[str, dict[str, Tensor]]:
-        """Return what it needs to go on: file name (no ending) to named tensors."""
+        """Return its state to save: file name without ending to named tensors."""
         files = {
             f"{self.key}.weights": self.method.state_dict(),
             f"{self.key}.optimizer": optimizer_tensors(self._optimizer, self.method),
@@ -295,7 +293,7 @@ class Learner:
         return files
 
     def resume(self, files: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Take back what :meth:`checkpoint` returned at a step.
+        """Load what :meth:`checkpoint` returned after a step.
 
         Raises:
             SingerError: it is of another model.
@@ -303,15 +301,15 @@ class Learner:
         load_module(self.method, files.get(f"{self.key}.weights", {}), self.key)
         load_optimizer(self._optimizer, self.method, files.get(f"{self.key}.optimizer", {}))
         if self.ema is not None:
-            # A run that is forced to go on with an average that it did not have starts it here.
+            # A run resumed with --force may not have had a moving average: it starts here.
             start = files.get(f"{self.key}.ema", self.method.student.state_dict())
             load_module(self.ema.module, start, f"{self.key}, its moving average")
         self.saved_step = step
 
     def export(self, step: int) -> None:
-        """Write the weights for use elsewhere, the student last. Main process only."""
+        """Write the weights under timm's keys, the student last. Main rank only."""
         self.saved_step = step
-        if self.folder is None:
+        if self.run_dir is None:
             return
         options = {
             "num_classes": 0,
@@ -325,15 +323,15 @@ class Learner:
             "step": str(step),
         }
         for name, tensors in self.method.exports().items():
-            self.folder.write_tensors(f"{name}.safetensors", tensors, metadata)
+            self.run_dir.write_tensors(f"{name}.safetensors", tensors, metadata)
         if self.ema is not None:
-            self.folder.write_tensors(STUDENT_EMA, self.ema.module.state_dict(), metadata)
-        self.folder.write_tensors(STUDENT, self.method.student.state_dict(), metadata)
+            self.run_dir.write_tensors(STUDENT_EMA, self.ema.module.state_dict(), metadata)
+        self.run_dir.write_tensors(STUDENT, self.method.student.state_dict(), metadata)
 
     def plot(self) -> None:
-        """Draw the losses. Main process only."""
-        if self.folder is None:
+        """Plot the losses. Main rank only."""
+        if self.run_dir is None:
             return
-        records = self.folder.read_metrics()
+        records = self.run_dir.read_metrics()
         if records:
-            figures.plot_losses(records, self.folder.figure_path("losses"))
+            figures.plot_losses(records, self.run_dir.figure_path("losses"))

@@ -17,47 +17,52 @@ from torch import Tensor
 from singer.config.schema import Config, to_yaml
 from singer.data.loader import Batch, BatchLoader, UnreadableLimit
 from singer.engine.checkpoints import Checkpoint, CheckpointStore
-from singer.engine.distributed import StopRequest, note_folder, on_main, together
+from singer.engine.distributed import (
+    PreemptionHandler,
+    register_output,
+    run_on_all_ranks,
+    run_on_main,
+)
 from singer.engine.progress import TrainingProgress
-from singer.engine.run_dir import CONFIG, RunFolder
+from singer.engine.run_dir import CONFIG, RunDir
 from singer.engine.state_dicts import random_state, set_random_state
-from singer.engine.student import Learner
+from singer.engine.student import StudentTrainer
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.models.backbones import BlockTokens
 
 _logger = logging.getLogger("singer")
 
 TeacherTokens = Callable[[Tensor, Tensor], BlockTokens]
-"""Images ``[b, 3, H, W]`` on the device and their tickets ``[b]`` to the teacher's tokens."""
+"""Images ``[b, 3, H, W]`` on the device and their sample IDs ``[b]`` to the teacher's tokens."""
 
 
 class Trainer:
-    """Trains one or several students on one pass of the teacher.
+    """Trains one or several students on one forward pass of the teacher per batch.
 
     Args:
         config: the run's configuration.
         accelerator: of the run.
-        learners: the students.
-        teacher_tokens: gives the tokens that all of them learn from.
-        loader: the images.
-        store: where checkpoints go.
-        stop: whether the run is asked to stop.
-        console: where progress is shown.
-        steps: the whole run's.
-        identity: what a later part of the run must find unchanged, for the checkpoints.
-        resumed: where to go on; None: at the beginning.
-        reopen: the run's folder is there already.
+        students: the students.
+        teacher_tokens: returns the teacher's tokens of a batch.
+        loader: this rank's batches of images.
+        store: of the checkpoints.
+        preemption: tells whether a signal asked the run to stop.
+        console: shows the progress.
+        steps: number of optimiser steps of the whole run.
+        identity: saved in checkpoints; must be unchanged when the run is resumed.
+        resumed: the checkpoint to resume from; None: start from the beginning.
+        reopen: the output directory may exist already.
     """
 
     def __init__(
         self,
         config: Config,
         accelerator: Accelerator,
-        learners: list[Learner],
+        students: list[StudentTrainer],
         teacher_tokens: TeacherTokens,
         loader: BatchLoader,
         store: CheckpointStore,
-        stop: StopRequest,
+        preemption: PreemptionHandler,
         console: Console,
         *,
         steps: int,
@@ -67,83 +72,86 @@ class Trainer:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.learners = learners
+        self.students = students
         self.teacher_tokens = teacher_tokens
         self.loader = loader
         self.store = store
-        self.stop = stop
+        self.preemption = preemption
         self.console = console
         self.steps = steps
         self.identity = identity
         self.reopen = reopen
-        self.done = 0
+        self.completed_steps = 0
         self.saved_step: int | None = None
         self._is_mid_step = False
-        self._made_folder = False
+        self._created_dir = False
         self.unreadable = UnreadableLimit(len(loader.dataset.source), config.data.max_unreadable)
         self._new_unreadable: list[str] = []
         if resumed is not None:
-            together(accelerator, lambda: self._resume(resumed))
+            self._resume(resumed)
 
+    @run_on_all_ranks
     def _resume(self, checkpoint: Checkpoint) -> None:
-        for learner in self.learners:
-            learner.resume(checkpoint.tensors, checkpoint.step)
+        for student in self.students:
+            student.resume(checkpoint.tensors, checkpoint.step)
         self.unreadable.add(checkpoint.state["unreadable"])
         if self.accelerator.scaler is not None and checkpoint.state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         own = checkpoint.tensors["random"].get(f"rank{self.accelerator.process_index}")
-        if own is not None:  # a run forced to go on with more processes has none for the new ones
+        if own is not None:  # a run that was resumed with more ranks has none for the new ones
             set_random_state(own, self.accelerator.device)
-        self.done = self.saved_step = checkpoint.step
+        self.completed_steps = self.saved_step = checkpoint.step
 
     def run(self) -> float:
-        """Train to the end; return the seconds it took, this part of the run alone.
+        """Train to the end; return the seconds it took.
 
         Raises:
             SingerError: a loss or a weight is no longer finite, too many images can't be read, or
                 something can't be written.
             StoppedError: the run was asked to stop, and is saved.
         """
-        on_main(self.accelerator, self._open)
-        before = self.done
+        self._open()
+        before = self.completed_steps
         try:
             started = time.perf_counter()
             self._loop()
-            if self.done == before:  # a kill may have come between its checkpoint and its export
-                on_main(self.accelerator, self._export)
+            if self.completed_steps == before:  # a kill may have come between checkpoint and export
+                self._export()
             seconds = time.perf_counter() - started
         finally:
             self._close()
-        on_main(self.accelerator, self._plot)
+        self._plot()
         return seconds
 
     def _close(self) -> None:
-        for learner in self.learners:
-            learner.close()
+        for student in self.students:
+            student.close()
 
+    @run_on_main
     def _open(self) -> None:
         output = self.config.output
-        self._made_folder = not Path(output).exists()
-        folder = RunFolder.reopen(output) if self.reopen else RunFolder(output)
-        note_folder(output)
+        self._created_dir = not Path(output).exists()
+        run_dir = RunDir.reopen(output) if self.reopen else RunDir(output)
+        register_output(output)
         try:
-            folder.write_text(CONFIG, to_yaml(self.config))
-            for learner in self.learners:
-                learner.open(self.done)
+            run_dir.write_text(CONFIG, to_yaml(self.config))
+            for student in self.students:
+                student.open(self.completed_steps)
         except SingerError:
             self._close()
-            if self._made_folder:
-                folder.remove()
+            if self._created_dir:
+                run_dir.remove()
             raise
 
+    @run_on_main
     def _plot(self) -> None:
-        for learner in self.learners:
-            learner.plot()
+        for student in self.students:
+            student.plot()
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield this process's parts of the steps' batches from the next step on, for ever."""
+        """Yield this rank's micro-batches from the next step on, with their epoch; endless."""
         sampler = self.loader.batch_sampler
-        epoch, step = divmod(self.done, sampler.steps_per_epoch)
+        epoch, step = divmod(self.completed_steps, sampler.steps_per_epoch)
         while True:
             sampler.seek(epoch, step)
             for batch in self.loader:
@@ -152,18 +160,19 @@ class Trainer:
 
     def _loop(self) -> None:
         train = self.config.train
-        shown = self.console if self.accelerator.is_main_process else None
-        with TrainingProgress(shown, self.steps, train.batch_size, self.done) as progress:
-            self._heed_stop()
+        console = self.console if self.accelerator.is_main_process else None
+        done = self.completed_steps
+        with TrainingProgress(console, self.steps, train.batch_size, done) as progress:
+            self._stop_if_requested()
             batches = self._batches()
-            for step in range(self.done + 1, self.steps + 1):
+            for step in range(done + 1, self.steps + 1):
                 try:
                     self._step(step, batches)
                 except (SingerError, KeyboardInterrupt):
-                    self._wind_up()
+                    self._save_completed_steps()
                     raise
                 except torch.OutOfMemoryError as error:
-                    self._wind_up()
+                    self._save_completed_steps()
                     raise SingerError(
                         f"train.batch_size: {train.batch_size} images in {train.grad_accum_steps} "
                         f"parts and {self.accelerator.num_processes} processes need more memory "
@@ -172,12 +181,12 @@ class Trainer:
                 progress.step()
                 is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
                 is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
-                if is_save or step % train.log_every == 0 or self._stops_alone():
+                if is_save or step % train.log_every == 0 or self._must_stop_now():
                     self._log_losses(progress)
-                    self._share_unreadable()
+                    self._report_unreadable()
                     if is_save:
                         self._save()
-                    self._heed_stop()
+                    self._stop_if_requested()
 
     def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
         parts = self.config.train.grad_accum_steps
@@ -193,22 +202,22 @@ class Trainer:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher_tokens(images, batch.tickets)
             self._is_mid_step = True
-            for learner in self.learners:
-                learner.backward(images, teacher, part)
+            for student in self.students:
+                student.backward(images, teacher, part)
                 if part == parts - 1:
-                    learner.step(step, epoch)
-        self.done = step
+                    student.step(step, epoch)
+        self.completed_steps = step
         self._is_mid_step = False
 
-    def _stops_alone(self) -> bool:
-        """Whether to stop now; with several processes, all must do so at the same step."""
-        return self.stop.requested is not None and self.accelerator.num_processes == 1
+    def _must_stop_now(self) -> bool:
+        """Return whether to stop before the next log; several ranks must stop at the same step."""
+        return self.preemption.signal is not None and self.accelerator.num_processes == 1
 
     def _log_losses(self, progress: TrainingProgress | None = None) -> None:
-        for learner in self.learners:
-            newest = learner.log()
-            if progress is not None and newest and learner is self.learners[0]:
-                progress.losses({name: newest[-1][name] for name in learner.loss_names})
+        for student in self.students:
+            newest = student.log()
+            if progress is not None and newest and student is self.students[0]:
+                progress.losses({name: newest[-1][name] for name in student.loss_names})
 
     def _take_unreadable(self) -> list[str]:
         own, self._new_unreadable = self._new_unreadable, []
@@ -219,75 +228,77 @@ class Trainer:
             if self.accelerator.is_main_process:
                 _logger.warning("%s can't be read; another image takes its place", name)
 
-    def _share_unreadable(self) -> None:
-        """Name newly found unreadable images in the log; end the run if there are too many."""
+    def _report_unreadable(self) -> None:
+        """Log newly found unreadable images of all ranks; end the run if there are too many."""
         own = self._take_unreadable()
-        if not self._any(bool(own)):
+        if not self._on_any_rank(bool(own)):
             return
         self._name_unreadable(gather_object(own))
         if self.unreadable.exceeded:
-            if self.saved_step != self.done:
+            if self.saved_step != self.completed_steps:
                 self._save()
             raise SharedError(str(self.unreadable.error()))
 
-    def _any(self, here: bool) -> bool:
-        """Return whether something is so in any process."""
+    def _on_any_rank(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank."""
         if self.accelerator.num_processes == 1:
-            return here
-        flag = torch.tensor([int(here)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+            return flag
+        count = torch.tensor([int(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, reduction="sum").item())
 
-    def _heed_stop(self) -> None:
-        if not self._any(self.stop.requested is not None):
+    def _stop_if_requested(self) -> None:
+        if not self._on_any_rank(self.preemption.signal is not None):
             return
-        if self.done > 0 and self.saved_step != self.done:
+        if self.completed_steps > 0 and self.saved_step != self.completed_steps:
             self._save()
-        names = [name for name in gather_object([self.stop.requested]) if name is not None]
-        raise StoppedError(names[0], f"after step {self.done} of {self.steps}")
+        names = [name for name in gather_object([self.preemption.signal]) if name is not None]
+        raise StoppedError(names[0], f"after step {self.completed_steps} of {self.steps}")
 
-    def _wind_up(self) -> None:
-        """Keep what a run did before a step failed; leave no folder if it did nothing."""
+    def _save_completed_steps(self) -> None:
+        """After a failed step: save the completed ones; remove the directory if there are none."""
         if self.accelerator.num_processes > 1:
-            return  # the others may be in another step
-        if self.done == 0:
-            if self._made_folder:
-                RunFolder.reopen(self.config.output).remove()
+            return  # the others may be at another step
+        if self.completed_steps == 0:
+            if self._created_dir:
+                RunDir.reopen(self.config.output).remove()
             return
         self._log_losses()
         self._name_unreadable(self._take_unreadable())
-        # In the middle of a step, weights or random generators may have moved on.
-        if self.saved_step != self.done and not self._is_mid_step:
+        # In the middle of a step, weights or random generators may have advanced.
+        if self.saved_step != self.completed_steps and not self._is_mid_step:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint and the weights; every process calls it after the same step."""
-        for learner in self.learners:
-            learner.check_finite(self.done)
+        """Write a checkpoint and the weights; every rank calls it after the same step."""
+        for student in self.students:
+            student.check_finite(self.completed_steps)
         states = self._random_states()
-        on_main(self.accelerator, lambda: self._write_checkpoint(states))
-        on_main(self.accelerator, self._export)
-        for learner in self.learners:
-            learner.saved_step = self.done
-        self.saved_step = self.done
+        self._write_checkpoint(states)
+        self._export()
+        for student in self.students:
+            student.saved_step = self.completed_steps
+        self.saved_step = self.completed_steps
 
     def _random_states(self) -> dict[str, Tensor]:
         own = random_state(self.accelerator.device).to(self.accelerator.device)
         states = self.accelerator.gather(own[None])  # [processes, bytes]
         return {f"rank{rank}": state for rank, state in enumerate(states.cpu())}
 
+    @run_on_main
     def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:
         tensors = {"random": random_states}
-        for learner in self.learners:
-            learner.sync()
-            tensors.update(learner.checkpoint())
+        for student in self.students:
+            student.sync()
+            tensors.update(student.checkpoint())
         scaler = self.accelerator.scaler
         state = {
             **self.identity,
             "unreadable": self.unreadable.names,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.store.save(Checkpoint(self.done, tensors, state))
+        self.store.save(Checkpoint(self.completed_steps, tensors, state))
 
+    @run_on_main
     def _export(self) -> None:
-        for learner in self.learners:
-            learner.export(self.done)
+        for student in self.students:
+            student.export(self.completed_steps)

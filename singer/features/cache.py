@@ -26,7 +26,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from singer.engine.run_dir import write_atomically
 from singer.errors import SingerError
 from singer.features.shards import (
     KEY,
@@ -39,6 +38,7 @@ from singer.features.shards import (
     unreadable,
     writing,
 )
+from singer.io import atomic_write
 
 IMAGES_PER_SHARD = 512
 """How many images' tokens one file holds."""
@@ -159,8 +159,8 @@ class _Layout:
         }
         text = json.dumps(manifest, indent=2) + "\n"
         path = self.folder / MANIFEST
-        with writing(path):
-            write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        with writing(path), atomic_write(path) as tmp_path:
+            tmp_path.write_text(text, encoding="utf-8")
 
     def build(
         self,
@@ -171,16 +171,12 @@ class _Layout:
     ) -> None:
         """Compute a shard, and put it in its place once it is complete."""
         images = self.images(shard)
-        writer = ShardWriter(self.path(shard), self.identity, images)
-        try:
+        with ShardWriter(self.path(shard), self.identity, images) as writer:
             for first in range(0, len(images), batch_size):
                 batch = list(images[first : first + batch_size])
                 writer.append(_to_disk(compute(batch), batch))
                 if progress is not None:
                     progress(len(batch))
-            writer.finish()
-        finally:
-            writer.discard()
 
 
 @contextmanager

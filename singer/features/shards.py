@@ -10,19 +10,19 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from singer.engine.run_dir import write_atomically
 from singer.errors import SingerError
+from singer.io import atomic_write
 
 KEY = "teacher.cache"
 """The key in the configuration that names a cache's folder."""
@@ -54,16 +54,15 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failure of the disk into one line that names the key and the file.
 
     Raises:
-        SingerError: an ``OSError`` came up inside, bare or as :func:`write_atomically` wraps it.
+        SingerError: in place of an ``OSError``.
     """
     try:
         yield
-    except (OSError, SingerError) as error:
-        reason = error if isinstance(error, OSError) else error.__cause__
+    except OSError as error:
         raise SingerError(
-            f"{KEY}: {path} can't be written: {getattr(reason, 'strerror', None) or reason}; "
+            f"{KEY}: {path} can't be written: {error.strerror or error}; "
             f"shards that are complete stay, and the next run goes on from them"
-        ) from reason
+        ) from error
 
 
 def unreadable(path: Path, error: OSError) -> SingerError:
@@ -180,12 +179,12 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a shard beside its place, batch by batch: memory holds no more than a batch.
+    """Context manager that writes a shard atomically, batch by batch: memory holds one batch.
 
     Args:
-        path: the shard; it is there once :meth:`finish` has returned.
+        path: the shard; it exists once the block has ended without an error.
         identity: what it is made from, in JSON's types.
-        images: the n images that it will hold.
+        images: the n images that it will hold; all are appended within the block.
 
     Raises:
         SingerError: by any method: the file can't be written.
@@ -193,7 +192,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], images: range) -> None:
         self.path = path
-        self._aside = path.with_name(f".{path.name}.growing")
+        self._stack = ExitStack()
         self._metadata = {
             "format": "pt",
             "identity": json.dumps(identity),
@@ -204,6 +203,20 @@ class ShardWriter:
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._starts: dict[str, int] = {}
         self._file: BinaryIO | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self._tmp_path = self._stack.enter_context(atomic_write(self.path))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # After an error, it passes through as it is: closing may fail for the same reason.
+        with writing(self.path) if error is None else suppress(OSError):
+            self._stack.__exit__(kind, error, traceback)
 
     def _open(self) -> BinaryIO:
         """Open the file, write the header, and find where each tensor starts."""
@@ -219,7 +232,7 @@ class ShardWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors lie aligned
         self._starts = {name: 8 + len(text) + start for name, start in self._starts.items()}
-        self._file = open(self._aside, "wb")  # noqa: SIM115  (closed by finish or discard)
+        self._file = self._stack.enter_context(open(self._tmp_path, "wb"))  # noqa: SIM115
         self._file.write(len(text).to_bytes(8, "little") + text)
         return self._file
 
@@ -244,16 +257,3 @@ class ShardWriter:
                     file.seek(self._starts[f"{kind}.{layer}"] + skipped)
                     file.write(tensor_bytes(rows))
         self._written += len(next(iter(tokens.values())))
-
-    def finish(self) -> None:
-        """Put the shard in its place; all n images have been appended."""
-        with writing(self.path):
-            self._file.close()
-            write_atomically(self.path, lambda partial: os.replace(self._aside, partial))
-
-    def discard(self) -> None:
-        """Remove what is not finished; nothing after :meth:`finish`."""
-        if self._file is not None:
-            with suppress(OSError):  # what is still buffered does not fit either
-                self._file.close()
-            self._aside.unlink(missing_ok=True)

@@ -10,13 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from singer.engine.run_dir import write_atomically
+from singer.engine.run_dir import writing
+from singer.io import atomic_write
 
 _SETUP = ("step", "epoch", "lr")
 
 
 def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
+    with writing(path), atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, dpi=120, format="png")
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:

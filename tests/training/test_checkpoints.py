@@ -1,4 +1,4 @@
-"""Checkpoints: there whole or not at all, and never trusted when damaged."""
+"""Checkpoints: written atomically, and never used when corrupt."""
 
 import errno
 import hashlib
@@ -91,7 +91,7 @@ def _change_step(path):
         ("state.json", lambda path: path.write_text("[]")),
     ],
 )
-def test_a_damaged_one_is_named_and_the_one_before_it_used(store, caplog, name, damage):
+def test_a_corrupt_one_is_named_and_the_one_before_it_used(store, caplog, name, damage):
     _saved(store, 1, 2)
     damage(store.path(2) / name)
     assert store.newest().step == 1
@@ -107,7 +107,7 @@ def test_one_under_another_steps_name_is_not_trusted(store, caplog):
     assert f"{store.path(8)} holds the checkpoint of step 6" in caplog.text
 
 
-def test_one_that_was_damaged_never_displaces_a_good_one(tmp_path):
+def test_a_corrupt_one_never_displaces_a_good_one(tmp_path):
     store = _saved(CheckpointStore(tmp_path, keep=2), 5, 9)
     _flip(store.path(9) / "weights.safetensors")
     assert store.newest().step == 5
@@ -115,7 +115,7 @@ def test_one_that_was_damaged_never_displaces_a_good_one(tmp_path):
     assert store.steps() == [5, 7]
 
 
-def test_when_all_are_damaged_nothing_is_made_up(store):
+def test_when_all_are_corrupt_nothing_is_made_up(store):
     _saved(store, 1, 2)
     for step in (1, 2):
         _truncate(store.path(step) / "state.json")
@@ -144,7 +144,7 @@ def test_nothing_is_unpickled(store):
     assert not (store.folder / "owned").exists()
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])
 def test_a_full_disk_loses_no_earlier_one_and_says_so(store, monkeypatch, call):
     _saved(store, 1)
     before = sorted(store.folder.iterdir())
@@ -161,7 +161,7 @@ def test_a_full_disk_loses_no_earlier_one_and_says_so(store, monkeypatch, call):
     assert _saved(store, 2).newest().step == 2
 
 
-def test_what_a_killed_process_left_is_swept_away(store):
+def test_stale_temporary_files_are_removed(store):
     _saved(store, 1)
     for name in (".step-000000002.partial", ".step-000000000.removed"):
         (store.folder / name).mkdir()

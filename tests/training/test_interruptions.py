@@ -15,8 +15,8 @@ from singer.config.changes import differences
 from singer.config.schema import parse_config
 from singer.data.loader import ImageCrops
 from singer.engine import run as training
-from singer.engine.run_dir import RunFolder
-from singer.engine.student import Learner
+from singer.engine.run_dir import RunDir
+from singer.engine.student import StudentTrainer
 from singer.engine.trainer import Trainer
 from singer.errors import SingerError
 from singer.methods import SiNGER
@@ -62,7 +62,7 @@ def test_an_unreadable_image_does_not_make_half_a_step_a_checkpoint(whole, monke
         original(self, number, batches)
 
     monkeypatch.setattr(Trainer, "_step", step)
-    undo = fail_at(monkeypatch, Learner, "step", 3, KeyboardInterrupt())
+    undo = fail_at(monkeypatch, StudentTrainer, "step", 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         training.train(config, QUIET)
     assert saved_steps(config) == [2]
@@ -110,7 +110,7 @@ def test_a_damaged_configuration_in_the_folder_is_named(make_config):
 
 def test_records_that_could_not_be_written_are_not_missing_in_the_end(whole, monkeypatch):
     config, expected = whole()
-    undo = fail_at(monkeypatch, RunFolder, "append_metrics", 3, SingerError("disk full"))
+    undo = fail_at(monkeypatch, RunDir, "append_metrics", 3, SingerError("disk full"))
     with pytest.raises(SingerError, match="disk full"):
         training.train(config, QUIET)
     assert saved_steps(config) == [2, 4]

@@ -23,12 +23,11 @@ CLI = ["-m", "singer.cli"]
 
 DYING = """
 import os, signal, sys
-from singer.engine import distributed as processes
-from singer.engine import trainer
+from singer.engine import peer_monitor, trainer
 from singer.cli import main
 
 original = trainer.Trainer._step
-watch = processes.PeerWatch.__init__
+init = peer_monitor.PeerMonitor.__init__
 
 def step(self, number, batches):
     dying = os.environ.get("DYING_RANK", "1")
@@ -38,10 +37,10 @@ def step(self, number, batches):
     return original(self, number, batches)
 
 def impatient(self, *arguments, **options):
-    watch(self, *arguments, **{**options, "interval": 0.2, "patience": 3.0})
+    init(self, *arguments, **{**options, "interval": 0.2, "timeout": 3.0})
 
 trainer.Trainer._step = step
-processes.PeerWatch.__init__ = impatient
+peer_monitor.PeerMonitor.__init__ = impatient
 sys.exit(main(sys.argv[2:]))
 """
 

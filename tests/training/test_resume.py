@@ -21,10 +21,7 @@ from singer.methods import SiNGER
 
 KILLED = """
 import os, signal, sys
-from singer.engine import checkpoints
-from singer.engine import student as learner
-from singer.engine import run_dir as run_folder
-from singer.engine import trainer
+from singer.engine import checkpoints, run_dir, trainer
 from singer.cli import main
 
 def die(*_):
@@ -32,31 +29,28 @@ def die(*_):
 
 def from_step(step, method):
     def patched(self, *arguments):
-        return die() if self.done + 1 >= step else method(self, *arguments)
+        return die() if self.completed_steps + 1 >= step else method(self, *arguments)
     return patched
 
 place = sys.argv[1]
 if place == "step":
     trainer.Trainer._step = from_step(6, trainer.Trainer._step)
 elif place == "checkpoint":  # its files are there, its state is not
-    write = checkpoints._write
-    checkpoints._write = lambda path, content: (
-        die() if path.name == "state.json" and "step-000000006" in str(path)
-        else write(path, content)
-    )
+    canonical = checkpoints._canonical
+    checkpoints._canonical = lambda value: die() if value["step"] == 6 else canonical(value)
 elif place == "export":  # between the checkpoint and the student
     trainer.Trainer._export = from_step(6, trainer.Trainer._export)
 elif place == "end":  # after the last checkpoint
     trainer.Trainer._export = from_step(10, trainer.Trainer._export)
 elif place == "metrics":  # in the middle of a line
-    append = run_folder.RunFolder.append_metrics
+    append = run_dir.RunDir.append_metrics
     def cut(self, records):
         append(self, records)
         if records[-1]["step"] >= 6:
             with open(self.path / "metrics.jsonl", "rb+") as file:
                 file.truncate(file.seek(0, 2) - 20)
             die()
-    run_folder.RunFolder.append_metrics = cut
+    run_dir.RunDir.append_metrics = cut
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -156,7 +150,7 @@ def _flip_last_byte(path):
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_passed_over(whole, monkeypatch, caplog):
+def test_a_corrupt_checkpoint_is_passed_over(whole, monkeypatch, caplog):
     config, expected = whole()
     interrupted(monkeypatch, config, 8)
     newest = max(Path(config.output, "checkpoints").iterdir())

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from singer.config.schema import parse_config
 from singer.data.loader import ImageCrops, create_loader
 from singer.engine import run as training
-from singer.engine.student import Learner
+from singer.engine.student import StudentTrainer
 from singer.engine.trainer import Trainer
 from singer.errors import SingerError, StoppedError
 
@@ -128,7 +128,7 @@ def test_gradients_are_clipped_as_a_whole(make_config, tmp_path, monkeypatch):
 
 def test_the_moving_average_is_that_of_the_weights_after_each_step(make_config, monkeypatch):
     seen = []
-    original = Learner.step
+    original = StudentTrainer.step
 
     def step(self, *arguments):
         original(self, *arguments)
@@ -136,7 +136,7 @@ def test_the_moving_average_is_that_of_the_weights_after_each_step(make_config, 
             {name: value.clone() for name, value in self.method.student.state_dict().items()}
         )
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(StudentTrainer, "step", step)
     config = make_config(train={"ema": 0.75, "lr": 1e-2})
     training.train(config, QUIET)
     average = seen[0]
@@ -158,10 +158,10 @@ def test_decay_reaches_everything_only_if_asked(make_config):
         )
         (method,) = training.build_methods(config, create_loader(config), CPU)
         accelerator = training.create_accelerator("fp32")
-        learner = Learner(config.trained()[0], method, config, accelerator, 6)
+        student = StudentTrainer(config.student_specs()[0], method, config, accelerator, 6)
         decays = {
             id(parameter): group["weight_decay"]
-            for group in learner._optimizer.param_groups
+            for group in student._optimizer.param_groups
             for parameter in group["params"]
         }
         own = dict(method.named_parameters())
@@ -266,14 +266,14 @@ class _Reads(TorchDispatchMode):
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_nothing_waits_for_the_device_between_logs(make_config, monkeypatch, variant):
     reads = _Reads()
-    original = Learner.backward
+    original = StudentTrainer.backward
 
     def backward(self, *arguments):
         with reads:
             original(self, *arguments)
 
-    monkeypatch.setattr(Learner, "backward", backward)
-    monkeypatch.setattr(Learner, "log", lambda self: [])
+    monkeypatch.setattr(StudentTrainer, "backward", backward)
+    monkeypatch.setattr(StudentTrainer, "log", lambda self: [])
     monkeypatch.setattr(Trainer, "_plot", lambda self: None)
     config = make_config(method={"variant": variant}, train={"max_grad_norm": 1.0, "steps": 2})
     monkeypatch.setattr(training, "_last_losses", lambda *_: {})

@@ -15,8 +15,8 @@ from singer.config.schema import FitNetConfig, load_config, parse_config
 from singer.data.loader import ImageCrops, create_loader
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
-from singer.engine.run_dir import RunFolder
-from singer.engine.student import Learner, create_schedule
+from singer.engine.run_dir import RunDir
+from singer.engine.student import StudentTrainer, create_schedule
 from singer.errors import SingerError
 from singer.methods import SiNGER
 
@@ -268,7 +268,7 @@ def test_non_finite_loss_without_a_checkpoint_says_so(make_config, monkeypatch):
 
 
 def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
-    original = Learner.log
+    original = StudentTrainer.log
 
     def log_and_break(self):
         records = original(self)
@@ -277,7 +277,7 @@ def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
                 self.method.student.cls_token.fill_(math.inf)
         return records
 
-    monkeypatch.setattr(Learner, "log", log_and_break)
+    monkeypatch.setattr(StudentTrainer, "log", log_and_break)
     config = make_config(train={"save_every": 4, "log_every": 100})
     with pytest.raises(SingerError, match=r"step 6: .*student\.cls_token is not finite.*step 4"):
         _distill(config)
@@ -287,7 +287,7 @@ def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
 
 def test_existing_output_is_refused_before_anything_is_loaded(make_config, monkeypatch):
     config = make_config()
-    RunFolder(config.output).write_text("kept", "x")
+    RunDir(config.output).write_text("kept", "x")
     monkeypatch.setattr(training, "create_backbone", None)  # calling it would fail
     with pytest.raises(SingerError, match=r"output: .* exists already"):
         _distill(config)

@@ -1,4 +1,4 @@
-"""Several processes as one run: what each of them does for it."""
+"""Process groups: shared errors, global means, signals, barriers, restarts."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ from accelerate import Accelerator, DistributedType
 from tiny_models import VIT, generator, random_images, tiny_backbone
 
 from singer.engine.distributed import (
-    PatientBarrier,
-    PeerWatch,
-    StopRequest,
+    PreemptionHandler,
+    UnboundedBarrier,
     agree_on_group,
     create_accelerator,
     global_means,
-    together,
+    run_on_all_ranks,
+    run_on_main,
 )
-from singer.errors import SharedError, SingerError
+from singer.errors import SingerError
 from singer.methods import SiNGER
 
 
@@ -40,7 +40,7 @@ def test_sharded_models_are_refused(monkeypatch):
 
 
 def _gradients(rank, size, variant, results, path):
-    """Put the losses and gradients of a process's share of six images, half of them uniform."""
+    """Put the losses and gradients of a rank's local batch of six images, half of them uniform."""
     teacher = tiny_backbone(VIT, depth=4, grid=4)
     student = tiny_backbone(VIT, depth=2, dim=16, grid=4)
     with torch.no_grad():
@@ -101,17 +101,18 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path, variant):
             torch.testing.assert_close(torch.tensor(named[name]), expected, rtol=0, atol=bound)
 
 
-class _Lone:
-    num_processes = 1
+@pytest.mark.parametrize("decorator", [run_on_all_ranks, run_on_main])
+def test_one_rank_alone_raises_the_error_as_it_is(decorator):
+    create_accelerator("fp32")
+    error = SingerError("x")
 
-
-def test_alone_an_error_is_raised_as_it_is():
-    def fail():
-        raise SingerError("x")
+    @decorator
+    def fail(value):
+        raise value
 
     with pytest.raises(SingerError) as caught:
-        together(_Lone(), fail)
-    assert not isinstance(caught.value, SharedError)
+        fail(error)
+    assert caught.value is error
 
 
 def test_means_of_one_process_stay_as_they_are():
@@ -119,7 +120,7 @@ def test_means_of_one_process_stay_as_they_are():
     assert global_means(means, [torch.tensor(3), torch.tensor(0)]) == means
 
 
-def _share(rank, store, counts, results):
+def _scale_mean(rank, store, counts, results):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     values = torch.arange(float(sum(counts)))
     own = values[: counts[0]] if rank == 0 else values[counts[0] :]
@@ -136,7 +137,7 @@ def test_means_over_unequal_counts_average_to_the_mean_over_all(tmp_path, counts
     path = str(tmp_path / "store")
     processes = [
         context.Process(
-            target=lambda rank=rank: _share(rank, dist.FileStore(path, 2), counts, results)
+            target=lambda rank=rank: _scale_mean(rank, dist.FileStore(path, 2), counts, results)
         )
         for rank in range(2)
     ]
@@ -149,121 +150,12 @@ def test_means_over_unequal_counts_average_to_the_mean_over_all(tmp_path, counts
     assert sum(found) / 2 == pytest.approx(expected, rel=1e-6)
 
 
-class _Watched:
-    """A watch that notes how it would end its process."""
-
-    def __init__(self, store, rank, size=2, **options):
-        self.messages = []
-        self.ended = threading.Event()
-        options = {"interval": 0.02, "patience": 0.5, **options}
-        self.watch = PeerWatch(store, rank, size, end=self._end, **options)
-        self.watch.start()
-
-    def _end(self, message):
-        self.messages.append(message)
-        self.ended.set()
-
-
-def test_a_process_that_goes_silent_is_named_to_all():
-    store = dist.HashStore()
-    watched = [_Watched(store, rank, size=4) for rank in range(4)]
-    time.sleep(0.1)
-    watched[2].watch._closing.set()  # it says nothing any more, not even that it is done
-    for other in (0, 1, 3):
-        assert watched[other].ended.wait(30)
-        assert watched[other].messages[0].startswith("rank 2 of 4 (")
-    for one in watched:
-        one.watch.close()
-
-
-def test_a_process_that_fails_tells_why():
-    store = dist.HashStore()
-    first, second = _Watched(store, 0), _Watched(store, 1)
-    first.watch.fail(RuntimeError("out of\nmemory"))
-    assert second.ended.wait(30)
-    assert "rank 0 of 2" in second.messages[0]
-    assert second.messages[0].endswith("failed: RuntimeError: out of memory")
-    second.watch.close()
-
-
-def test_a_process_that_is_done_is_not_missed():
-    store = dist.HashStore()
-    first, second = _Watched(store, 0), _Watched(store, 1)
-    time.sleep(0.1)
-    first.watch.close()
-    assert not second.ended.wait(1.0)  # twice its patience
-    second.watch.close()
-
-
-class _OddStore(dist.HashStore):
-    """One that takes some time for an answer, or has none, from a call on."""
-
-    def __init__(self, error=None, delay=0.0):
-        super().__init__()
-        self.error, self.delay, self.calls = error, delay, 0
-
-    def check(self, keys):
-        self.calls += 1
-        if self.calls > 3:
-            time.sleep(self.delay)
-            if self.error is not None:
-                raise self.error
-        return super().check(keys)
-
-
-def test_a_store_that_is_gone_ends_the_process():
-    watched = _Watched(_OddStore(dist.DistNetworkError("Broken pipe")), 1)
-    assert watched.ended.wait(30)
-    assert watched.messages == ["rank 0 of 2 is gone (Broken pipe)"]
-
-
-def test_a_store_that_does_not_answer_ends_the_process():
-    watched = _Watched(_OddStore(delay=3.0), 1)
-    assert watched.ended.wait(30)
-    assert watched.messages == ["rank 0 of 2 has not answered for 0 s"]
-
-
-def test_a_process_that_slept_does_not_blame_the_others(monkeypatch):
-    # As after SIGSTOP and SIGCONT to both: no thread ran, the clock did.
-    store, skipped = dist.HashStore(), [0.0]
-    clock = time.monotonic
-    monkeypatch.setattr("singer.engine.distributed.time.monotonic", lambda: clock() + skipped[0])
-    waits = []
-
-    class Sleepy(threading.Event):
-        def wait(self, timeout=None):
-            waits.append(1)
-            if len(waits) == 20:
-                skipped[0] += 100.0
-            return super().wait(timeout)
-
-    store.set("life/0", "0 rank 0 of 2 (host, process 1)")  # which stays asleep a little longer
-    watch = PeerWatch(store, 1, 2, interval=0.02, patience=2.0, end=waits.append)
-    watch._closing = Sleepy()
-    watch.start()
-    time.sleep(1.0)
-    watch.close()
-    assert len(waits) > 20
-    assert set(waits) == {1}
-
-
-def test_a_failure_without_a_store_stays_the_failure():
-    watch = PeerWatch(_OddStore(), 0, 2, end=print)
-
-    class Gone:
-        def set(self, *_):
-            raise dist.DistNetworkError("Broken pipe")
-
-    watch.store = Gone()
-    watch.fail(SingerError("x"))
-
-
-def test_a_barrier_waits_for_as_long_as_it_takes(monkeypatch):
+def test_an_unbounded_barrier_waits_for_all_ranks(monkeypatch):
     store, passed = dist.HashStore(), []
-    monkeypatch.setattr("singer.engine.distributed._run_store", lambda: store)
+    monkeypatch.setattr("singer.engine.distributed.create_run_store", lambda: store)
 
     def process(rank):
-        barrier = PatientBarrier(SimpleNamespace(num_processes=2))
+        barrier = UnboundedBarrier(SimpleNamespace(num_processes=2))
         for turn in range(2):
             time.sleep(0.3 * (rank == turn))
             barrier()
@@ -315,14 +207,14 @@ def test_a_start_that_failed_half_way_is_forgotten():
 
 def test_signals_are_noted_within_the_block_alone():
     former = signal.getsignal(signal.SIGUSR1)
-    with StopRequest() as stop:
-        assert stop.requested is None
+    with PreemptionHandler() as preemption:
+        assert preemption.signal is None
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested == "SIGUSR1"
-    with StopRequest() as stop:
+        assert preemption.signal == "SIGUSR1"
+    with PreemptionHandler() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == "SIGINT"
+        assert preemption.signal == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGUSR1) == former
@@ -332,7 +224,7 @@ def test_in_another_thread_signals_are_left_alone():
     former, seen = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        with StopRequest():
+        with PreemptionHandler():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)

@@ -1,0 +1,59 @@
+"""Atomic writes: a file or directory is there whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; after the block, flush it to the disk and rename it to ``path``.
+
+    The block writes a file or a directory of files there. After an error, ``path`` is as it was and
+    the temporary path is gone. A killed process may leave it behind, see :func:`stale_tmp`.
+
+    Args:
+        path: the file or directory; its parent must exist.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    tmp_path = path.with_name(f".{path.name}.partial")
+    try:
+        yield tmp_path
+        is_directory = tmp_path.is_dir()
+        for written in [*(tmp_path.iterdir() if is_directory else ()), tmp_path]:
+            _sync(written)
+        replaced = path.with_name(f".{path.name}.replaced")
+        if is_directory and path.exists():  # a directory can't be replaced in one step
+            os.rename(path, replaced)
+        os.replace(tmp_path, path)
+        if is_directory:
+            _sync(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        if tmp_path.is_dir():
+            shutil.rmtree(tmp_path, ignore_errors=True)
+        else:
+            tmp_path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if not path.is_dir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    elif os.name != "nt":  # Windows can't flush a directory
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def stale_tmp(directory: Path) -> list[Path]:
+    """Return the temporary files of :func:`atomic_write` that a killed process left behind."""
+    return [path for path in directory.glob(".*.partial") if path.is_file()]
