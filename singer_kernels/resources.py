@@ -1,8 +1,8 @@
-"""``python -m singer_kernels.resources``: what each Triton kernel takes of a GPU, without a GPU.
+"""``python -m singer_kernels.resources``: GPU resources of each Triton kernel, without a GPU.
 
-Every kernel is compiled ahead of time for each architecture, as the launches of real calls would
-have it compiled: registers per thread, bytes of stack (spills), shared memory, whether the matrix
-unit is used, and accesses to memory that are no vectors. ``--json`` prints the same as JSON.
+Compiles every kernel ahead of time for each architecture, with the specialisations of real calls,
+and prints registers per thread, bytes of stack (spills), shared memory, the tensor core instruction
+and the number of narrow memory accesses. ``--json`` prints JSON.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from singer_kernels.backends.triton import (
     gram_rows,
     gram_tile,
     is_interpreted,
-    launch,
     losses,
     ops,
     outlier,
     refine_stage,
 )
+from singer_kernels.backends.triton import (
+    launch as triton_launch,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RANKS = (16, 32, 64, 128, 256)
-"""Of each row of the configuration table the largest rank, and one smaller."""
+"""The largest rank of each row of the configuration table, and a smaller one."""
 
 _KERNELS = {
     name: (module, kernel)
@@ -58,17 +60,17 @@ _MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 
 
 class Launch(NamedTuple):
-    """One launch: a kernel's name and what it is specialised for."""
+    """A launch: a kernel's name and its specialisation."""
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]  # parameter to type
-    constants: tuple[tuple[int, Any], ...]  # position to value
-    aligned: tuple[int, ...]  # positions of arguments that 16 divides
-    options: tuple[tuple[str, Any], ...]  # of the compiler
+    signature: tuple[tuple[str, str], ...]  # parameter, type
+    constants: tuple[tuple[int, Any], ...]  # position, value
+    aligned: tuple[int, ...]  # positions of the arguments divisible by 16
+    options: tuple[tuple[str, Any], ...]  # compiler options
 
     @property
     def variant(self) -> str:
-        """The constants that choose code, in short."""
+        """The mode and the flags that are on, in short."""
         names = [name for name, _ in self.signature]
         chosen = {names[position]: value for position, value in self.constants}
         flags = [
@@ -80,21 +82,21 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel takes.
+    """Resources of one compiled kernel.
 
     Attributes:
         arch: the architecture, for example 90 for sm_90.
         operand: the dtype of the products' operands.
         rank: r of the call that launches it.
         kernel: the kernel's name.
-        variant: its variant.
+        variant: the mode and the flags that are on.
         tile: rows and inner width of its tiles.
         warps: per program.
         registers: per thread.
         spills: bytes of stack per thread.
         shared: bytes of shared memory per program.
-        matrix: the matrix unit's instruction, or "" if there is none.
-        narrow: loads and stores of two bytes or less: features should go in vectors of 16.
+        matrix: the tensor core instruction, or "" if there is none.
+        narrow: loads and stores of two bytes or less; features should take vectors of 16 bytes.
     """
 
     arch: int
@@ -113,11 +115,11 @@ class Usage(NamedTuple):
 
 def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     """Specialise a launch as Triton does at run time."""
-    compiling = tuple((name, options.pop(name)) for name in _OPTIONS)
-    given = dict(zip([param.name for param in params], args, strict=False)) | options
+    compiler = tuple((name, options.pop(name)) for name in _OPTIONS)
+    values = dict(zip([param.name for param in params], args, strict=False)) | options
     signature, constants, aligned = [], [], []
     for position, param in enumerate(params):
-        value = given[param.name]
+        value = values[param.name]
         is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
         if param.is_constexpr or value is None or is_one:
             signature.append((param.name, "constexpr"))
@@ -133,11 +135,11 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
         signature.append((param.name, kind))
         if is_aligned:
             aligned.append(position)
-    return Launch(name, tuple(signature), tuple(constants), tuple(aligned), compiling)
+    return Launch(name, tuple(signature), tuple(constants), tuple(aligned), compiler)
 
 
 class _Recorder:
-    """Stands in for a kernel: notes its launches, and the bytes of the tensors they are handed."""
+    """Replaces a kernel: records its launches and the bytes of their tensor arguments."""
 
     def __init__(self, name: str, kernel: Any, found: list[tuple[Launch, int]]) -> None:
         self.name, self.kernel, self.found = name, kernel, found
@@ -145,8 +147,8 @@ class _Recorder:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def record(*args: Any, **options: Any) -> None:
             launch = _launch(self.name, self.kernel.params, args, dict(options))
-            handed = sum(value.nbytes for value in args if isinstance(value, Tensor))
-            self.found.append((launch, handed))
+            num_bytes = sum(value.nbytes for value in args if isinstance(value, Tensor))
+            self.found.append((launch, num_bytes))
 
         return record
 
@@ -154,16 +156,16 @@ class _Recorder:
 @contextlib.contextmanager
 def _recording(arch: int) -> Iterator[list[tuple[Launch, int]]]:
     found: list[tuple[Launch, int]] = []
-    architecture = launch.architecture
+    architecture = triton_launch.architecture
     try:
         for name, (module, kernel) in _KERNELS.items():
             setattr(module, name, _Recorder(name, kernel, found))
-        launch.architecture = lambda device: arch
+        triton_launch.architecture = lambda device: arch
         yield found
     finally:
         for name, (module, kernel) in _KERNELS.items():
             setattr(module, name, kernel)
-        launch.architecture = architecture
+        triton_launch.architecture = architecture
 
 
 def training_step(
@@ -179,21 +181,21 @@ def training_step(
     trains: bool = True,
     trains_target: bool = False,
 ) -> None:
-    """Call the operators of a training step on one layer, on tensors without data.
+    """Call the operators of one layer's training step on meta tensors.
 
     Args:
-        operators: what has ``losses_forward`` and ``losses_backward``: the module ``ops`` of a
-            backend whose operators are written in Python.
+        operators: module ``ops`` of a backend written in Python, with ``losses_forward`` and
+            ``losses_backward``.
         dtype: of the features, the adapter and the products.
         rank: r.
         patches: P; there is one prefix token.
         images: B.
         width: D.
-        target: whether the Gram target is another one than the teacher.
-        gram: whether the layer is a last one; an intermediate one gives F̂, and its gradient comes
-            back.
+        target: whether the Gram target is not the teacher.
+        gram: True for a last layer; False for a mid layer, which returns F̂ and receives its
+            gradient.
         trains: whether there is a backward.
-        trains_target: whether the Gram target gets a gradient.
+        trains_target: whether the Gram target receives a gradient.
     """
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,7 +251,7 @@ def training_step(
 
 
 def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
-    """Yield the calls whose launches are compiled."""
+    """Yield the training steps whose launches are compiled."""
     step = partial(training_step, ops, dtype, rank)
     yield lambda: step(196)
     yield lambda: step(196, gram=False)
@@ -276,7 +278,7 @@ def launches(arch: int, operand: str, rank: int) -> list[Launch]:
         The launches, in the order of their first appearance.
 
     Raises:
-        RuntimeError: Triton's interpreter is on: then there is nothing to compile.
+        RuntimeError: Triton's interpreter is on: there is nothing to compile.
     """
     _require_compiler()
     with _recording(arch) as found:
@@ -286,12 +288,12 @@ def launches(arch: int, operand: str, rank: int) -> list[Launch]:
 
 
 def traffic(
-    arch: int, operand: str, rank: int, patches: int, **sizes: int
+    arch: int, operand: str, rank: int, patches: int, **sizes: Any
 ) -> list[tuple[str, int]]:
-    """Return the launches of a last layer's training step, and what each is handed.
+    """Return the launches of a last layer's training step, with the bytes of their tensors.
 
-    A kernel reads or writes a tensor that it is handed once at least: the sum bounds from below
-    what the step moves.
+    A kernel reads or writes each of its tensors at least once: the sum is a lower bound of the
+    step's memory traffic.
 
     Args:
         arch: one of ``configs.ARCHITECTURES``.
@@ -301,7 +303,7 @@ def traffic(
         sizes: ``images`` and ``width``; see :func:`training_step`.
 
     Returns:
-        Kernel and bytes, launch by launch.
+        Kernel and bytes of each launch.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
@@ -309,7 +311,7 @@ def traffic(
     _require_compiler()
     with _recording(arch) as found:
         training_step(ops, DTYPES[operand], rank, patches, **sizes)
-    return [(launch.kernel.removesuffix("_kernel"), handed) for launch, handed in found]
+    return [(launch.kernel.removesuffix("_kernel"), num_bytes) for launch, num_bytes in found]
 
 
 def _cuobjdump() -> str:
@@ -318,30 +320,30 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 
-def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
-    """Compile one launch and read what it takes.
+def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
+    """Compile one launch and read its resources.
 
     Args:
         arch: the architecture.
-        operand: of the call that launches it.
-        rank: likewise.
-        given: the launch.
+        operand: the dtype of the products' operands.
+        rank: r.
+        launch: the launch.
 
     Raises:
-        RuntimeError: the compiled kernel can't be read.
+        RuntimeError: cuobjdump printed no resource usage.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    _, kernel = _KERNELS[given.kernel]
+    _, kernel = _KERNELS[launch.kernel]
     source = ASTSource(
         kernel,
-        signature=dict(given.signature),
-        constexprs={(position,): value for position, value in given.constants},
-        attrs={(position,): [["tt.divisibility", 16]] for position in given.aligned},
+        signature=dict(launch.signature),
+        constexprs={(position,): value for position, value in launch.constants},
+        attrs={(position,): [["tt.divisibility", 16]] for position in launch.aligned},
     )
-    options = dict(given.options)
+    options = dict(launch.options)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -351,17 +353,17 @@ def compile_launch(arch: int, operand: str, rank: int, given: Launch) -> Usage:
         ).stdout
     read = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if read is None:
-        raise RuntimeError(f"{given.kernel}: no resource usage in {text!r}")
+        raise RuntimeError(f"{launch.kernel}: no resource usage in {text!r}")
     registers, stack, local = map(int, read.groups())
-    constants = {given.signature[position][0]: value for position, value in given.constants}
+    constants = {launch.signature[position][0]: value for position, value in launch.constants}
     rows = constants.get("BLOCK_T", constants.get("BLOCK_P", 0))
     inner = constants.get("BLOCK_C", constants.get("BLOCK_D", 0))
     return Usage(
         arch,
         operand,
         rank,
-        given.kernel.removesuffix("_kernel"),
-        given.variant,
+        launch.kernel.removesuffix("_kernel"),
+        launch.variant,
         f"{rows}x{inner}",
         options["num_warps"],
         registers,
@@ -384,10 +386,10 @@ def usages(
         archs: the architectures.
         operands: the dtypes of the products' operands.
         ranks: r of the calls.
-        processes: how many compile at once; None: one per core.
+        processes: number of compiling processes; None: one per core.
 
     Returns:
-        What each compiled kernel takes; launches that several calls share appear once.
+        The resources of each kernel; launches shared by several calls appear once.
     """
     jobs: dict[tuple[int, Launch], tuple[int, str, int, Launch]] = {}
     for arch in archs:
@@ -395,14 +397,14 @@ def usages(
             for rank in ranks:
                 if DTYPES[operand] == torch.float16 and rank > configs.MAX_MATRIX_RANK:
                     continue
-                for given in launches(arch, operand, rank):
-                    jobs.setdefault((arch, given), (arch, operand, rank, given))
+                for launch in launches(arch, operand, rank):
+                    jobs.setdefault((arch, launch), (arch, operand, rank, launch))
     with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(compile_launch, *zip(*jobs.values(), strict=True)))
 
 
 def table(found: list[Usage]) -> str:
-    """Return the usages as a table in text."""
+    """Return the usages as a text table."""
     lines = [list(Usage._fields), *[[str(value) for value in usage] for usage in found]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(Usage._fields))]
     return "\n".join(
@@ -420,9 +422,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--operand", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--rank", type=int, nargs="+", default=RANKS)
-    given = parser.parse_args(arguments)
-    found = usages(tuple(given.arch), tuple(given.operand), tuple(given.rank))
-    if given.json:
+    options = parser.parse_args(arguments)
+    found = usages(tuple(options.arch), tuple(options.operand), tuple(options.rank))
+    if options.json:
         print(json.dumps([usage._asdict() for usage in found], indent=1))
     else:
         print(table(found))

@@ -20,7 +20,7 @@ FIRST, BEST = Config(64, 48, 8, 3), Config(32, 128, 4, 2)
 def cache(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "autotune.json"
     monkeypatch.setenv(tuning.CACHE, str(path))
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_cached", {})
     return path
 
 
@@ -64,7 +64,7 @@ def test_the_fastest_that_fits_is_kept(cache):
 
 def test_another_process_finds_the_file(cache):
     run(Kernel())
-    tuning._chosen.clear()
+    tuning._cached.clear()
     kernel = Kernel()
     assert run(kernel) == BEST
     assert kernel.tried == [BEST]
@@ -72,7 +72,7 @@ def test_another_process_finds_the_file(cache):
 
 def test_each_key_is_measured_and_none_is_lost(cache):
     run(Kernel())
-    tuning._chosen.clear()
+    tuning._cached.clear()
     kernel = Kernel()
     run(kernel, ("device", 2))
     assert len(kernel.tried) > 2

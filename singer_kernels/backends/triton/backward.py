@@ -24,6 +24,7 @@ from singer_kernels.backends.triton.launch import (
     compiler_options,
     kernel_dtype,
     meta_params,
+    token_strides,
 )
 
 
@@ -95,9 +96,9 @@ def backward_rows_kernel(
         is_inlier = (norms <= threshold) & (tl.abs(norms) < float("inf"))
         excess = tl.where(is_inlier, 0.0, norms - threshold)
         weight = tl.load(outlier_weight_ptr) * tl.load(grad_outlier_ptr).to(ACC)
-        outlier_coef = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
-        v += outlier_coef * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
-        grad_h += outlier_coef * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
+        coefficient = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
+        v += coefficient * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
+        grad_h += coefficient * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
     # 4. V += X H and dH += X Z
     if HAS_INFO:
         grad_info = tl.load(grad_info_ptr).to(ACC)
@@ -243,6 +244,96 @@ def sum_partials_kernel(
             store_tile(grad_up_ptr, k.to(tl.int64) * width, d, k < rank, width, tl.trans(total))
 
 
+def _low_rank_gradients(
+    hz: Tensor,
+    grad_hz: Tensor | None,
+    residual: Tensor | None,
+    norms: Tensor | None,
+    threshold: Tensor | None,
+    outlier_weight: Tensor | None,
+    up: Tensor,
+    upstream: Upstream,
+    prefix: int,
+    precision: MatmulPrecision,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return dH, complete if ``needs_down``, and V, ``[B, P, r]`` each."""
+    (images, patches, _), (rank, width) = hz.shape, up.shape
+    has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
+    has_outlier, has_info = upstream.outlier is not None, upstream.info is not None
+    grad_h, v = (hz.new_empty((images, patches, rank), dtype=precision.storage_dtype) for _ in "12")
+
+    def launch(config: configs.Config) -> None:
+        backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
+            hz,
+            grad_hz,
+            residual,
+            norms,
+            threshold,
+            outlier_weight,
+            up,
+            upstream.refined,
+            upstream.kd,
+            upstream.outlier,
+            upstream.info,
+            grad_h,
+            v,
+            *token_strides(upstream.refined),
+            images * patches,
+            patches,
+            prefix,
+            width,
+            rank,
+            images,
+            HAS_KD=has_kd and needs_down,
+            HAS_OUTLIER=has_outlier,
+            HAS_INFO=has_info,
+            HAS_REFINED=has_refined and needs_down,
+            **precision.kernel_options(rank),
+            **meta_params(config, block_of(rank)),
+        )
+
+    key = (images, patches, width, has_kd, has_outlier or has_info, has_refined)
+    precision.run("backward_rows", rank, launch, *key)
+    return grad_h, v
+
+
+def _sum_splits(
+    down_partials: Tensor | None,
+    up_partials: Tensor | None,
+    down_dtype: torch.dtype | None,
+    up_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dWd ``[D, r]`` and dWu ``[r, D]`` from their splits ``[splits, D, r]``."""
+    partials = down_partials if up_partials is None else up_partials
+    if partials is None:
+        return None, None
+    splits, width, rank = partials.shape
+    grad_down = grad_up = None
+    if down_partials is not None:
+        grad_down = partials.new_empty((width, rank), dtype=down_dtype)
+    if up_partials is not None:
+        grad_up = partials.new_empty((rank, width), dtype=up_dtype)
+    block_r = block_of(rank)
+    block_d = max(16, 1024 // block_r)
+    sum_partials_kernel[(triton.cdiv(width, block_d), 2)](
+        down_partials,
+        up_partials,
+        grad_down,
+        grad_up,
+        splits,
+        width,
+        rank,
+        NEEDS_DOWN=grad_down is not None,
+        NEEDS_UP=grad_up is not None,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        ACC=kernel_dtype(partials.dtype),
+        **compiler_options(configs.SMALL),
+    )
+    return grad_down, grad_up
+
+
 def run_backward(
     student: Tensor | None,
     teacher: Tensor,
@@ -282,67 +373,29 @@ def run_backward(
     Returns:
         dS, dWd and dWu; None where not requested, or where no output's gradient reaches them.
     """
-    images, tokens, width = teacher.shape
-    rank, patches = up.shape[0], tokens - prefix
-    block_r, acc = block_of(rank), precision.acc
+    (images, tokens, width), rank = teacher.shape, up.shape[0]
     has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
     has_v = upstream.outlier is not None or upstream.info is not None
     needs_student = student_dtype is not None and has_kd
     reaches_adapter = has_kd or has_refined or has_v
     needs_down = down_dtype is not None and reaches_adapter
     needs_up = up_dtype is not None and reaches_adapter
-    new = teacher.new_empty
-    options = precision.kernel_options(rank)
-    grad_h = v = grad_student = None
-    grad_refined_strides = (0, 0) if upstream.refined is None else upstream.refined.stride()[:2]
-    student_strides = (0, 0) if student is None else student.stride()[:2]
-    if needs_down or (needs_up and has_v):
-        grad_h = new((images, patches, rank), dtype=precision.storage_dtype)
-        v = new((images, patches, rank), dtype=precision.storage_dtype)
-
-        def launch_rows(config: configs.Config) -> None:
-            backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
-                hz,
-                grad_hz,
-                residual,
-                norms,
-                threshold,
-                outlier_weight,
-                up,
-                upstream.refined,
-                upstream.kd,
-                upstream.outlier,
-                upstream.info,
-                grad_h,
-                v,
-                *grad_refined_strides,
-                images * patches,
-                patches,
-                prefix,
-                width,
-                rank,
-                images,
-                HAS_KD=has_kd and needs_down,
-                HAS_OUTLIER=upstream.outlier is not None,
-                HAS_INFO=upstream.info is not None,
-                HAS_REFINED=has_refined and needs_down,
-                **options,
-                **meta_params(config, block_r),
-            )
-
-        sizes = (images, patches, width, has_kd, has_v, has_refined)
-        precision.run("backward_rows", rank, launch_rows, *sizes)
     if not (needs_student or needs_down or needs_up):
         return None, None, None
+    new = teacher.new_empty
+    grad_h = v = grad_student = None
+    if needs_down or (needs_up and has_v):
+        saved = (hz, grad_hz, residual, norms, threshold, outlier_weight)
+        grad_h, v = _low_rank_gradients(*saved, up, upstream, prefix, precision, needs_down)
     if needs_student:
         grad_student = new((images, tokens, width), dtype=student_dtype)
 
-    def launch_tokens(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
+    def launch(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
         blocks = triton.cdiv(images * tokens, config.rows)
         rows_per_split = config.rows * triton.cdiv(blocks, configs.SPLITS)
         splits = triton.cdiv(images * tokens, rows_per_split)
-        down_partials = new((splits, width, rank), dtype=acc) if needs_down else None
-        up_partials = new((splits, width, rank), dtype=acc) if needs_up else None
+        down_partials = new((splits, width, rank), dtype=precision.acc) if needs_down else None
+        up_partials = new((splits, width, rank), dtype=precision.acc) if needs_up else None
         backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
             teacher,
             student,
@@ -355,9 +408,9 @@ def run_backward(
             grad_student,
             down_partials,
             up_partials,
-            *teacher.stride()[:2],
-            *student_strides,
-            *grad_refined_strides,
+            *token_strides(teacher),
+            *token_strides(student),
+            *token_strides(upstream.refined),
             images * tokens,
             tokens,
             prefix,
@@ -370,34 +423,14 @@ def run_backward(
             NEEDS_STUDENT=needs_student,
             NEEDS_DOWN=needs_down,
             NEEDS_UP=needs_up,
-            **options,
-            **meta_params(config, block_r),
+            **precision.kernel_options(rank),
+            **meta_params(config, block_of(rank)),
         )
         return down_partials, up_partials
 
     flags = (has_kd, has_v, has_refined, needs_student, needs_down, needs_up)
     down_partials, up_partials = precision.run(
-        "backward_tokens", rank, launch_tokens, images, tokens, width, *flags
+        "backward_tokens", rank, launch, images, tokens, width, *flags
     )
-    if not (needs_down or needs_up):
-        return grad_student, None, None
-    grad_down = new((width, rank), dtype=down_dtype) if needs_down else None
-    grad_up = new((rank, width), dtype=up_dtype) if needs_up else None
-    splits = next(len(sums) for sums in (down_partials, up_partials) if sums is not None)
-    block_d = max(16, 1024 // block_r)
-    sum_partials_kernel[(triton.cdiv(width, block_d), 2)](
-        down_partials,
-        up_partials,
-        grad_down,
-        grad_up,
-        splits,
-        width,
-        rank,
-        NEEDS_DOWN=needs_down,
-        NEEDS_UP=needs_up,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        ACC=kernel_dtype(acc),
-        **compiler_options(configs.SMALL),
-    )
+    grad_down, grad_up = _sum_splits(down_partials, up_partials, down_dtype, up_dtype)
     return grad_student, grad_down, grad_up

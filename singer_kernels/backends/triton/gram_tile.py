@@ -35,6 +35,7 @@ from singer_kernels.backends.triton.launch import (
     block_of,
     compiler_options,
     kernel_dtype,
+    token_strides,
 )
 
 MAX_CANCELLATION = tl.constexpr(256.0)
@@ -79,10 +80,8 @@ def gram_tile(
     mask_i, mask_j = patch_i < num_patches, patch_j < num_patches
     token_i = (patch_i + num_prefix_tokens).to(tl.int64)
     token_j = (patch_j + num_prefix_tokens).to(tl.int64)
-    target_offsets_i, target_offsets_j = (
-        token_i * target_stride_token,
-        token_j * target_stride_token,
-    )
+    target_offsets_i = token_i * target_stride_token
+    target_offsets_j = token_j * target_stride_token
     column = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
     rank_offsets_i, rank_offsets_j = patch_i.to(tl.int64) * rank, patch_j.to(tl.int64) * rank
@@ -103,12 +102,9 @@ def gram_tile(
             right = _recompute_refined(target_j, h_j, up_ptr, d, k, rank, width, OPERAND, PRECISION)
             product = dot(left, tl.trans(right), product, PRECISION)
         if MODE == "materialized":
-            tokens_offsets_i, tokens_offsets_j = (
-                token_i * tokens_stride_token,
-                token_j * tokens_stride_token,
-            )
-            left = operand(load_tile(tokens_ptr, tokens_offsets_i, d, mask_i, width), OPERAND)
-            right = operand(load_tile(tokens_ptr, tokens_offsets_j, d, mask_j, width), OPERAND)
+            offsets_i, offsets_j = token_i * tokens_stride_token, token_j * tokens_stride_token
+            left = operand(load_tile(tokens_ptr, offsets_i, d, mask_i, width), OPERAND)
+            right = operand(load_tile(tokens_ptr, offsets_j, d, mask_j, width), OPERAND)
             product = dot(left, tl.trans(right), product, PRECISION)
     # 2. 1 / (nᵢ nⱼ) of both sides, and G(R)
     inv_norms_i = reciprocal(tl.load(norms_ptr + patch_i, mask=mask_i, other=0.0))
@@ -123,13 +119,11 @@ def gram_tile(
         for step in range(6):
             # Hᵢ·Lⱼ, then Lᵢ·Hⱼ: high·high, high·low and low·high of each
             second, term = step // 3, step % 3
-            split_offsets_i = (
-                patch_i.to(tl.int64) * (4 * BLOCK_R) + (2 * second + term // 2) * BLOCK_R
-            )
-            other = 2 - 2 * second + term % 2
-            split_offsets_j = patch_j.to(tl.int64) * (4 * BLOCK_R) + other * BLOCK_R
-            left = operand(load_tile(split_bf16_ptr, split_offsets_i, k, mask_i, BLOCK_R), OPERAND)
-            right = operand(load_tile(split_bf16_ptr, split_offsets_j, k, mask_j, BLOCK_R), OPERAND)
+            split_i, split_j = 2 * second + term // 2, 2 - 2 * second + term % 2
+            offsets_i = patch_i.to(tl.int64) * (4 * BLOCK_R) + split_i * BLOCK_R
+            offsets_j = patch_j.to(tl.int64) * (4 * BLOCK_R) + split_j * BLOCK_R
+            left = operand(load_tile(split_bf16_ptr, offsets_i, k, mask_i, BLOCK_R), OPERAND)
+            right = operand(load_tile(split_bf16_ptr, offsets_j, k, mask_j, BLOCK_R), OPERAND)
             product = dot(left, tl.trans(right), product, PRECISION)
         # Both entries are near 1: expand the difference to avoid cancellation.
         difference = target_product * (inv_norms - target_inv_norms) + product * inv_norms
@@ -217,7 +211,7 @@ class GramInputs(NamedTuple):
     def strides(self) -> tuple[int, ...]:
         """Return the image and token strides of F̂ and R."""
         tokens = self.target if self.tokens is None else self.tokens
-        return (*tokens.stride()[:2], *self.target.stride()[:2])
+        return (*token_strides(tokens), *token_strides(self.target))
 
 
 def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
@@ -229,7 +223,7 @@ def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
     row_norms_kernel[(triton.cdiv(patches, rows), images)](
         tokens,
         norms,
-        *tokens.stride()[:2],
+        *token_strides(tokens),
         patches,
         prefix,
         width,

@@ -116,6 +116,11 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if is_contiguous else tensor.contiguous()
 
 
+def token_strides(tokens: Tensor | None) -> tuple[int, int]:
+    """Return the image and token strides of ``[B, T, D]``; zeros for None."""
+    return (0, 0) if tokens is None else (tokens.stride(0), tokens.stride(1))
+
+
 def compiler_options(config: configs.Config) -> dict[str, Any]:
     """Return the compiler options of a configuration; multiply-adds are always fused."""
     return {

@@ -20,7 +20,12 @@ from singer_kernels.backends.triton.language import (
     store_tile,
     token_offsets,
 )
-from singer_kernels.backends.triton.launch import MatmulPrecision, block_of, meta_params
+from singer_kernels.backends.triton.launch import (
+    MatmulPrecision,
+    block_of,
+    meta_params,
+    token_strides,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -222,8 +227,8 @@ def run_refine(
             kd_partials,
             refined,
             gram_tokens,
-            *teacher.stride()[:2],
-            *student.stride()[:2],
+            *token_strides(teacher),
+            *token_strides(student),
             images * tokens,
             tokens,
             prefix,

@@ -1,10 +1,9 @@
-"""Measuring configurations instead of taking the table's: ``SINGER_AUTOTUNE=1``.
+"""Autotuning (``SINGER_AUTOTUNE=1``): measured configurations instead of the fixed table's.
 
-The first call of each kernel, size and device tries the table's configuration and others around it
-and keeps the fastest, in memory and in a file: ``SINGER_AUTOTUNE_CACHE``, or
-``singer_kernels/autotune.json`` in the user's cache folder. Another configuration sums in another
-order: results may differ in their last bits between machines, but not between calls that find the
-same file.
+The first call of each kernel, size and device measures the table's configuration and a grid of
+others, and caches the fastest in memory and in a file: ``SINGER_AUTOTUNE_CACHE``, or
+``singer_kernels/autotune.json`` in the user's cache directory. A configuration sets the order of
+sums: results may differ in their last bits between cache files, not between calls with one file.
 """
 
 from __future__ import annotations
@@ -24,33 +23,33 @@ import torch
 from singer_kernels.backends.triton.configs import Config
 
 _logger = logging.getLogger("singer_kernels")
-_chosen: dict[str, Config] = {}
+_cached: dict[str, Config] = {}
 _Result = TypeVar("_Result")
 
 SWITCH, CACHE = "SINGER_AUTOTUNE", "SINGER_AUTOTUNE_CACHE"
 
 ROWS, INNER, WARPS, STAGES = (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
-"""What is tried, in every combination."""
+"""Grid of candidate configurations."""
 
 
 def is_on() -> bool:
-    """Whether the environment asks for it."""
+    """Whether ``SINGER_AUTOTUNE`` is set."""
     return os.environ.get(SWITCH, "0").lower() in ("1", "true", "yes", "on")
 
 
 def cache_file() -> Path:
-    """Return the file that choices are kept in."""
-    given = os.environ.get(CACHE)
-    if given:
-        return Path(given)
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "singer_kernels" / "autotune.json"
+    """Return the path of the cache file."""
+    path = os.environ.get(CACHE)
+    if path:
+        return Path(path)
+    directory = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(directory) / "singer_kernels" / "autotune.json"
 
 
 def _read(path: Path) -> dict[str, Config]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Config(*values) for key, values in found.items()}
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Config(*values) for key, values in entries.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError) as error:
@@ -60,16 +59,16 @@ def _read(path: Path) -> dict[str, Config]:
         return {}
 
 
-def _write(path: Path, chosen: dict[str, Config]) -> None:
+def _write(path: Path, entries: dict[str, Config]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(chosen, file, indent=1, sort_keys=True)
+        json.dump(entries, file, indent=1, sort_keys=True)
     os.replace(name, path)
 
 
 def candidates(first: Config) -> Iterator[Config]:
-    """Yield the table's configuration, then the others."""
+    """Yield the table's configuration, then the rest of the grid."""
     yield first
     for values in itertools.product(ROWS, INNER, WARPS, STAGES):
         config = Config(*values)
@@ -94,7 +93,7 @@ def _fastest(
     for config in candidates(first):
         try:
             times[config] = measure(functools.partial(launch, config))
-        except (OutOfResources, PTXASError):  # it does not fit on this device
+        except (OutOfResources, PTXASError):  # too large for this device
             continue
     return min(times, key=lambda config: times[config])
 
@@ -106,27 +105,27 @@ def run_tuned(
     key: tuple[object, ...],
     measure: Callable[[Callable[[], object]], float] = _milliseconds,
 ) -> _Result:
-    """Run a stage with the fastest configuration for its key, which is measured if not known.
+    """Run a stage with the fastest configuration for its key; measure it if it is not cached.
 
     Args:
-        kernel: its key of ``configs.TABLE``.
+        kernel: a key of ``configs.TABLE``.
         first: the table's configuration.
         launch: runs the stage with a configuration.
-        key: what the choice depends on: device, versions, dtypes, sizes.
+        key: device, versions, dtypes and sizes that the choice depends on.
         measure: returns the time of a call.
 
     Returns:
-        What ``launch`` does. While a CUDA graph is captured nothing is measured: what is not
-        known yet runs as the table has it.
+        The result of ``launch``. During the capture of a CUDA graph nothing is measured: a key
+        that is not cached runs with the table's configuration.
     """
     name = " ".join(map(str, (kernel, *key)))
-    if name not in _chosen:
-        _chosen.update(_read(cache_file()))
-    if name not in _chosen:
+    if name not in _cached:
+        _cached.update(_read(cache_file()))
+    if name not in _cached:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return launch(first)
-        _chosen[name] = _fastest(first, launch, measure)
-        _logger.info("%s: %s is the fastest", name, _chosen[name])
+        _cached[name] = _fastest(first, launch, measure)
+        _logger.info("%s: %s is the fastest", name, _cached[name])
         path = cache_file()
-        _write(path, {**_read(path), name: _chosen[name]})
-    return launch(_chosen[name])
+        _write(path, {**_read(path), name: _cached[name]})
+    return launch(_cached[name])
