@@ -19,7 +19,7 @@ PRODUCTS = ("refine", "gram_rows", "gram_pairs", "gram_gradient", "backward_toke
 
 
 def resources(*arguments, **environment):
-    # In a process of its own: the interpreter is on in this one.
+    # In a subprocess: this process runs the interpreter.
     given = {**os.environ, "TRITON_INTERPRET": "0", **environment}
     command = [sys.executable, "-m", "singer_kernels.resources", *arguments]
     return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
@@ -34,13 +34,13 @@ def usages():
 
 
 def test_they_are_the_committed_ones(usages):
-    """If a change is wanted, write that file anew, with the command below."""
+    """To accept a change, write the file anew with the command below."""
     release = ".".join(triton.__version__.split(".")[:2])
     path = EXPECTED / f"resources-triton-{release}.txt"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in EXPECTED.glob("resources-triton-*")))
         pytest.skip(f"of Triton {release} nothing is committed, only {known}")
-    # All of it is compiled by now.
+    # Compiled by now: read from Triton's cache.
     done = resources("--operand", "bfloat16", "float32", "--rank", "64")
     assert done.stdout.splitlines() == path.read_text(encoding="utf-8").splitlines()
 
@@ -70,16 +70,16 @@ def test_shared_memory_is_within_the_limit(usages):
 def test_products_use_the_matrix_unit(usages):
     for usage in usages:
         is_product = usage.kernel in PRODUCTS
-        # Plain float32 products, where three TF32 ones do not fit.
-        is_plain = usage.operand != "bfloat16" and usage.rank > configs.MAX_MATRIX_RANK
-        if is_product and not is_plain:
+        # IEEE float32 products, where three TF32 ones do not fit.
+        is_ieee = usage.operand != "bfloat16" and usage.rank > configs.MAX_MATRIX_RANK
+        if is_product and not is_ieee:
             assert usage.matrix, usage
-        # A kernel that the compiler emptied has next to no registers.
+        # Fewer registers: the compiler removed the kernel's body.
         assert usage.registers >= 16, usage
 
 
 def test_features_are_read_and_written_in_vectors(usages):
-    # But where the adapter is so wide that a tile of features has one number for each thread.
+    # Except at rank 256, where a tile of features has one element per thread.
     assert [usage for usage in usages if usage.narrow > 0 and usage.rank <= 128] == []
 
 

@@ -1,7 +1,4 @@
-"""What is particular to the backend "triton": its tiles, modes, operators and choice.
-
-The kernels run in Triton's interpreter here; ``test_gpu.py`` runs them on a device.
-"""
+"""Backend "triton" in Triton's interpreter: tiles, splits, Gram modes (GPU: ``test_gpu.py``)."""
 
 import numpy as np
 import pytest
@@ -27,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-# Each reaches something that the others don't: tiles are 16 rows by 32 columns here.
+# Tiles are 16 rows by 32 columns here.
 SHAPES = [
     pytest.param(Shape(2, 1, 16, 32, 16), id="one full tile"),
     pytest.param(Shape(2, 5, 33, 65, 17), id="one more than two tiles, in every size"),
@@ -43,8 +40,8 @@ def _small_tiles(monkeypatch):
 
 
 @pytest.fixture(params=["rows", "pairs"])
-def _way(request, monkeypatch):
-    """Walk the Gram tiles by rows, then by pairs."""
+def _by_rows_and_pairs(request, monkeypatch):
+    """Compute the Gram stage by ``gram_rows``, then by ``gram_pairs``."""
     monkeypatch.setattr(configs, "MIN_PATCHES_FOR_PAIRS", 1 if request.param == "pairs" else 10**6)
 
 
@@ -55,7 +52,7 @@ def one_step(case, dtypes=(F64, F64, F64), **options):
     return tensors, out
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_by_rows_and_pairs")
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_several_tiles(shape, with_target):
@@ -77,10 +74,10 @@ def test_a_mid_layer_with_several_tiles():
     case = random_case(Shape(2, 5, 33, 65, 17), 0.8)
     tensors = case.tensors()
     out = case.run(tensors, gram=False, return_refined=True)
-    back = np.random.default_rng(5).standard_normal(case.teacher.shape)
+    grad_refined = np.random.default_rng(5).standard_normal(case.teacher.shape)
     loss = WEIGHTS[0] * out.kd + WEIGHTS[1] * out.outlier
-    (loss + (out.refined * torch.from_numpy(back)).sum()).backward()
-    assert_gradients(tensors, case.gradients((*WEIGHTS[:2], 0.0), back))
+    (loss + (out.refined * torch.from_numpy(grad_refined)).sum()).backward()
+    assert_gradients(tensors, case.gradients((*WEIGHTS[:2], 0.0), grad_refined))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -101,7 +98,7 @@ def test_gram_loss_alone_with_several_tiles(prefix, backward):
             torch.testing.assert_close(found, wanted)
 
 
-# --- the identity of the Gram products ------------------------------------------------------------
+# --- the Gram identity ----------------------------------------------------------------------------
 
 
 def info_error(case):
@@ -110,16 +107,16 @@ def info_error(case):
     return abs(out.info.item() / case.values().info - 1)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_by_rows_and_pairs")
 def test_the_identity_is_more_exact_than_bfloat16_products():
-    # A small adapter: G(F̂) − G(R) is small, and the rounding of either would drown it.
+    # A small adapter: G(F̂) − G(R) is small beside the rounding error of either.
     case = random_case(Shape(2, 1, 33, 64, 8), 0.8)
     case.up[:] *= 0.02
     assert info_error(case) < 2**-9
 
 
 def cancelled_case(patches, count):
-    """The first ``count`` patches have 500 times the usual norm; 255 of 256 parts are cancelled."""
+    """The first ``count`` patches have 500 times the usual norm; the adapter cancels 255/256."""
     case = random_case(Shape(2, 1, patches, 64, 8), 0.8)
     heights = np.random.default_rng(1).uniform(0.8, 1.2, (2, count))
     case.teacher[:, 1 : 1 + count, 0] += 500 * 8 * heights
@@ -130,9 +127,9 @@ def cancelled_case(patches, count):
     return case
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_by_rows_and_pairs")
 @pytest.mark.parametrize("count", [1, 33])
-def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
+def test_cancelled_rows_are_recomputed(count, monkeypatch):
     case = cancelled_case(33, count)
     guarded = info_error(case)
     monkeypatch.setattr(gram_tile, "MAX_CANCELLATION", gram_tile.tl.constexpr(float("inf")))
@@ -142,18 +139,18 @@ def test_cancelled_rows_are_left_to_the_direct_product(count, monkeypatch):
         assert unguarded > 2**-6
 
 
-@pytest.mark.usefixtures("_way")
-def test_both_modes_in_one_batch():
+@pytest.mark.usefixtures("_by_rows_and_pairs")
+def test_identity_and_recompute_in_one_batch():
     case = cancelled_case(33, 33)
     case.teacher[1] = random_case(Shape(2, 1, 33, 64, 8), 0.8, seed=3).teacher[1]
     case.teacher[1, :, 0] = 0
     assert info_error(case) < 2**-9
 
 
-# --- nothing but what is asked for is read and written --------------------------------------------
+# --- outputs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_by_rows_and_pairs")
 @pytest.mark.parametrize("options", [{}, {"gram": False}, {"return_refined": True}])
 def test_every_output_is_written(options):
     case = random_case(Shape(2, 1, 20, 40, 5), 0.8)

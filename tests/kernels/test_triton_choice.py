@@ -1,4 +1,4 @@
-"""Which calls the backend "triton" serves, why it is off, and the table of its configurations."""
+"""Backend "triton": supported calls, reasons why it can't run, table of configurations."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Opt-in autotuning: what is tried, what is kept, and where."""
+"""Opt-in autotuning: candidates, choice, cache file."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def out_of_resources():
 
 
 class Kernel:
-    """Notes what it is run with; the fastest configuration is BEST."""
+    """Records the configurations it is launched with; the fastest is BEST."""
 
     def __init__(self):
         self.tried = []

@@ -82,14 +82,14 @@ def gram_pairs_kernel(
     target_norms_ptr += image * num_patches
     patch_i = tile_i * BLOCK_P + tl.arange(0, BLOCK_P)
     patch_j = tile_j * BLOCK_P + tl.arange(0, BLOCK_P)
-    first = image.to(tl.int64)
-    target_ptr += first * target_stride_image
+    image_index = image.to(tl.int64)
+    target_ptr += image_index * target_stride_image
     if MODE == "materialized":
-        tokens_ptr += first * tokens_stride_image
+        tokens_ptr += image_index * tokens_stride_image
     else:
-        hz_ptr += first * num_patches * 2 * rank
+        hz_ptr += image_index * num_patches * 2 * rank
     if MODE == "identity":
-        split_bf16_ptr += first * num_patches * 4 * BLOCK_R
+        split_bf16_ptr += image_index * num_patches * 4 * BLOCK_R
     # 1. E of the tile
     difference, gram, target_gram = gram_tile(
         tokens_ptr,
@@ -121,8 +121,8 @@ def gram_pairs_kernel(
     # 3. E and s of the tile, then of its transpose
     if STORES:
         mask_i, mask_j = patch_i < num_patches, patch_j < num_patches
-        difference_ptr += first * num_patches * difference_stride
-        row_dots_base = first * num_tiles * num_patches
+        difference_ptr += image_index * num_patches * difference_stride
+        row_dots_base = image_index * num_tiles * num_patches
         offsets_i = patch_i.to(tl.int64) * difference_stride
         # Up to the padded row length, where tiles are 0: aligned, vectorised stores and loads
         store_tile(difference_ptr, offsets_i, patch_j, mask_i, difference_stride, difference)
@@ -172,12 +172,12 @@ def gram_gradient_kernel(
     """
     tile_c, tile, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_images = tl.num_programs(2)
-    first = image.to(tl.int64)
-    difference_ptr += first * num_patches * difference_stride
-    row_dots_ptr += first * num_partials * num_patches
-    norms_ptr += first * num_patches
-    factor_ptr += first * factor_stride_image
-    out_ptr += first * num_patches * num_columns
+    image_index = image.to(tl.int64)
+    difference_ptr += image_index * num_patches * difference_stride
+    row_dots_ptr += image_index * num_partials * num_patches
+    norms_ptr += image_index * num_patches
+    factor_ptr += image_index * factor_stride_image
+    out_ptr += image_index * num_patches * num_columns
     patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = patch < num_patches
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -24,11 +24,7 @@ from singer_kernels.backends.triton.language import (
     store_tile,
     to_scalar,
 )
-from singer_kernels.backends.triton.launch import (
-    MatmulPrecision,
-    block_of,
-    meta_params,
-)
+from singer_kernels.backends.triton.launch import MatmulPrecision, block_of, meta_params
 
 
 @triton.jit
@@ -71,14 +67,14 @@ def gram_rows_kernel(
     mask_i = patch_i < num_patches
     if skips_image(cancellation_ratio_ptr, image, MODE):
         return
-    first = image.to(tl.int64)
-    target_ptr += first * target_stride_image
-    hz_ptr += first * num_patches * 2 * rank
+    image_index = image.to(tl.int64)
+    target_ptr += image_index * target_stride_image
+    hz_ptr += image_index * num_patches * 2 * rank
     if MODE == "materialized":
-        tokens_ptr += first * tokens_stride_image
+        tokens_ptr += image_index * tokens_stride_image
     if MODE == "identity":
-        split_bf16_ptr += first * num_patches * 4 * BLOCK_R
-    grad_hz_ptr += first * num_patches * 2 * rank
+        split_bf16_ptr += image_index * num_patches * 4 * BLOCK_R
+    grad_hz_ptr += image_index * num_patches * 2 * rank
     k = tl.arange(0, BLOCK_R)
 
     # 1. Σ E², s = rowsum(E ∘ G(F̂)), E diag(1/n) H and E diag(1/n) Z over all columns
