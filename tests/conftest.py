@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import collections
 import os
 
 import pytest
@@ -14,7 +15,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before "-m" selects by the markers added here
 def pytest_collection_modifyitems(items):
+    # @pytest.mark.sample(n): every n-th case of a grid belongs to the ordinary run, the others are
+    # slow. Choose an n that has no divisor in common with the lengths of the grid's last axes, so
+    # that the sample meets every value of every axis.
+    counts = collections.Counter()
+    for item in items:
+        marker = item.get_closest_marker("sample")
+        if marker is not None:
+            grid = (item.path, item.originalname)
+            if counts[grid] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            counts[grid] += 1
     if torch.cuda.is_available():
         return
     for item in items:

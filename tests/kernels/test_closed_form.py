@@ -103,6 +103,7 @@ def test_the_backward_may_run_under_autocast(backend, autocast):
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
 def test_each_gradient_alone_is_that_of_all_together(wanted):
     case = random_case(Shape(2, 1, 9, 8, 3), 0.5, with_target=True)

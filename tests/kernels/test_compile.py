@@ -46,6 +46,7 @@ WRAPPED = [(name, checkpointed) for name in BACKENDS]
 WRAPPED += [(name, compiled) for name in BACKENDS if name != "reference"]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("with_target", [False, True])

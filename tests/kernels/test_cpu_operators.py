@@ -165,6 +165,7 @@ def check_one(call):
     assert shapes_of(outputs) == shapes_of(expected)
 
 
+@pytest.mark.slow
 def test_two_thousand_calls_raise_or_return():
     OUTCOMES.update(returned=0, raised=0)
     check_one()

@@ -102,6 +102,7 @@ def test_all_zero_features_give_zero_losses_and_finite_gradients():
 # --- NaN and Inf ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.9])  # of 9 patches: a threshold of Inf
 @pytest.mark.parametrize("patches", [1, 2, 9])
@@ -159,6 +160,7 @@ def test_a_bad_entry_shows_in_the_losses_that_read_it(bad, where):
     assert shows(out.kd, out.outlier, out.info) == expected.get(where, [True, True, True])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize(
     ("norms", "gamma"),

@@ -98,6 +98,7 @@ def laid_out(values, layout):
     return view[:1].expand(shape) if layout["expanded"] else view
 
 
+@pytest.mark.slow
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -189,6 +190,7 @@ def operator_samples(name):
     yield gram, (student, target, 1, False, False, F32, F32)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("index", range(9))
 def test_opcheck(kernels, index):
     samples = list(operator_samples(kernels))

@@ -52,6 +52,7 @@ def one_step(case, dtypes=(F64, F64, F64), **options):
     return tensors, out
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("_by_rows_and_pairs")
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)

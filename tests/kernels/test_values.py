@@ -217,6 +217,7 @@ def check(case):
     assert_gradients(tensors, case.gradients(WEIGHTS))
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("make", [random_case, outlier_case, tied_case])
@@ -229,6 +230,7 @@ def test_a_gram_target_that_requires_grad(shape):
     check(random_case(shape, 0.5, with_target=True))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, derandomize=True, max_examples=80)
 def test_any_shape(data):

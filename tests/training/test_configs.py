@@ -181,6 +181,7 @@ def test_a_configuration_fits_its_models(case):
         count_masked(config.method.mask_ratio, teacher.num_patches)
 
 
+@pytest.mark.sample(5)
 @each_case
 def test_a_configuration_trains_for_a_step(case):
     config = load(case)

@@ -22,6 +22,7 @@ from singer.errors import SingerError
 from singer.methods import SiNGER
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("call", "error"), [(5, KeyboardInterrupt()), (6, KeyboardInterrupt()), (6, SingerError("bad"))]
 )
@@ -38,6 +39,7 @@ def test_what_ends_in_the_middle_of_a_step_keeps_the_steps_before(whole, monkeyp
     assert_same(config.output, expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("batch", "saved"), [(7, [2, 3]), (8, [2])])
 def test_images_that_fail_keep_what_can_be_gone_on_from(whole, monkeypatch, batch, saved):
     config, expected = whole()
@@ -154,6 +156,7 @@ def test_a_kill_before_the_configuration_is_written_can_be_resumed(make_config):
     assert training.distill(config, QUIET, resume=True).steps == 6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["NULs", "missing"])
 def test_damaged_records_do_not_stop_a_run(whole, monkeypatch, caplog, damage):
     config, _ = whole()

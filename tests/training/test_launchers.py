@@ -84,6 +84,7 @@ def _assert_close(folder, expected):
         assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("launcher", "overrides"),
     [
@@ -102,6 +103,7 @@ def test_several_processes_train_as_one(distill, tmp_path, launcher, overrides):
     assert done.stdout.count("images per second") == 1
 
 
+@pytest.mark.slow
 def test_a_restart_by_the_launcher_goes_on_exactly(distill, tmp_path):
     two = [*TORCHRUN, "--nproc-per-node", "2"]
     whole = _run([*two, *CLI, *distill("whole")])
@@ -119,6 +121,7 @@ def test_a_restart_by_the_launcher_goes_on_exactly(distill, tmp_path):
     assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_restart_leaves_a_folder_alone_that_it_did_not_make(distill, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
@@ -136,6 +139,7 @@ def _free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "dead", "expected"),
     [

@@ -96,6 +96,7 @@ def test_every_measurement_is_that_of_one_sign_per_patch(name):
     assert seen == set(range(8))
 
 
+@pytest.mark.slow
 def test_measurements_average_to_the_sum_over_patches():
     backbone = double_backbone(VIT, dim=8)
     images = random_images(backbone, batch=2, dtype=F64)

@@ -84,6 +84,7 @@ def _command(place, tmp_path, config):
     return [sys.executable, "-c", KILLED, place, *arguments]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("place", ["step", "checkpoint", "export", "end", "metrics"])
 def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     config, expected = whole()
@@ -101,6 +102,7 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     assert_same(config.output, expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_a_signal_saves_and_has_an_exit_code_of_its_own(
     whole, tmp_path, monkeypatch, capsys, name, code
