@@ -28,40 +28,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    distill = commands.add_parser("distill", help="train a student, as a configuration file says")
+    distill = commands.add_parser("distill", help="train one or several students")
     distill.add_argument(
         "--config",
         required=True,
         action="append",
         metavar="FILE",
-        help="YAML file; may be given several times: later files' values hold",
+        help="YAML file; may be given several times: later files override earlier ones",
     )
     distill.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in the run's folder; begin if there is none",
+        help="resume from the newest checkpoint in the output directory; start if there is none",
     )
     distill.add_argument(
         "--force",
         action="store_true",
-        help="with --resume: although the configuration, the images or the number of processes "
+        help="with --resume: even if the configuration, the images or the number of processes "
         "changed",
     )
     distill.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="takes the place of the file's value, for example train.lr=3e-4",
+        help="overrides the files, for example train.lr=3e-4",
     )
 
     demo = commands.add_parser("demo", help="DINOv2 ViT-S/14 teaches a ViT-Tiny, in minutes")
     demo.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
     demo.add_argument(
-        "--output", default="runs/demo", metavar="DIR", help="a new folder; default: %(default)s"
+        "--output", default="runs/demo", metavar="DIR", help="a new directory; default: %(default)s"
     )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     demo.add_argument(
-        "--compare", action="store_true", help="train FitNet too, on the same data in one order"
+        "--compare",
+        action="store_true",
+        help="also train FitNet, on the same data in the same order",
     )
     demo.add_argument(
         "--teacher", metavar="NAME", help="a timm model with pretrained weights (needs its hub)"
@@ -125,7 +127,7 @@ def _missing_requirements() -> list[str]:
 
 
 def _leave_group() -> None:
-    """Part from the other processes, where all of them end; else torch complains."""
+    """Destroy the process group, where all ranks end; otherwise torch warns."""
     torch = sys.modules.get("torch")  # not loaded before the configuration is read
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -142,9 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for an error that the user can mend; 75 when SIGTERM or SIGUSR1 stopped
-        a run that can be resumed; 130 after Ctrl-C. (A process that ends because another one of its
-        run has died ends with 70.)
+        The exit code: 0; 2 for an error that the user can fix; 75 when SIGTERM or SIGUSR1 stopped
+        a run that can be resumed; 130 after Ctrl-C. (70: another rank of the run has died.)
     """
     if missing := _missing_requirements():
         print(
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_USER_ERROR
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)  # argparse wants the overrides in one row
+    arguments, rest = parser.parse_known_args(argv)  # argparse takes only consecutive overrides
     if arguments.command != "distill" or any(text.startswith("-") for text in rest):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

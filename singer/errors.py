@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how the command line ends."""
+"""Errors shown to users, and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 70
-"""Another process of the run has died."""
+"""Another rank of the run has died."""
 EXIT_STOPPED = 75
-"""A signal asked the run to stop; it has saved, and can be resumed."""
+"""A signal stopped the run; it is saved and can be resumed."""
 EXIT_INTERRUPTED = 130
-"""As a shell reports a program that SIGINT ended."""
+"""128 + SIGINT, as shells report it."""
 
 
 class SingerError(Exception):
-    """A mistake in what the user gave; its one-line message says what to do.
+    """An error that the user can fix; its one-line message says how.
 
     The command line prints the message and exits with code 2.
     """
 
 
 class SharedError(SingerError):
-    """One that every process of the run raises: it is enough that one of them shows it."""
+    """Raised on every rank at the same point; only the main process prints it."""
 
 
 class NonFiniteError(SharedError):
@@ -30,14 +30,14 @@ class NonFiniteError(SharedError):
 
 
 class StoppedError(Exception):
-    """A signal asked the run to stop, and it has saved what it had.
+    """A signal stopped the run, and it is saved.
 
     The command line exits with code 75, or 130 for Ctrl-C.
 
     Args:
-        signal: its name.
-        place: where the run was.
-        is_shared: every process of the run raises it.
+        signal: name of the signal.
+        place: where the run stopped, for the message.
+        is_shared: raised on every rank at the same point.
     """
 
     def __init__(self, signal: str, place: str, is_shared: bool = True) -> None:

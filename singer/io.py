@@ -13,8 +13,8 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path; after the block, flush it to the disk and rename it to ``path``.
 
-    The block writes a file or a directory of files there. After an error, ``path`` is as it was and
-    the temporary path is gone. A killed process may leave it behind, see :func:`stale_tmp`.
+    The block writes a file or a directory of files there. After an error in it, ``path`` is as it
+    was and the temporary path is gone. A killed process may leave it behind: :func:`stale_tmp`.
 
     Args:
         path: the file or directory; its parent must exist.

@@ -1,4 +1,4 @@
-"""Random numbers from a seed of their own, with the global generators left as they were."""
+"""Local seeding that leaves the global random generators unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def cpu_seed(seed: int) -> Iterator[None]:
-    """Seed the CPU's generator inside the block, and put its state back after it.
+    """Seed the CPU generator inside the block, and restore its state afterwards.
 
     Not ``torch.manual_seed`` within ``torch.random.fork_rng``: that would reseed every GPU too.
     """

@@ -282,6 +282,8 @@ class TrainConfig(_Section):
             request to stop is answered then (at once, in a single process).
         save_every: steps between two checkpoints; one more is made at the end of every epoch.
         keep_checkpoints: how many of the last ones stay.
+        trackers: Accelerate's trackers to log to, by name (``tensorboard``, ``wandb``, ``mlflow``,
+            ``trackio``, ...); ``metrics.jsonl`` is always written.
         peer_monitor: end a rank when another one has died, see :mod:`singer.engine.peer_monitor`.
     """
 
@@ -303,6 +305,7 @@ class TrainConfig(_Section):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
+    trackers: list[str] = ["tensorboard"]
     peer_monitor: bool = True
 
 

@@ -1,10 +1,15 @@
-"""What a run shows while it trains, and when it has ended."""
+"""Progress bar, throughput, and the summary of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from types import TracebackType
+from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +23,66 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+T = TypeVar("T")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory in bytes: allocated on a CUDA device, else resident; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Throughput:
+    """Measures speed, time spent waiting for data, and memory, on the host alone.
+
+    Args:
+        batch_size: images per optimiser step, over all ranks.
+        device: of this rank.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
+        self.device = device
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin an interval after a completed step."""
+        self._step = step
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    def wait_for(self, batches: Iterator[T]) -> T:
+        """Return the next batch; count the time until it is there."""
+        started = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - started
+        return batch
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return the figures of the interval up to a completed step, and begin the next one.
+
+        Returns:
+            ``train/images_per_second``; ``train/data_seconds``, waited per step; and
+            ``train/peak_memory_gib``, since the process started. Nothing without a step.
+        """
+        steps, seconds = step - self._step, time.perf_counter() - self._started
+        waited = self._waited
+        self.start(step)
+        if steps < 1:
+            return {}
+        values = {
+            "train/images_per_second": steps * self.batch_size / seconds,
+            "train/data_seconds": waited / steps,
+        }
+        peak = peak_memory(self.device)
+        return values if peak is None else {**values, "train/peak_memory_gib": peak / 2**30}
+
 
 class _ImagesPerSecond(ProgressColumn):
     def __init__(self, images_per_step: int) -> None:
@@ -30,13 +95,13 @@ class _ImagesPerSecond(ProgressColumn):
 
 
 class TrainingProgress:
-    """A live bar: step, losses, images per second, time left.
+    """A progress bar: step, losses, images per second, time left.
 
     Args:
-        console: where to show it; None: nowhere.
-        steps: the whole run's.
-        images_per_step: over all processes.
-        done: steps that an earlier part of the run has done.
+        console: shows it; None: not shown.
+        steps: number of optimiser steps of the whole run.
+        images_per_step: over all ranks.
+        done: number of completed steps of a resumed run.
     """
 
     def __init__(
@@ -71,7 +136,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def step(self) -> None:
-        """Count one step."""
+        """Advance by one step."""
         self._progress.advance(self._task)
 
     def losses(self, losses: Mapping[str, float]) -> None:
@@ -81,7 +146,7 @@ class TrainingProgress:
 
 
 def summary_table(title: str, rows: Mapping[str, str]) -> Table:
-    """Return a table of two columns, for the end of a run.
+    """Return a table of names and values, for the end of a run.
 
     Args:
         title: above the table.

@@ -31,6 +31,7 @@ from singer.engine.distributed import (
 from singer.engine.peer_monitor import monitor_peers
 from singer.engine.run_dir import CHECKPOINTS, CONFIG, check_new, stale_tmp
 from singer.engine.student import StudentTrainer
+from singer.engine.trackers import check_trackers
 from singer.engine.trainer import TeacherTokens, Trainer
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.features.cache import TokenCache, weights_digest
@@ -90,6 +91,7 @@ def check(
             "train.precision: got 'fp16' with several students, which can't share the scale of "
             "their gradients; take 'bf16' or 'fp32'"
         )
+    check_trackers(config.train.trackers)
     teacher = inspect_backbone(
         config.teacher.name, config.image_size, "teacher", config.teacher.options
     )

@@ -1,4 +1,4 @@
-"""What else a run's state is made of, as tensors and JSON: optimisers, random generators."""
+"""State of optimisers and random generators as tensors, for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from singer.errors import SingerError
 
 
 def _positions(optimizer: Optimizer, model: nn.Module) -> dict[str, int]:
-    """Return the index that an optimiser's state dict gives to each parameter it holds."""
+    """Return the index of each parameter in the optimiser's state dict, by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names[id(parameter)]: index for index, parameter in enumerate(held)}
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return what an optimiser remembers, under ``parameter/quantity``.
+    """Return an optimiser's state as tensors named ``parameter/quantity``.
 
-    Its options (learning rate, decay, ...) are not in it: they are the configuration's.
+    Its options (learning rate, decay, ...) are left out: they come from the configuration.
 
     Args:
-        optimizer: holds parameters of ``model`` alone.
-        model: names them.
+        optimizer: over parameters of ``model`` only.
+        model: gives the names.
     """
-    remembered = optimizer.state_dict()["state"]
+    state = optimizer.state_dict()["state"]
     tensors = {}
     for name, index in _positions(optimizer, model).items():
-        for key, value in remembered.get(index, {}).items():
+        for key, value in state.get(index, {}).items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimiser back what :func:`optimizer_tensors` returned.
+    """Load the tensors of :func:`optimizer_tensors` into an optimiser.
 
     Raises:
         SingerError: the tensors are of another model.
     """
     positions = _positions(optimizer, model)
     parameters = dict(model.named_parameters())
-    remembered: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         if name not in positions:
@@ -57,8 +57,8 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str,
                 f"checkpoint: {full_name} has the shape {tuple(value.shape)}, "
                 f"expected {tuple(expected)}"
             )
-        remembered.setdefault(positions[name], {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": remembered})
+        state.setdefault(positions[name], {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -67,7 +67,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     Args:
         module: the module.
         tensors: named tensors.
-        what: what to call it in messages.
+        what: its name in messages.
 
     Raises:
         SingerError: names or shapes differ: the checkpoint is of another model.
@@ -88,7 +88,7 @@ def _to_int64(values: Any) -> Tensor:
 
 
 def _float_bits(value: float | None) -> list[int]:
-    """Return whether a number is there, and its bits."""
+    """Return whether the value is not None, and its float64 bits."""
     number = 0.0 if value is None else value
     return [int(value is not None), int(np.float64(number).view(np.int64))]
 
@@ -101,10 +101,10 @@ def random_state(device: torch.device) -> Tensor:
     """Return the state of this process's random generators: Python's, NumPy's and torch's.
 
     Args:
-        device: whose generator counts beside the CPU's.
+        device: its generator is included beside the CPU's.
 
     Returns:
-        uint8, of one length for all processes whose devices are alike.
+        1-D, uint8; the length is the same on all ranks with the same kind of device.
     """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
@@ -120,10 +120,10 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Put the generators back to where :func:`random_state` found them.
+    """Restore the state that :func:`random_state` returned.
 
     Raises:
-        SingerError: the state was taken with another kind of device.
+        SingerError: the state was saved with another kind of device.
     """
     expected = random_state(device)
     if state.shape != expected.shape:

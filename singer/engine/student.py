@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,23 +13,23 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
 
 from singer.config.schema import Config, StudentSpec, TrainConfig
 from singer.engine.distributed import run_on_all_ranks
-from singer.engine.run_dir import STUDENT, STUDENT_EMA, TENSORBOARD, RunDir, writing
+from singer.engine.run_dir import STUDENT, STUDENT_EMA, RunDir
 from singer.engine.state_dicts import load_module, load_optimizer, optimizer_tensors
+from singer.engine.trackers import Trackers
 from singer.errors import NonFiniteError, SharedError
 from singer.methods import Distiller
 from singer.models.backbones import BlockTokens
 from singer.report import figures
 
-_logger = logging.getLogger("singer")
+_GRAD_NORM = "grad_norm"
 
 
 class LossLog:
-    """Keeps losses on the device, and copies them to the host only in :meth:`read`.
+    """Keeps losses and gradient norms on the device; copies them to the host in :meth:`read`.
 
     Args:
         accelerator: averages them over the ranks.
@@ -42,24 +41,34 @@ class LossLog:
         self.parts = parts
         self.names: list[str] = []
         self._pending: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Append the losses of one micro-batch, scalars."""
         self.names = list(losses)
         self._pending.append(torch.stack([loss.detach().float() for loss in losses.values()]))
 
+    def add_norm(self, norm: Tensor) -> None:
+        """Append the gradient norm of a step, a scalar."""
+        self._norms.append(norm.detach().float())
+
     def read(self, steps: int) -> list[dict[str, float]]:
         """Return each step's losses since the last call, averaged over micro-batches and ranks.
+
+        The gradient norm is beside them, as ``grad_norm``.
 
         Args:
             steps: number of completed steps; micro-batches of a further one are dropped.
         """
         pending, self._pending = self._pending[: steps * self.parts], []
+        norms, self._norms = self._norms[:steps], []
         if not pending:
             return []
         parts = torch.stack(pending).unflatten(0, (steps, self.parts))  # [steps, parts, losses]
-        values = self.accelerator.reduce(parts.mean(dim=1), reduction="mean")
-        return [dict(zip(self.names, row, strict=True)) for row in values.tolist()]
+        columns = torch.cat([parts.mean(dim=1), torch.stack(norms)[:, None]], dim=1)
+        values = self.accelerator.reduce(columns, reduction="mean")
+        names = [*self.names, _GRAD_NORM]
+        return [dict(zip(names, row, strict=True)) for row in values.tolist()]
 
 
 def create_optimizer(method: Distiller, train: TrainConfig) -> torch.optim.Optimizer:
@@ -145,7 +154,8 @@ class StudentTrainer:
         self._log = LossLog(accelerator, train.grad_accum_steps)
         self._pending: list[dict[str, Any]] = []  # step, epoch, lr; the losses are not read yet
         self.run_dir: RunDir | None = None
-        self._writer: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
+        self._prefix = f"{self.path.name}/train/" if config.students else "train/"
         self.saved_step: int | None = None
 
     @property
@@ -153,28 +163,18 @@ class StudentTrainer:
         """The names of the losses, once there are any."""
         return self._log.names
 
-    def open(self, done: int) -> None:
+    def open(self, done: int, trackers: Trackers) -> None:
         """Open the output directory, and write the method's reports. Main rank only.
 
         Args:
             done: number of completed steps of a resumed run; records of later ones are dropped.
+            trackers: get the records too, under the student's name if there are several.
         """
+        self._trackers = trackers
         self.run_dir = RunDir.reopen(self.path)
         self.run_dir.truncate_metrics(done)
         for name, report in self.method.reports().items():
             self.run_dir.write_json(f"{name}.json", report)
-        path = self.run_dir.path / TENSORBOARD
-        with writing(path):
-            self._writer = SummaryWriter(str(path), purge_step=done + 1)
-
-    def close(self) -> None:
-        """Flush TensorBoard; a failure is only logged at this point."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:
-            _logger.warning("%s can't be written: %s", self.path / TENSORBOARD, error)
 
     def backward(self, images: Tensor, teacher: BlockTokens, part: int) -> None:
         """Accumulate the gradients of one micro-batch.
@@ -219,16 +219,22 @@ class StudentTrainer:
             epoch: from 0; logged.
         """
         self._schedule.step_update(step - 1)
-        if self.config.train.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(
-                self.method.parameters(), self.config.train.max_grad_norm
-            )
+        self._log.add_norm(self._clip_gradients())
         self._stepper.step()
         self._stepper.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.method.student, step)
         rate = self._optimizer.param_groups[0]["lr"]
         self._pending.append({"step": step, "epoch": epoch, "lr": rate})
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradients, if configured; return their norm before that, on the device."""
+        max_norm = self.config.train.max_grad_norm
+        if max_norm is not None:
+            return self.accelerator.clip_grad_norm_(self.method.parameters(), max_norm)
+        self.accelerator.unscale_gradients(self._stepper)  # of fp16
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
 
     def log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call; return the records.
@@ -237,26 +243,30 @@ class StudentTrainer:
             NonFiniteError: one is NaN or infinite; those before it are written.
         """
         records: list[dict[str, Any]] = []
+        norms: list[float] = []
         pending, self._pending = self._pending, []
         for entry, losses in zip(pending, self._log.read(len(pending)), strict=True):
+            norm = losses.pop(_GRAD_NORM)
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
-                self._write(records)
+                self._write(records, norms)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
                 raise self._non_finite(entry["step"], f"{name} is {losses[name]}")
             records.append({**entry, **losses})
-        self._write(records)
+            norms.append(norm)
+        self._write(records, norms)
         return records
 
     @run_on_all_ranks
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        if self.run_dir is None or self._writer is None:
+    def _write(self, records: list[dict[str, Any]], norms: list[float]) -> None:
+        if self.run_dir is None or self._trackers is None:
             return
         self.run_dir.append_metrics(records)
-        with writing(self.run_dir.path / TENSORBOARD):
-            for record in records:
-                for name in ("lr", *self.loss_names):
-                    self._writer.add_scalar(f"train/{name}", record[name], record["step"])
+        for record, norm in zip(records, norms, strict=True):
+            values = {name: record[name] for name in ("lr", *self.loss_names)}
+            values[_GRAD_NORM] = norm
+            named = {f"{self._prefix}{name}": value for name, value in values.items()}
+            self._trackers.add(record["step"], named)
 
     def sync(self) -> None:
         """Flush the records to the disk. Main rank only."""

@@ -23,10 +23,11 @@ from singer.engine.distributed import (
     run_on_all_ranks,
     run_on_main,
 )
-from singer.engine.progress import TrainingProgress
+from singer.engine.progress import Throughput, TrainingProgress
 from singer.engine.run_dir import CONFIG, RunDir
 from singer.engine.state_dicts import random_state, set_random_state
 from singer.engine.student import StudentTrainer
+from singer.engine.trackers import Trackers
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.models.backbones import BlockTokens
 
@@ -85,6 +86,8 @@ class Trainer:
         self.saved_step: int | None = None
         self._is_mid_step = False
         self._created_dir = False
+        self._trackers: Trackers | None = None  # of the main rank
+        self._throughput = Throughput(config.train.batch_size, accelerator.device)
         self.unreadable = UnreadableLimit(len(loader.dataset.source), config.data.max_unreadable)
         self._new_unreadable: list[str] = []
         if resumed is not None:
@@ -114,6 +117,7 @@ class Trainer:
         before = self.completed_steps
         try:
             started = time.perf_counter()
+            self._throughput.start(self.completed_steps)
             self._loop()
             if self.completed_steps == before:  # a kill may have come between checkpoint and export
                 self._export()
@@ -124,19 +128,22 @@ class Trainer:
         return seconds
 
     def _close(self) -> None:
-        for student in self.students:
-            student.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     @run_on_main
     def _open(self) -> None:
-        output = self.config.output
-        self._created_dir = not Path(output).exists()
+        output = Path(self.config.output)
+        self._created_dir = not output.exists()
         run_dir = RunDir.reopen(output) if self.reopen else RunDir(output)
-        register_output(output)
+        register_output(self.config.output)
         try:
             run_dir.write_text(CONFIG, to_yaml(self.config))
+            values = self.config.model_dump(mode="json")
+            names = self.config.train.trackers
+            self._trackers = Trackers(names, output, self.completed_steps, values)
             for student in self.students:
-                student.open(self.completed_steps)
+                student.open(self.completed_steps, self._trackers)
         except SingerError:
             self._close()
             if self._created_dir:
@@ -191,7 +198,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
         parts = self.config.train.grad_accum_steps
         for part in range(parts):
-            epoch, batch = next(batches)
+            epoch, batch = self._throughput.wait_for(batches)
             self._new_unreadable += batch.unreadable
             if batch.unreadable and self.config.teacher.cache is not None:
                 raise SingerError(
@@ -218,6 +225,13 @@ class Trainer:
             newest = student.log()
             if progress is not None and newest and student is self.students[0]:
                 progress.losses({name: newest[-1][name] for name in student.loss_names})
+        self._write_trackers()
+
+    @run_on_all_ranks
+    def _write_trackers(self) -> None:
+        if self._trackers is not None:
+            self._trackers.add(self.completed_steps, self._throughput.read(self.completed_steps))
+            self._trackers.write()
 
     def _take_unreadable(self) -> list[str]:
         own, self._new_unreadable = self._new_unreadable, []

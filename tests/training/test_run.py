@@ -46,7 +46,7 @@ def _equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_run_folder_holds_what_it_should(make_config):
+def test_the_output_directory_holds_all_files(make_config):
     config = make_config()
     result = _distill(config)
     written = {str(p.relative_to(result.folder)) for p in result.folder.rglob("*") if p.is_file()}
@@ -323,7 +323,7 @@ def test_too_many_unreadable_images_stop_the_run_and_what_it_did_is_kept(make_co
         assert file.metadata()["step"] == "4"
 
 
-def test_a_run_that_did_nothing_leaves_no_folder(make_config, monkeypatch):
+def test_a_run_without_a_completed_step_leaves_no_directory(make_config, monkeypatch):
     def fail(self, student, teacher):
         raise SingerError("nothing came of it")
 

@@ -8,46 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from singer.engine.run_dir import RunDir, writing
+from singer.engine.run_dir import RunDir
 from singer.errors import SingerError
-from singer.io import atomic_write
 
 
-def test_existing_folder_is_refused_and_untouched(tmp_path):
+def test_existing_directory_is_refused_and_untouched(tmp_path):
     (tmp_path / "kept").write_text("x")
     with pytest.raises(SingerError, match="exists already"):
         RunDir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_folder_that_cannot_be_made_is_named(tmp_path):
+def test_directory_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SingerError, match=r"output: .* can't be made"):
         RunDir(tmp_path / "file" / "run")
-
-
-def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail_half_way():
-        with writing(path), atomic_write(path) as written:
-            written.write_text("ne")
-            raise OSError("no space left")
-
-    with pytest.raises(SingerError, match="file can't be written: no space left"):
-        fail_half_way()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_readers_never_see_half_a_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with atomic_write(path) as written:
-        written.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
 
 
 def test_tensors_json_and_metrics_read_back(tmp_path):

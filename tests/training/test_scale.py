@@ -264,18 +264,23 @@ class _Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
-def test_nothing_waits_for_the_device_between_logs(make_config, monkeypatch, variant):
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_nothing_waits_for_the_device_between_logs(
+    make_config, monkeypatch, variant, max_grad_norm
+):
     reads = _Reads()
-    original = StudentTrainer.backward
+    for name in ("backward", "step"):
+        original = getattr(StudentTrainer, name)
 
-    def backward(self, *arguments):
-        with reads:
-            original(self, *arguments)
+        def counted(self, *arguments, original=original):
+            with reads:
+                original(self, *arguments)
 
-    monkeypatch.setattr(StudentTrainer, "backward", backward)
+        monkeypatch.setattr(StudentTrainer, name, counted)
     monkeypatch.setattr(StudentTrainer, "log", lambda self: [])
     monkeypatch.setattr(Trainer, "_plot", lambda self: None)
-    config = make_config(method={"variant": variant}, train={"max_grad_norm": 1.0, "steps": 2})
+    train = {"max_grad_norm": max_grad_norm, "steps": 2}
+    config = make_config(method={"variant": variant}, train=train)
     monkeypatch.setattr(training, "_last_losses", lambda *_: {})
     training.train(config, QUIET)
     assert reads.found == []
