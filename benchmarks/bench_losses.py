@@ -1,4 +1,4 @@
-"""The losses of one layer, forward and backward: the workloads, in every precision."""
+"""Benchmark the losses of one layer, forward and backward, in every precision."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from harness.providers import NAMES
 from harness.replay import replays
-from harness.workloads import Point, workloads
+from harness.workloads import Case, workloads
 
-points = workloads
+cases = workloads
 
 
 @replays
 @pytest.mark.parametrize("provider", NAMES)
-def test_losses(measure_losses: Any, point: Point, provider: str) -> None:
-    """Measure a provider beside all others."""
-    measure_losses(point, provider)
+def test_losses(measure_losses: Any, case: Case, provider: str) -> None:
+    """Compare a provider with the others."""
+    measure_losses(case, provider)

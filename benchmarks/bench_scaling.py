@@ -1,6 +1,6 @@
-"""How the losses' cost grows with the number of patches and with the width.
+"""Benchmark how the losses scale with the number of patches and with the width.
 
-What is compiled is left out: it would be compiled anew for every size.
+``compiled`` and ``compiled-max`` are left out: every size would be compiled separately.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from harness.providers import NAMES
 from harness.replay import replays
-from harness.workloads import Point, sweeps
+from harness.workloads import Case, sweeps
 
-points = sweeps
+cases = sweeps
 
 
 @replays
 @pytest.mark.parametrize("provider", [name for name in NAMES if not name.startswith("compiled")])
-def test_scaling(measure_losses: Any, point: Point, provider: str) -> None:
-    """Measure a provider beside all others."""
-    measure_losses(point, provider)
+def test_scaling(measure_losses: Any, case: Case, provider: str) -> None:
+    """Compare a provider with the others."""
+    measure_losses(case, provider)

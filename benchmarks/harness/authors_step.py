@@ -1,17 +1,17 @@
-"""The authors' training step of SiNGER in our own words, eager: what ``steps.py`` measures against.
+"""The authors' training step of SiNGER, reimplemented in eager torch: the baseline of ``steps.py``.
 
-It computes what their ``official`` variant computes, in the way their code does it:
+It computes their ``official`` variant with the same work as their code:
 
-- every block of the teacher runs, and all of their outputs are kept;
-- the teacher is not frozen: the block after an intermediate layer gets gradients for its weights,
-  which no optimiser reads and nobody clears;
-- that block runs again on the plain tokens, although its output is already there;
-- outliers are picked out by boolean indexing, whose result's size the host has to wait for;
-- both Gram matrices and everything else between the losses are stored for autograd;
+- every block of the teacher runs, and all block outputs are kept;
+- the teacher is not frozen: the weights of the block after an intermediate layer get gradients,
+  which no optimiser uses and nothing clears;
+- that block runs again on the plain teacher tokens, although its output is known already;
+- outliers are selected by boolean indexing, which synchronises the host;
+- autograd saves both Gram matrices and all other intermediate results of the losses;
 - the host reads every loss at every step.
 
-Left out, in the authors' favour: their gathering of all-zero logits and the accuracy on them, DDP
-with unused parameters, and what they print.
+Left out, in the authors' favour: gathering all-zero logits and computing accuracy on them, DDP with
+unused parameters, and printing.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Match = Callable[[Tensor, Tensor], Tensor]
 
 
 class AuthorsStep(nn.Module):
-    """The authors' model of a training step: student, teacher, projections and adapters.
+    """Modules and losses of the authors' step: student, teacher, projections and adapters.
 
     Args:
-        method: where the weights, the layers and the variant come from; it is copied. The variant
-            ``paper``, which the authors' code does not offer, is computed in their manner.
+        method: source of weights, layers and variant; it is copied. The variant ``paper``, which
+            the authors' code does not have, is computed in the same way.
 
     Raises:
-        ValueError: there is only one layer, or there are other prefix tokens than CLS; their code
-            handles neither.
+        ValueError: there is only one layer, or CLS is not the only prefix token; the authors' code
+            supports neither.
 
     Source: ``SiNGER.forward_train`` and ``BaseTrainer.train_iter`` of the authors' code.
     """
@@ -59,13 +59,13 @@ class AuthorsStep(nn.Module):
         self.projections, self.adapters = own.projections, own.adapters
 
     def learnable(self) -> Iterator[nn.Parameter]:
-        """Return what the optimiser gets: everything but the teacher."""
+        """Return the parameters of the optimiser: all but the teacher's."""
         for module in (self.student, self.projections, self.adapters):
             yield from module.parameters()
 
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> BlockTokens:
-        """Run the whole teacher, and keep what every block returns.
+        """Return the tokens after every block of the teacher.
 
         Args:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
@@ -73,7 +73,7 @@ class AuthorsStep(nn.Module):
         return self.teacher_backbone.tokens(images, range(self.teacher_backbone.depth))
 
     def student_tokens(self, images: Tensor) -> BlockTokens:
-        """Run the whole student, and keep what every block returns.
+        """Return the tokens after every block of the student.
 
         Args:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
@@ -84,12 +84,12 @@ class AuthorsStep(nn.Module):
         """Return ``loss`` and its terms ``kd``, ``outlier`` and ``info``, scalars.
 
         Args:
-            student: every block's tokens.
+            student: tokens after every block.
             teacher: likewise, without gradient.
         """
         kd = outlier = info = 0.0
         match: Match = F.mse_loss if self.variant == "official" else gram_loss
-        before: Tensor | None = None  # the refined tokens of the last intermediate layer
+        before: Tensor | None = None  # F̂ of the last intermediate layer
         for layer, student_layer in zip(self.layers, self.student_layers, strict=True):
             adapter = self.adapters[str(layer)]
             plain = teacher[layer]

@@ -1,20 +1,20 @@
-"""Bytes and operations of each provider, counted, not timed: a guard that needs no clock.
+"""Count bytes and operations of each provider: a regression check without timing.
 
     cd benchmarks && python -m harness.counting [--write]
 
-Prints what a forward and backward pass of every provider hands its operators, as JSON;
-``--write`` puts it into ``benchmarks/expected/counts.json``, which a test compares with the code.
+Prints the counts of a forward and backward pass of every provider as JSON; ``--write`` writes them
+to ``benchmarks/expected/counts.json``, which a test compares with the code.
 
 What is counted, on a small workload:
 
-- of eager code and of the backend ``"torch"``: torch's operators, each reading its operands and
-  writing its results once; what only looks at memory in another way (views) is free;
-- of ``"cuda"``: the same of what stands between its kernels, and the kernels;
-- of ``"cpu"``: its operators, from outside: what they read and write, and not what they do inside;
-- of ``"triton"``: its kernels' launches, each reading or writing every tensor it is handed once.
+- eager code and backend ``"torch"``: torch's operators; each reads its operands and writes its
+  results once; views are free;
+- ``"cuda"``: its kernels, and torch's operators between them;
+- ``"cpu"``: arguments and results of its operators, not the memory traffic inside them;
+- ``"triton"``: its kernel launches; each reads or writes every tensor argument once.
 
-An operation is one of a matrix product's (a multiply-add is two); those of compiled kernels are not
-counted. ``held`` is the memory kept for the backward.
+``operations`` are those of matrix products (a multiply-add is two); compiled kernels' are not
+counted. ``held`` is the memory saved for the backward.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.memory import held_for_backward
-from harness.oracle import upstream_of
+from harness.memory import saved_for_backward
+from harness.oracle import grad_outputs_for
 from harness.providers import build, unavailable_reason
 from harness.workloads import PRECISIONS, Workload, make_inputs
 
@@ -40,8 +40,8 @@ EXPECTED = Path(__file__).parents[1] / "expected" / "counts.json"
 Count = dict[str, int]
 
 
-def _moved(tensor: Tensor) -> int:
-    # What an expanded dimension repeats is in memory once.
+def _tensor_bytes(tensor: Tensor) -> int:
+    # An expanded dimension (stride 0) is in memory once.
     sizes = [s for s, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
     count = 1
     for size in sizes:
@@ -50,7 +50,7 @@ def _moved(tensor: Tensor) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators, the bytes they read and write, and the operations of their products.
+    """Counts operators, the bytes they read and write, and the operations of matrix products.
 
     Attributes:
         total: ``operators``, ``bytes`` and ``operations``.
@@ -63,15 +63,15 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
         kwargs = kwargs or {}
-        # Without data, there is nothing for a compiled kernel to do.
+        # On meta tensors a compiled kernel has nothing to run: count its arguments alone.
         is_kernel = func.namespace == "singer_kernels" and args[0].device.type == "meta"
         out = None if is_kernel else func(*args, **kwargs)
         if func.is_view or func in _FREE:
             return out
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        # A tensor that is written in place is read and written.
+        # A tensor written in place is both argument and result: counted twice, read and written.
         self.total["operators"] += 1
-        self.total["bytes"] += sum(map(_moved, tensors))
+        self.total["bytes"] += sum(map(_tensor_bytes, tensors))
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.total["operations"] += formula(*args, **kwargs, out_val=out)
@@ -79,7 +79,7 @@ class Counter(TorchDispatchMode):
 
 
 _aten = torch.ops.aten
-_FREE = {  # they neither read nor write what they are handed
+_FREE = {  # neither read nor write their tensors' data
     _aten.empty.memory_format,
     _aten.empty_like.default,
     _aten.new_empty.default,
@@ -92,30 +92,33 @@ _FREE = {  # they neither read nor write what they are handed
 
 
 def count_pass(name: str, precision: str) -> dict[str, Count]:
-    """Return what a provider's forward and backward count, on CPU tensors.
+    """Return the counts of a provider's forward and backward, on CPU tensors.
 
     Args:
         name: ``eager``, ``eager-masked``, ``torch`` or ``cpu``.
         precision: ``fp32`` or ``bf16``.
 
     Returns:
-        For ``forward`` and ``backward``: operators, bytes and operations; ``held`` with the former.
+        ``operators``, ``bytes`` and ``operations`` of ``forward`` and ``backward``, and ``held``
+        with ``forward``.
     """
     inputs = make_inputs(WORKLOAD, PRECISIONS[precision], torch.device("cpu"))
     loss = build(name)
-    loss(inputs)  # what a first call does once is not counted
+    loss(inputs)  # one-time work of a first call is not counted
     with Counter() as forward:
         losses = loss(inputs)
-    held = held_for_backward(losses, inputs)
-    upstream = upstream_of(losses)
+    held = saved_for_backward(losses, inputs)
+    grad_outputs = grad_outputs_for(losses)
     with Counter() as backward:
-        torch.autograd.grad(losses, inputs.trained, upstream)
+        torch.autograd.grad(losses, inputs.trained, grad_outputs)
     return {"forward": {**forward.total, "held": held}, "backward": backward.total}
 
 
 def count_cuda() -> Count:
-    """Return what a step of the backend ``"cuda"`` counts in float32."""
-    from singer_kernels import resources  # it imports Triton, for good as it is then set up
+    """Return the counts of forward and backward of the backend ``"cuda"`` in float32."""
+    from singer_kernels import (
+        resources,
+    )  # imported late: it imports Triton, which reads its environment once
     from singer_kernels.backends.cuda import ops
 
     with Counter() as counter:
@@ -131,7 +134,7 @@ def count_cuda() -> Count:
 
 
 def count_triton(precision: str) -> list[tuple[str, int]]:
-    """Return the launches of a step of the backend ``"triton"`` on Hopper, with their bytes."""
+    """Return the kernel launches of the backend ``"triton"`` on Hopper: name and bytes of each."""
     from singer_kernels import resources
 
     operand = {"fp32": "float32", "bf16": "bfloat16"}[precision]
@@ -141,15 +144,17 @@ def count_triton(precision: str) -> list[tuple[str, int]]:
 
 
 def counts() -> dict[str, Any]:
-    """Return all counts that can be taken here: provider, precision, what was counted."""
-    found: dict[str, Any] = {}
+    """Return the counts of all providers that can run here: provider to precision to counts."""
+    counted: dict[str, Any] = {}
     for name in ("eager", "eager-masked", "torch", "cpu"):
         if unavailable_reason(name, torch.device("cpu")) is None:
-            found[name] = {precision: count_pass(name, precision) for precision in ("fp32", "bf16")}
-    found["cuda"] = {"fp32": count_cuda()}
-    found["triton"] = {precision: count_triton(precision) for precision in ("fp32", "bf16")}
-    # As it is read from a file: tuples are lists there.
-    return json.loads(json.dumps(found))
+            counted[name] = {
+                precision: count_pass(name, precision) for precision in ("fp32", "bf16")
+            }
+    counted["cuda"] = {"fp32": count_cuda()}
+    counted["triton"] = {precision: count_triton(precision) for precision in ("fp32", "bf16")}
+    # Through JSON, so that they equal counts read from a file: tuples become lists.
+    return json.loads(json.dumps(counted))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The pieces of SiNGER's losses in the manner of the authors' code: eager, everything stored.
+"""SiNGER's losses in eager torch, as in the authors' code: autograd saves every intermediate.
 
-Prefix tokens are CLS alone, as their code has it.
+As in their code, CLS is the only prefix token.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from torch import Tensor
 
 
 def refine(tokens: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return ``F̂ = F + (F Wd) Wu`` on all tokens ``[B, T, D]`` but the first, in a new tensor."""
+    """Return ``F̂ = F + (F Wd) Wu`` for tokens ``[B, T, D]``; the first, CLS, is unchanged."""
     patches = tokens[:, 1:]
     return torch.cat([tokens[:, :1], patches + (patches @ down) @ up], dim=1)
 
 
 def _norms(refined: Tensor) -> Tensor:
     norms = refined[:, 1:].norm(dim=-1)
-    return norms.to(torch.promote_types(norms.dtype, torch.float32))  # what torch.quantile takes
+    # torch.quantile takes no bfloat16.
+    return norms.to(torch.promote_types(norms.dtype, torch.float32))
 
 
 def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
@@ -31,26 +32,26 @@ def outlier_loss(refined: Tensor, quantile: float) -> Tensor:
         quantile: γ in [0, 1].
     """
     norms = _norms(refined)
-    limit = torch.quantile(norms, quantile, dim=1, keepdim=True).detach()
-    outliers = norms[norms > limit]
+    threshold = torch.quantile(norms, quantile, dim=1, keepdim=True).detach()
+    outliers = norms[norms > threshold]
     if outliers.numel() == 0:
         return norms.new_zeros(())
-    return F.mse_loss(outliers, limit.expand_as(norms)[norms > limit])
+    return F.mse_loss(outliers, threshold.expand_as(norms)[norms > threshold])
 
 
 def masked_outlier_loss(refined: Tensor, quantile: float) -> Tensor:
-    """Return the same as :func:`outlier_loss`, by what every torch compiles into one graph.
+    """Return :func:`outlier_loss`, in operations that every torch compiles into one graph.
 
-    No index has a size that the host waits for; and the quantile is read off the sorted norms, for
-    ``torch.quantile`` looks at its argument's values in some releases.
+    A mask replaces boolean indexing, whose result's size synchronises the host; sorting replaces
+    ``torch.quantile``, which in some releases reads its argument's values on the host.
     """
     norms = _norms(refined)
     ordered = norms.detach().sort(dim=1).values
-    rank = quantile * (norms.shape[1] - 1)
-    below, above = ordered[:, math.floor(rank)], ordered[:, math.ceil(rank)]
-    limit = torch.lerp(below, above, rank - math.floor(rank))[:, None]
-    count = (norms > limit).sum().clamp_min(1)
-    return (norms - limit).clamp_min(0).square().sum() / count
+    position = quantile * (norms.shape[1] - 1)
+    below, above = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
+    threshold = torch.lerp(below, above, position - math.floor(position))[:, None]
+    count = (norms > threshold).sum().clamp_min(1)
+    return (norms - threshold).clamp_min(0).square().sum() / count
 
 
 def gram_loss(tokens: Tensor, target: Tensor) -> Tensor:

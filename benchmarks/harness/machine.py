@@ -1,4 +1,4 @@
-"""The machine that figures were measured on."""
+"""Description of the machine: processor, versions, cache size, load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """Return what the results of a device are called: its name in letters, digits and hyphens."""
+    """Return the name of a device's results file: lower-case letters, digits and hyphens."""
     name = device_name(device)
     if device.type == "cpu":
         name += f" {torch.get_num_threads()} threads"
@@ -58,13 +58,13 @@ def _processor_times() -> tuple[int, int]:
 
 
 def busy_processors(seconds: float = 0.5) -> float | None:
-    """Return how many processors others keep busy, while this thread waits; Linux only.
+    """Return how many processors other processes keep busy while this thread sleeps; Linux only.
 
     Args:
-        seconds: how long it waits.
+        seconds: how long to sleep.
 
     Returns:
-        From 0 to the number of processors; None where it can't be told.
+        From 0 to the number of processors; None without ``/proc/stat``.
     """
     try:
         begin = _processor_times()
@@ -83,12 +83,12 @@ def _version(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what figures depend on, and when they were measured.
+    """Return date, machine and versions: what the figures depend on.
 
     Args:
-        device: the one that is measured.
+        device: the device to measure.
     """
-    found: dict[str, Any] = {
+    setting: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": device_name(device),
         "type": device.type,
@@ -100,12 +100,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "busy_processors": busy_processors(),
     }
     if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        setting["cuda"] = torch.version.cuda
+        setting["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        setting["tf32"] = torch.backends.cuda.matmul.allow_tf32
     else:
-        found["vectors"] = {
+        setting["vectors"] = {
             "torch": torch.backends.cpu.get_cpu_capability(),
             "extension": extension.vectors(),
         }
-    return found
+    return setting

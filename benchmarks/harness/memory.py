@@ -1,4 +1,4 @@
-"""What a pass holds and takes of memory."""
+"""Memory of a pass: bytes saved for the backward, and the peak."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-def _kept_by(node: Any) -> Iterable[Tensor]:
-    # A node of Python keeps saved_tensors, one of C++ an attribute _saved_... each.
+def _saved_tensors(node: Any) -> Iterable[Tensor]:
+    # A node written in Python has saved_tensors; one of C++ an attribute _saved_* per tensor.
     values = getattr(node, "saved_tensors", None)
     if values is None:
         values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
@@ -27,14 +27,14 @@ def _kept_by(node: Any) -> Iterable[Tensor]:
                 yield tensor
 
 
-def held_for_backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> int:
-    """Return the bytes of memory, inputs excluded, that the graph of outputs keeps alive.
+def saved_for_backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> int:
+    """Return the bytes that the autograd graph of outputs keeps alive, inputs excluded.
 
     Tensors that share memory count once.
 
     Args:
-        outputs: what a forward pass gave.
-        inputs: what it was given.
+        outputs: results of a forward pass.
+        inputs: its inputs.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     total, seen = 0, set()
@@ -45,7 +45,7 @@ def held_for_backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> in
             continue
         seen.add(node)
         nodes += [child for child, _ in node.next_functions if child is not None]
-        for tensor in _kept_by(node):
+        for tensor in _saved_tensors(node):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 known.add(storage.data_ptr())
@@ -58,15 +58,15 @@ def _resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def peak_rise(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Return by how many bytes a call raises memory at its peak.
+def peak_memory_increase(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Return the peak memory of a call above the level before it, in bytes.
 
     Args:
         run: the call.
-        device: on a GPU, its allocator's peak is read; on a CPU, the process's resident memory.
+        device: on a GPU the peak is the caching allocator's; on a CPU the resident memory's.
 
     Returns:
-        The rise; None on a CPU without Linux's accounting and glibc.
+        The increase; None on a CPU without Linux's ``clear_refs`` and glibc.
     """
     gc.collect()
     if device.type == "cuda":
@@ -78,8 +78,10 @@ def peak_rise(run: Callable[[], Any], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated() - level
     if not os.access(_CLEAR, os.W_OK) or platform.libc_ver()[0] != "glibc":
         return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before does not hide a rise
-    _CLEAR.write_text("5", encoding="ascii")  # VmHWM falls to what is resident now
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # freed pages that the call could reuse would hide its peak
+    _CLEAR.write_text("5", encoding="ascii")  # resets the peak, VmHWM, to the current VmRSS
     level = _resident("VmRSS")
     run()
     return max(0, _resident("VmHWM") - level)

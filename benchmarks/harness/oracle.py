@@ -1,4 +1,4 @@
-"""Whether a provider computes the losses and gradients that it is timed for."""
+"""Accuracy check: losses and gradients of a provider against float64."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from harness.workloads import Inputs, Precision
 OUTPUTS = ("kd", "outlier", "info", "d_student", "d_down", "d_up")
 
 
-def upstream_of(losses: Losses, weights: Sequence[float] = (0.7, 1.3, 1.9)) -> list[Tensor]:
-    """Return the gradients that come back, in the losses' dtypes."""
+def grad_outputs_for(losses: Losses, weights: Sequence[float] = (0.7, 1.3, 1.9)) -> list[Tensor]:
+    """Return the ``grad_outputs`` of a backward pass: a different weight for each loss."""
     return [torch.full_like(loss, w) for loss, w in zip(losses, weights, strict=True)]
 
 
 def balanced_weights(inputs: Inputs) -> list[float]:
-    """Return upstream gradients with which the losses move the adapter alike.
+    """Return weights of the losses with which their gradients to the adapter are equally large.
 
-    Else an error of the one with the smallest gradients would hide in the others'.
+    With other weights an error in the smallest gradient would disappear in the sum.
     """
     losses = build("reference")(inputs)
     weights = []
@@ -41,25 +41,25 @@ def _results(
     else:
         with precision.context(inputs.student.device):
             losses = loss(inputs)
-    gradients = torch.autograd.grad(losses, inputs.trained, upstream_of(losses, weights))
+    gradients = torch.autograd.grad(losses, inputs.trained, grad_outputs_for(losses, weights))
     return [result.detach() for result in (*losses, *gradients)]
 
 
-def _relative_errors(found: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
-    # The largest error beside the largest number: of a scalar, its relative error.
+def _relative_errors(actual: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
+    # Largest error over largest value; for a scalar this is the relative error.
     return {
         name: ((a.double() - b).abs().max() / b.abs().max()).item()
-        for name, a, b in zip(OUTPUTS, found, exact, strict=True)
+        for name, a, b in zip(OUTPUTS, actual, exact, strict=True)
     }
 
 
 def rounding_slack(inputs: Inputs, precision: Precision) -> float:
-    """Return by how much two right results may differ, beside the largest number.
+    """Return how far two correct results may differ, relative to the largest value.
 
-    Operands are rounded to the products' dtype, each term of a sum by its own rounding, which are
-    independent: as a share of the sum that is a few roundings of that dtype. Sums are kept in
-    float32: each of their n terms adds a rounding, independent too, so √n of them (Higham and Mary,
-    2019). Four standard deviations of either are allowed.
+    Operands are rounded to the dtype of the products; these roundings are independent, so relative
+    to the sum they stay at a few unit roundoffs of that dtype. Sums are accumulated in float32: n
+    terms add n independent roundings, which grow as √n (Higham and Mary, 2019). Four standard
+    deviations of either are allowed.
     """
     images, tokens, width = inputs.teacher.shape
     terms = max(images * tokens, width)
@@ -68,25 +68,25 @@ def rounding_slack(inputs: Inputs, precision: Precision) -> float:
     return 4 * operands + 4 * math.sqrt(terms) * torch.finfo(accumulator).eps / 2
 
 
-class Verdict(NamedTuple):
-    """What the oracle found of one provider.
+class Accuracy(NamedTuple):
+    """Errors of one provider and their tolerances.
 
     Attributes:
-        errors: each loss and gradient to its relative error.
-        allowed: the same to what is allowed.
+        errors: relative error of each loss and gradient.
+        allowed: tolerance of each.
     """
 
     errors: dict[str, float]
     allowed: dict[str, float]
 
     @property
-    def is_right(self) -> bool:
-        """Whether every error is allowed; one that is no number is not."""
+    def is_correct(self) -> bool:
+        """Whether every error is within its tolerance; NaN is not."""
         return all(self.errors[name] <= self.allowed[name] for name in OUTPUTS)
 
     @property
     def reason(self) -> str:
-        """What is wrong, in one line."""
+        """The outputs out of tolerance, in one line."""
         return ", ".join(
             f"{name} {self.errors[name]:.1e} (allowed {self.allowed[name]:.1e})"
             for name in OUTPUTS
@@ -95,19 +95,20 @@ class Verdict(NamedTuple):
 
 
 class Oracle:
-    """Float64 truth of one set of inputs, and what the yardsticks make of it.
+    """Float64 results for one set of inputs, and the errors of the baselines against them.
 
-    A backend may be as far from the truth as the reference in the same dtypes, and what eager code
-    is rewritten or compiled to as far as ``eager``: as far means at most twice, for their roundings
-    are two draws of one distribution, plus :func:`rounding_slack`. ``eager`` is held to the truth
-    in float64, where only the right formulas meet it.
+    A backend may be twice as far from float64 as the reference in the same dtypes, a rewrite or
+    compilation of eager code twice as far as ``eager``, plus :func:`rounding_slack`: twice, because
+    the roundings of the two are independent draws of one distribution. ``eager`` itself is compared
+    in float64, where only the same formulas agree.
 
     Args:
-        inputs: as they are timed, rounded to their dtypes; the truth is that of their values.
+        inputs: the inputs to time, already rounded to their dtypes; the float64 results are those
+            of the rounded values.
         precision: their dtypes.
 
     Raises:
-        AssertionError: the eager code computes something else.
+        AssertionError: the eager code disagrees with the reference in float64.
     """
 
     def __init__(self, inputs: Inputs, precision: Precision) -> None:
@@ -115,7 +116,7 @@ class Oracle:
         wide = inputs.to(torch.float64)
         self.weights = balanced_weights(wide)
         self.exact = _results(build("reference"), wide, None, self.weights)
-        # Sums in another order, and differences of all but equal numbers, lose some of 16 digits.
+        # Another order of summation, and cancellation, cost some of the 16 digits.
         eager = _results(build("eager"), wide, None, self.weights)
         errors = _relative_errors(eager, self.exact)
         if not max(errors.values()) < 1e-9:
@@ -125,12 +126,12 @@ class Oracle:
         self.errors = {name: self._errors(build(name)) for name in ("reference", "eager")}
 
     def _errors(self, loss: Loss) -> dict[str, float]:
-        found = _results(loss, self.inputs, self.precision, self.weights)
-        return _relative_errors(found, self.exact)
+        actual = _results(loss, self.inputs, self.precision, self.weights)
+        return _relative_errors(actual, self.exact)
 
-    def judge(self, name: str, loss: Loss) -> Verdict:
-        """Compute a provider's losses and gradients, and compare them with the truth."""
-        yardstick = "eager" if name.startswith(("eager", "compiled")) else "reference"
+    def check(self, name: str, loss: Loss) -> Accuracy:
+        """Compare a provider's losses and gradients with the float64 results."""
+        baseline = "eager" if name.startswith(("eager", "compiled")) else "reference"
         errors = self.errors["eager"] if name == "eager" else self._errors(loss)
-        allowed = {key: 2 * error + self.slack for key, error in self.errors[yardstick].items()}
-        return Verdict(errors, allowed)
+        allowed = {key: 2 * error + self.slack for key, error in self.errors[baseline].items()}
+        return Accuracy(errors, allowed)

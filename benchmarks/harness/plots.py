@@ -1,11 +1,11 @@
-"""Results as one figure a device: speed-ups, and time and memory against the number of patches."""
+"""Plots of a run: speed-ups, and time and memory against the number of patches."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from harness.tables import Found, leading_precision, of_series, providers_in, setting_line
+from harness.tables import RunResults, leading_precision, of_series, providers_in, setting_line
 from harness.workloads import Workload
 
 COLOURS = {
@@ -23,19 +23,19 @@ COLOURS = {
 def _draw_bars(axes: Any, records: list[dict[str, Any]]) -> None:
     names = [name for name in providers_in(records) if name != "eager"]
     height = 0.8 / max(1, len(names))
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         ratios = [
             record["providers"].get(name, {}).get("ratio", {}).get("eager", {}).get("both", 0.0)
             for record in records
         ]
-        positions = [row + (place + 0.5) * height - 0.4 for row in range(len(records))]
+        positions = [row + (index + 0.5) * height - 0.4 for row in range(len(records))]
         bars = axes.barh(positions, ratios, height, color=COLOURS[name], label=name)
         axes.bar_label(bars, [f"{r:.1f}" if r else "" for r in ratios], padding=2, fontsize=7)
     axes.axvline(1.0, color=COLOURS["eager"], linewidth=1)
     axes.set_yticks(range(len(records)), [Workload(**r["workload"]).sizes for r in records])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("times as fast as eager, forward and backward")
+    axes.set_xlabel("speed-up over eager, forward and backward")
     axes.legend(fontsize=7, loc="lower right")
 
 
@@ -50,35 +50,35 @@ def _draw_lines(axes: Any, records: list[dict[str, Any]], key: str) -> None:
         if points and all(value is not None for _, value in points):
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], ms=3, label=name)
     if key == "time":
-        floor = [(r["workload"]["patches"], r["floor_milliseconds"]["both"]) for r in records]
-        axes.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
+        roofline = [(r["workload"]["patches"], r["floor_milliseconds"]["both"]) for r in records]
+        axes.plot(*zip(*roofline, strict=True), "k--", linewidth=1, label="roofline")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     patches = [record["workload"]["patches"] for record in records]
     axes.set_xticks(patches, [str(count) for count in patches])
     axes.set_xlabel("patches")
-    axes.set_ylabel("ms, forward and backward" if key == "time" else "MiB held for the backward")
+    axes.set_ylabel("ms, forward and backward" if key == "time" else "MiB saved for the backward")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=7)
 
 
-def draw(found: Found, path: Path) -> None:
-    """Draw a run's figure.
+def draw(run: RunResults, path: Path) -> None:
+    """Draw the figure of a run.
 
     Args:
-        found: the results.
+        run: its results.
         path: an ``.svg`` or ``.png`` file.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    leading = leading_precision(found)
-    bars = [r for r in of_series(found, "workloads") if r["precision"] == leading]
-    sweep = of_series(found, "patches")
+    leading = leading_precision(run)
+    bars = [r for r in of_series(run, "workloads") if r["precision"] == leading]
+    sweep = of_series(run, "patches")
     style = {"svg.hashsalt": "singer-kernels", "svg.fonttype": "none", "font.size": 8}
     with mpl.rc_context(style):
         figure = Figure(figsize=(12, 4), layout="constrained")
-        figure.suptitle(setting_line(found), fontsize=9)
+        figure.suptitle(setting_line(run), fontsize=9)
         first, second, third = figure.subplots(1, 3)
         first.set_title(f"losses of one layer, {leading}")
         _draw_bars(first, bars)

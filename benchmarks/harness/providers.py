@@ -1,4 +1,4 @@
-"""The ways to compute the losses that are measured side by side."""
+"""Providers: the implementations of the losses that are compared (``provider`` as in Triton)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.eager import gram_loss, masked_outlier_loss, outlier_loss, refine
-from harness.workloads import QUANTILE, Inputs, Point
+from harness.workloads import QUANTILE, Case, Inputs
 from singer_kernels import backends, fused_losses
 
 
 class Losses(NamedTuple):
-    """What a provider gives: scalars."""
+    """Results of a provider: scalars."""
 
     kd: Tensor
     outlier: Tensor
@@ -30,18 +30,18 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 NAMES = ("eager", "eager-masked", "compiled", "compiled-max", *BACKENDS)
 """All providers; each is described in ``benchmarks/README.md``."""
 
-AUTOTUNED = ("A-vit-l16-224px-bf16", "B-dinov2-l14-518px-bf16")
+MAX_AUTOTUNE_CASES = ("A-vit-l16-224px-bf16", "B-dinov2-l14-518px-bf16")
 
 
 def eager(inputs: Inputs) -> Losses:
-    """Compute a last layer's losses the way the authors' code does."""
+    """Return the losses of a last layer, computed as in the authors' code."""
     refined = refine(inputs.teacher, inputs.down, inputs.up)
     kd, outlier = F.mse_loss(inputs.student, refined), outlier_loss(refined, QUANTILE)
     return Losses(kd, outlier, gram_loss(refined, inputs.teacher))
 
 
 def eager_masked(inputs: Inputs) -> Losses:
-    """Compute the same without boolean indexing, so that the host does not wait."""
+    """Return the same without boolean indexing, so that the host does not synchronise."""
     refined = refine(inputs.teacher, inputs.down, inputs.up)
     kd, outlier = F.mse_loss(inputs.student, refined), masked_outlier_loss(refined, QUANTILE)
     return Losses(kd, outlier, gram_loss(refined, inputs.teacher))
@@ -56,7 +56,7 @@ def _fused(backend: str) -> Loss:
 
 
 def build(name: str) -> Loss:
-    """Return a provider: one of :data:`NAMES`, or ``reference``."""
+    """Return the provider called ``name``: one of :data:`NAMES`, or ``reference``."""
     if name == "eager":
         return eager
     if name == "eager-masked":
@@ -67,24 +67,24 @@ def build(name: str) -> Loss:
     return _fused(name)
 
 
-def unavailable_reason(name: str, device: torch.device, point: Point | None = None) -> str | None:
-    """Return why a provider is not measured, in one line, or None.
+def unavailable_reason(name: str, device: torch.device, case: Case | None = None) -> str | None:
+    """Return why a provider can't be measured, in one line, or None if it can.
 
     Args:
-        name: of :data:`NAMES`.
-        device: where.
-        point: on what; None: on anything.
+        name: one of :data:`NAMES`.
+        device: the device to measure.
+        case: the case; None: any.
     """
     if name in BACKENDS:
         if device.type == "cpu" and name in ("triton", "cuda"):
-            return "it needs a CUDA device"  # the interpreter tests Triton, but times nothing
+            return "it needs a CUDA device"  # TRITON_INTERPRET is for tests; its times mean nothing
         return backends.unavailable_reason(name, device)
     if name == "compiled" and device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+        compiler = os.environ.get("CXX", "g++")  # where torch.compile looks for it
         return None if shutil.which(compiler) else f"torch.compile finds no {compiler}"
     if name == "compiled-max":
         if device.type != "cuda":
             return "autotuning of products is a GPU's"
-        if point is not None and point.label not in AUTOTUNED:
-            return "tuning takes long: only " + " and ".join(AUTOTUNED)
+        if case is not None and case.label not in MAX_AUTOTUNE_CASES:
+            return "tuning takes long: only " + " and ".join(MAX_AUTOTUNE_CASES)
     return None

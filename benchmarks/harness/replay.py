@@ -1,7 +1,7 @@
-"""Hands pytest-benchmark times that were measured elsewhere.
+"""Report interleaved timings through pytest-benchmark.
 
-The plugin times one thing after the other; ours take turns. So its timer is a clock that stands
-still, but for what each round is said to have taken.
+The plugin measures one function after the other; the harness interleaves providers. So the plugin
+gets a fake timer, which each round advances by the seconds that were measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 
 class _Clock:
-    """A clock that moves when told to."""
+    """Fake timer."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,22 +29,22 @@ _clock = _Clock()
 
 
 def replayed_time() -> float:
-    """Return the time of the clock that stands still."""
+    """Return the time of the fake timer."""
     return _clock()
 
 
 replays = pytest.mark.benchmark(timer=replayed_time)
-"""Marks the tests whose times are replayed."""
+"""Mark of the tests that report measured times with :func:`replay`."""
 
 
-def replay(benchmark: Any, seconds: Sequence[float], more: Mapping[str, Any]) -> None:
-    """Report times as a test's own.
+def replay(benchmark: Any, seconds: Sequence[float], extra_info: Mapping[str, Any]) -> None:
+    """Report measured times as those of a test.
 
     Args:
-        benchmark: the plugin's fixture, in a test that :data:`replays` marks.
-        seconds: what each round took.
-        more: what else goes into the plugin's JSON, as ``extra_info``.
+        benchmark: the plugin's fixture, in a test marked :data:`replays`.
+        seconds: of each round.
+        extra_info: further entries of the plugin's JSON.
     """
-    benchmark.extra_info.update(more)
+    benchmark.extra_info.update(extra_info)
     rounds = iter(seconds)
     benchmark.pedantic(lambda: _clock.advance(next(rounds)), rounds=len(seconds))

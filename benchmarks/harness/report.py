@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness import results, tables
 from harness.plots import draw
-from harness.tables import Found
+from harness.tables import RunResults
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -26,17 +26,17 @@ BEGIN = "<!-- written by benchmarks/harness/report.py: begin -->"
 END = "<!-- written by benchmarks/harness/report.py: end -->"
 
 
-def readme_section(runs: dict[str, Found]) -> str:
-    """Return the README's section: of each run its setting, one table and its plots.
+def readme_section(runs: dict[str, RunResults]) -> str:
+    """Return the README's section: setting, one table and the plots of each run.
 
     Args:
-        runs: the name of a results file without its ending, to what is in it.
+        runs: stem of a results file to its content.
     """
     parts = []
-    for name, found in runs.items():
-        leading = tables.leading_precision(found)
-        parts.append(f"**{tables.setting_line(found)}**")
-        records = [r for r in tables.of_series(found, "workloads") if r["precision"] == leading]
+    for name, run in runs.items():
+        leading = tables.leading_precision(run)
+        parts.append(f"**{tables.setting_line(run)}**")
+        records = [r for r in tables.of_series(run, "workloads") if r["precision"] == leading]
         if records:
             rank = records[0]["workload"]["rank"]
             parts.append(
@@ -48,22 +48,22 @@ def readme_section(runs: dict[str, Found]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def page(runs: dict[str, Found]) -> str:
-    """Return the page of all figures of runs; see :func:`readme_section`."""
+def page(runs: dict[str, RunResults]) -> str:
+    """Return ``docs/benchmarks.md``: all figures; see :func:`readme_section` for ``runs``."""
     head = (
         "# Benchmarks\n\n"
-        "Written by `cd benchmarks && python -m harness.report` out of `benchmarks/results/`; what "
-        "the columns mean, and what they do not say, is in `benchmarks/README.md`. Times are "
-        "medians in ms, `x` is a speed over another, `of ceiling` the floor over the time."
+        "Generated from `benchmarks/results/` by `cd benchmarks && python -m harness.report`. "
+        "Method and limits: `benchmarks/README.md`. Times are medians in ms; `x eager` is the "
+        "speed-up over `eager`; `of roofline` is the roofline time over the measured time."
     )
-    return "\n\n".join([head, *(tables.details(found) for found in runs.values())]) + "\n"
+    return "\n\n".join([head, *(tables.details(run) for run in runs.values())]) + "\n"
 
 
 def with_section(text: str, section: str) -> str:
     """Return a README with the section between its marks replaced.
 
     Raises:
-        ValueError: it has not both marks, once each, in their order.
+        ValueError: the marks are missing, repeated or in the wrong order.
     """
     before, begin, rest = text.partition(BEGIN)
     inside, end, after = rest.partition(END)
@@ -79,25 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare instead of writing")
     mode.add_argument("--summary", action="store_true", help="print instead of writing")
-    parser.add_argument("--output", type=Path, help="a file for the summary, too")
-    given = parser.parse_args(arguments)
-    files = given.files or sorted(RESULTS.glob("*.json"))
+    parser.add_argument("--output", type=Path, help="also write the summary to this file")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(RESULTS.glob("*.json"))
     try:
         runs = {path.stem: results.read(path) for path in files}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given.summary:
-        text = "\n\n".join(tables.summary(found) for found in runs.values())
+    if options.summary:
+        text = "\n\n".join(tables.summary(run) for run in runs.values())
         print(text)
-        if given.output is not None:
-            given.output.write_text(text + "\n", encoding="utf-8")
+        if options.output is not None:
+            options.output.write_text(text + "\n", encoding="utf-8")
         return 0
     readme = ROOT / "README.md"
     pages = {
         readme: with_section(readme.read_text(encoding="utf-8"), readme_section(runs)),
         ROOT / "docs/benchmarks.md": page(runs),
     }
-    if given.check:
+    if options.check:
         wrong = [
             path.relative_to(ROOT)
             for path, text in pages.items()
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    for name, found in runs.items():
-        draw(found, ROOT / "docs" / f"{name}.svg")
+    for name, run in runs.items():
+        draw(run, ROOT / "docs" / f"{name}.svg")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The file of a run's results."""
+"""Results file of a run: JSON, versioned by ``schema``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ DIGITS = 5
 
 
 def empty(setting: dict[str, Any], quick: bool) -> dict[str, Any]:
-    """Return the results of a run that has measured nothing yet.
+    """Return the empty results of a run.
 
     Args:
-        setting: the machine; see :func:`machine.environment`.
-        quick: whether the sizes are tiny.
+        setting: machine and versions; see :func:`machine.environment`.
+        quick: whether ``--quick`` was given: tiny sizes.
 
     Returns:
         ``schema``, ``quick``, ``setting``, ``losses`` (see :func:`comparison.compare`), ``steps``
         (see :func:`steps.run`; empty: not measured), ``startup``, ``unavailable`` (provider to
-        reason) and ``left_out`` (reason to what was).
+        reason) and ``left_out`` (reason to the names of measurements).
     """
     return {
         "schema": SCHEMA,
@@ -43,25 +43,25 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Write results, or leave the file as it was. Numbers carry five digits."""
+def write(path: Path, run: dict[str, Any]) -> None:
+    """Write results atomically, with five significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(_rounded(found), indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    tmp_path = path.with_name(f"{path.name}.{os.getpid()}")
+    tmp_path.write_text(json.dumps(_rounded(run), indent=1) + "\n", encoding="utf-8")
+    tmp_path.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read results.
 
     Raises:
-        ValueError: the file holds something else, or another version of it.
+        ValueError: the file is not JSON, or its schema is another version.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: no JSON: {error}") from None
-    schema = found.get("schema") if isinstance(found, dict) else None
+    schema = run.get("schema") if isinstance(run, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema: got {schema!r}, expected {SCHEMA}")
-    return found
+    return run

@@ -1,9 +1,9 @@
-"""Times what a process waits for before its first losses: imports, and a backend's first call.
+"""Time imports and a backend's first call in a fresh process.
 
     cd benchmarks && python -m harness.startup BACKEND [--device cuda]
 
-Meant for a fresh process; prints JSON, in seconds. The second call's time stands beside the first
-one's: the difference is what the first call prepares (libraries, kernels, memory).
+Prints JSON, in seconds. The first call minus the second is one-time work: loading libraries,
+compiling kernels, allocating memory.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import time
 
 
 def measure(backend: str, device: str) -> dict[str, float]:
-    """Return the seconds of each step of a start.
+    """Return the seconds of each step of a start-up.
 
     Args:
-        backend: of ``fused_losses``.
+        backend: backend of ``fused_losses``.
         device: ``cpu`` or ``cuda``.
 
     Returns:
         ``import_torch``, ``import_singer_kernels`` (after torch), ``first_call`` and
-        ``second_call``, forward and backward of 2 x 196 x 384 in float32, waited for.
+        ``second_call``: forward and backward of 2 x 196 x 384 in float32, synchronised.
     """
-    found = {}
+    seconds = {}
     begin = time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal begin
         now = time.perf_counter()
-        found[name] = now - begin
+        seconds[name] = now - begin
         begin = time.perf_counter()
 
     import torch
@@ -41,13 +41,12 @@ def measure(backend: str, device: str) -> dict[str, float]:
     lap("import_singer_kernels")
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 197, 384), (2, 197, 384), (384, 64), (64, 384))
-    # The device's own start is torch's.
-    given = [torch.randn(shape, generator=generator).div_(8).to(device) for shape in shapes]
-    student, teacher, down, up = given
+    tensors = [torch.randn(shape, generator=generator).div_(8).to(device) for shape in shapes]
+    student, teacher, down, up = tensors
     for tensor in (student, down, up):
         tensor.requires_grad_()
     if device == "cuda":
-        torch.mm(down, up)
+        torch.mm(down, up)  # creates the CUDA and cuBLAS contexts, which every program pays for
         torch.cuda.synchronize()
     begin = time.perf_counter()
     for name in ("first_call", "second_call"):
@@ -56,16 +55,16 @@ def measure(backend: str, device: str) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
         lap(name)
-    return found
+    return seconds
 
 
 def main() -> None:
-    """Measure and print."""
+    """Print the times as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backend")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    given = parser.parse_args()
-    print(json.dumps(measure(given.backend, given.device)))
+    options = parser.parse_args()
+    print(json.dumps(measure(options.backend, options.device)))
 
 
 if __name__ == "__main__":

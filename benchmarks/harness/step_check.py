@@ -1,4 +1,4 @@
-"""Proves that the steps that ``steps.py`` times compute the same losses."""
+"""Accuracy check of whole training steps: all compute the authors' losses, within rounding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CHECKED_IMAGES = 16
 
 
 def roundoff(model: SiNGER | AuthorsStep, dtype: torch.dtype, tokens: int) -> float:
-    """Return how far a token may be from its exact value, as a share of its size.
+    """Return the expected relative error of a token, from a model of its roundings.
 
-    A product of inner length k sums k rounded terms, each off by the accumulator's unit roundoff u
-    (float32's, or float64's); in bfloat16 both operands and the result are rounded besides.
-    Roundings are independent, so they add in squares (Higham and Mary, 2019): over the terms, over
-    a block's products, and over the blocks, which add to the residual stream. Of attention's two
-    products one has an inner length of at most the width, the other one of ``tokens``.
+    A product of inner length k sums k rounded terms, each with the unit roundoff u of the
+    accumulator (float32, or float64); in bfloat16 both operands and the result are rounded too.
+    Roundings are independent, so their squares add (Higham and Mary, 2019): over the terms, over
+    the products of a block, and over the blocks, which add to the residual stream. Of attention's
+    two products one has an inner length of at most the width, the other of ``tokens``.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     backbones = (model.teacher_backbone if isinstance(model, AuthorsStep) else model.teacher,)
@@ -45,37 +45,37 @@ def roundoff(model: SiNGER | AuthorsStep, dtype: torch.dtype, tokens: int) -> fl
 def tolerances(
     method: SiNGER, exact: dict[str, float], images: Tensor, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Return how far a step's losses may be from the exact ones, absolutely.
+    """Return the absolute tolerance of each loss of a step.
 
-    Every term is a mean of squared differences ``(a − b)²``. If a and b are off by the share δ of
-    their size (:func:`roundoff`), the mean is off by at most ``2 √term · δ (|a| + |b|)``, with root
-    mean squares for the sizes (Cauchy and Schwarz); by ``1 / √D`` of it, as the errors of a token's
-    D entries have independent signs and each term sums over them. ``I + N Nᵀ``, the adapter at its
-    start, makes a token at most twice as long, so the plain side's size, doubled, bounds one side,
-    and √term more the other one. A sum over layers has at most ``√layers`` times the bound. In
-    bfloat16 the outliers' tolerance is wide, for their excess is small beside their norms: there
-    the check sees gross errors only.
+    Every term is a mean of squared differences ``(a − b)²``. If a and b have the relative error δ
+    (:func:`roundoff`), the mean is off by at most ``2 √term · δ (|a| + |b|)``, with root mean
+    squares for ``|a|`` and ``|b|`` (Cauchy-Schwarz); divided by ``√D``, since the errors of a
+    token's D entries have independent signs and each term sums over them. ``I + N Nᵀ``, the initial
+    adapter, at most doubles the norm of a token, so twice the teacher's size bounds one side, and
+    √term more the other. A sum over layers has at most ``√layers`` times the bound. In bfloat16 the
+    outlier loss has a wide tolerance, because the excess of a norm is small compared with the norm:
+    there the check finds gross errors only.
 
     Args:
         method: initial weights.
-        exact: its losses on ``images``, from float64.
+        exact: its losses on ``images``, computed in float64.
         images: ``[B, 3, H, W]``, uint8.
-        dtype: of the step: bfloat16 stands for autocast.
+        dtype: dtype of the step; bfloat16 stands for autocast.
 
     Returns:
-        Loss to tolerance; ``loss`` is the weighted sum of its terms.
+        Loss to tolerance; that of ``loss`` is the weighted sum of the terms'.
     """
     tokens = [*method.teacher_tokens(images).tokens.values()]
     entry = max(x.square().mean().sqrt().item() for x in tokens)
     longest = max(x[:, 1:].norm(dim=-1).max().item() for x in tokens)
     # An entry of a Gram matrix is at most 1.
     sizes = {"kd": entry, "outlier": longest, "info": max(entry, 1.0)}
-    share = 2 * math.sqrt(len(method.layers) / method.teacher.dim)
-    share *= roundoff(method, dtype, tokens[0].shape[1])
+    relative = 2 * math.sqrt(len(method.layers) / method.teacher.dim)
+    relative *= roundoff(method, dtype, tokens[0].shape[1])
     allowed = {}
     for term in TERMS:
         root = math.sqrt(exact[term])
-        allowed[term] = share * root * (4 * sizes[term] + root)
+        allowed[term] = relative * root * (4 * sizes[term] + root)
     return {"loss": sum(method.weights[term] * allowed[term] for term in TERMS), **allowed}
 
 
@@ -90,36 +90,37 @@ def check(
 ) -> dict[str, dict[str, float]]:
     """Compare the losses of all steps with those of the authors' step in float64.
 
-    Ours in float64 is compared too (``ours-fp64``): there the tolerance is so small that only the
-    same formulas meet it.
+    Our step in float64 is compared too (``ours-fp64``): its tolerance is so small that only the
+    same formulas pass.
 
     Args:
-        losses: name to what gives the losses of a batch, from the weights of ``method``; a name
-            with ``bf16`` in it stands for bfloat16 autocast, any other one for float32.
-        method: the weights they start from.
+        losses: name to a function from a batch to the losses, with the weights of ``method``; a
+            name that contains ``bf16`` is bfloat16 autocast, any other float32.
+        method: the initial weights.
         images: ``[B, 3, H, W]``, uint8; the first :data:`CHECKED_IMAGES` are used.
 
     Returns:
-        Name to the error of each loss, as a share of its tolerance: above 1 it is wrong.
+        Name to error / tolerance of each loss; above 1 the step is wrong.
     """
     images = images[:CHECKED_IMAGES]
     shares: dict[str, dict[str, float]] = {}
     with torch.backends.cudnn.flags(allow_tf32=False):
         exact = values(AuthorsStep(method).double(), images)
-        found = {"ours-fp64": values(copy.deepcopy(method).double(), images)}
-        found |= {name: step(images) for name, step in losses.items()}
-        for name, actual in found.items():
-            narrow = torch.bfloat16 if "bf16" in name else torch.float32
-            dtype = torch.float64 if name == "ours-fp64" else narrow
+        computed = {"ours-fp64": values(copy.deepcopy(method).double(), images)}
+        computed |= {name: step(images) for name, step in losses.items()}
+        for name, actual in computed.items():
+            dtype = torch.bfloat16 if "bf16" in name else torch.float32
+            if name == "ours-fp64":
+                dtype = torch.float64
             allowed = tolerances(method, exact, images, dtype)
             shares[name] = {
-                # A tolerance is 0 where the exact loss is.
+                # Where the exact loss is 0 the tolerance is too.
                 key: abs(actual[key] - exact[key]) / max(allowed[key], 1e-300)
                 for key in exact
             }
     return shares
 
 
-def is_right(shares: dict[str, float]) -> bool:
-    """Say whether every error is within its tolerance; one that is not a number is not."""
+def is_correct(shares: dict[str, float]) -> bool:
+    """Return whether every error is within its tolerance; NaN is not."""
     return all(share <= 1 for share in shares.values())

@@ -1,20 +1,20 @@
-"""Times whole training steps of SiNGER beside the authors' step (``authors_step.py``).
+"""Time whole training steps of SiNGER against the authors' step (``authors_step.py``).
 
     cd benchmarks
     python -m harness.steps [--device cuda] [--config FILE] [--variant paper] [--json FILE]
 
-On a CPU the setting is the demo's: DINOv2 ViT-S/14 to ViT-Tiny/14 at 126 px, batch 16. On a GPU it
-is ViT-L/16 to ViT-T/16 at 224 px, batch 128, random weights. Both steps start from the same weights
-and take the same batches (uint8, in the device's memory), of random pixels: time does not depend on
-their values. A step is: both models' own normalisation, forward, backward, AdamW. ``bf16`` is
-autocast; ours then holds the teacher's weights in bfloat16.
+On a CPU the configuration is the demo's: DINOv2 ViT-S/14 to ViT-Tiny/14 at 126 px, batch 16. On a
+GPU it is ViT-L/16 to ViT-T/16 at 224 px, batch 128, random weights. All steps start from the same
+weights and use the same batches (uint8, already on the device) of random pixels, since time does
+not depend on their values. A step is: normalisation of the images by both models, forward,
+backward, AdamW. ``bf16`` is autocast; our step then holds the teacher's weights in bfloat16.
 
-A provider is timed only if its losses are right: see ``step_check.py``. Providers take turns within
-each round, so that a drift of the machine's speed hits all alike. Images per second are medians
-over the rounds; a ratio is the median of the ratios within the rounds. Where other programs take
-turns on the machine, the fastest step of each says more: they only add time. Peak memory is that of
-the first three steps above the level before them, weights of both models excluded: resident memory
-(``VmHWM``) of a fresh process per provider on a CPU, ``max_memory_allocated`` on a GPU.
+A provider is timed only if its losses are correct: see ``step_check.py``. Providers are interleaved
+within each round, so that a drift of the machine's speed hits all alike. Images per second are
+medians over the rounds; a ratio is the median of the ratios within the rounds. On a busy machine
+compare the fastest steps: other programs only add time. Peak memory is that of the first three
+steps above the level before them, without the weights of the models: resident memory (``VmHWM``) of
+a fresh process per provider on a CPU, ``max_memory_allocated`` on a GPU.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import machine
 from harness.authors_step import AuthorsStep
-from harness.memory import peak_rise
-from harness.step_check import check, is_right
-from harness.timing import Turn, interleave
+from harness.memory import peak_memory_increase
+from harness.step_check import check, is_correct
+from harness.timing import TimedRun, interleave
 from singer.config.schema import Config, load_config, parse_config
 from singer.demo import DemoOptions, demo_config
 from singer.engine.student import create_optimizer
@@ -47,7 +47,7 @@ from singer.methods import METHODS, SiNGER
 from singer.models.backbones import create_backbone
 from singer_kernels import resolve_backend
 
-PROVIDERS = {  # and on which device each is timed unless others are named
+PROVIDERS = {  # name to the devices on which it is timed by default
     "authors": ("cpu", "cuda"),
     "authors-bf16": ("cpu", "cuda"),
     "ours": ("cpu", "cuda"),
@@ -58,22 +58,22 @@ PROVIDERS = {  # and on which device each is timed unless others are named
 PHASES = ("teacher", "student", "losses", "backward", "optimiser")
 BATCHES = 4
 MIB = 2**20
-STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
+STEPS_PER_ROUND = {"cpu": 1, "cuda": 5}
 WARM_UP_ROUNDS = 3
 
 
-def names_on(device: str) -> list[str]:
-    """Return the providers that are timed on ``cpu`` or ``cuda`` unless others are named."""
+def default_providers(device: str) -> list[str]:
+    """Return the providers that are timed by default on ``cpu`` or ``cuda``."""
     return [name for name in PROVIDERS if device in PROVIDERS[name]]
 
 
-def setting(device: str, path: str | None, variant: str) -> Config:
-    """Return the run that is timed.
+def step_config(device: str, path: str | None, variant: str) -> Config:
+    """Return the configuration to time.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        path: a configuration of ``singer distill`` to time instead of the device's own.
-        variant: of SiNGER.
+        path: file with a configuration of ``singer distill``; None: the device's default.
+        variant: variant of SiNGER.
     """
     if path is not None:
         config = load_config(path)
@@ -95,7 +95,7 @@ def setting(device: str, path: str | None, variant: str) -> Config:
 
 
 def build(config: Config, device: str) -> SiNGER:
-    """Return the method with both models' initial weights, in float32 and training mode."""
+    """Return the method with the initial weights of both models, in float32 and training mode."""
     torch.manual_seed(config.train.seed)
     teacher, student = (
         create_backbone(model.name, config.image_size, key, model.weights, model.options)
@@ -107,7 +107,7 @@ def build(config: Config, device: str) -> SiNGER:
 
 
 def make_batches(config: Config, device: str) -> list[Tensor]:
-    """Return batches ``[B, 3, H, W]`` as the loader gives them: uint8."""
+    """Return uint8 batches ``[B, 3, H, W]``, as the loader yields them."""
     generator = torch.Generator().manual_seed(0)
     shape = (BATCHES, config.train.batch_size, 3, config.image_size, config.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -115,7 +115,7 @@ def make_batches(config: Config, device: str) -> list[Tensor]:
 
 
 class Stopwatch:
-    """Takes the time of a step's phases: of the host on a CPU, of the stream on a GPU.
+    """Times the phases of a step: host time on a CPU, stream time between events on a GPU.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -126,7 +126,7 @@ class Stopwatch:
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """End a phase; it began where the one before it ended."""
+        """End a phase, which began at the mark before this one."""
         if self.on_gpu:
             moment: Any = torch.cuda.Event(enable_timing=True)
             moment.record()
@@ -135,7 +135,7 @@ class Stopwatch:
         self.marks.append((phase, moment))
 
     def read(self) -> dict[str, float]:
-        """Return each phase's time in seconds, summed over its occurrences, and start anew."""
+        """Return the seconds of each phase, summed over its occurrences, and clear the marks."""
         seconds = dict.fromkeys(PHASES, 0.0)
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -147,12 +147,12 @@ class Stopwatch:
 
 
 class Provider:
-    """One way to take a training step, with weights of its own.
+    """One implementation of a training step, with its own copy of the weights.
 
     Args:
         name: one of :data:`PROVIDERS`.
-        method: the initial weights; they are copied.
-        config: the run; the optimiser's options are read.
+        method: the initial weights, which are copied.
+        config: the run; only the optimiser's options are used.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -160,7 +160,7 @@ class Provider:
         kind, _, precision = name.partition("-")
         self.name, self.device = name, device
         self.is_authors = kind == "authors"
-        self.is_narrow = precision.startswith("bf16")
+        self.is_bf16 = precision.startswith("bf16")
         self.model = AuthorsStep(method) if self.is_authors else copy.deepcopy(method)
         train = config.train
         if self.is_authors:
@@ -171,7 +171,7 @@ class Provider:
                 betas=train.betas,
             )
         else:
-            if self.is_narrow:
+            if self.is_bf16:
                 self.model.teacher.cast(torch.bfloat16)
             if precision.endswith("compiled"):
                 self.model.teacher.compile()
@@ -179,8 +179,8 @@ class Provider:
             self.optimizer = create_optimizer(self.model, train)
 
     def autocast(self) -> torch.autocast:
-        """Return the context of its forward pass."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.is_narrow)
+        """Return the autocast context of the forward pass."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.is_bf16)
 
     def losses(self, images: Tensor, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the losses of a batch ``[B, 3, H, W]``, uint8: ``loss`` and its terms."""
@@ -199,7 +199,7 @@ class Provider:
         return {name: value.item() for name, value in losses.items()}
 
     def step(self, images: Tensor, watch: Stopwatch) -> None:
-        """Take a training step on a batch ``[B, 3, H, W]``, uint8."""
+        """Run a training step on a batch ``[B, 3, H, W]``, uint8."""
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.losses(images, watch)
         losses["loss"].backward()
@@ -207,19 +207,19 @@ class Provider:
         self.optimizer.step()
         if self.is_authors:
             for value in losses.values():
-                value.item()
+                value.item()  # their logging: one synchronisation per loss
         watch.mark("optimiser")
 
 
 def measure(
     providers: Sequence[Provider], batches: Sequence[Tensor], rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Return, for each provider and round, the seconds that each phase of a step took."""
+    """Return the seconds of each phase of a step, for each provider and round."""
 
-    def turn_of(provider: Provider) -> Turn:
-        watch, steps = Stopwatch(provider.device), STEPS_PER_TURN[provider.device]
+    def timed_run(provider: Provider) -> TimedRun:
+        watch, steps = Stopwatch(provider.device), STEPS_PER_ROUND[provider.device]
 
-        def turn(number: int) -> dict[str, float]:
+        def run(number: int) -> dict[str, float]:
             if watch.on_gpu:
                 torch.cuda.synchronize()
             watch.mark("start")
@@ -227,10 +227,10 @@ def measure(
                 provider.step(batches[(number + step) % len(batches)], watch)
             return {name: taken / steps for name, taken in watch.read().items()}
 
-        return turn
+        return run
 
-    turns = {provider.name: turn_of(provider) for provider in providers}
-    return interleave(turns, rounds, warm_up=WARM_UP_ROUNDS)
+    runs = {provider.name: timed_run(provider) for provider in providers}
+    return interleave(runs, rounds, warm_up=WARM_UP_ROUNDS)
 
 
 def fused_losses_seconds(provider: Provider, images: Tensor, rounds: int) -> float:
@@ -261,39 +261,38 @@ def fused_losses_seconds(provider: Provider, images: Tensor, rounds: int) -> flo
 
 
 def dense_gflops(method: SiNGER, config: Config, images: Tensor, device: str) -> dict[str, float]:
-    """Return the 10⁹ operations of a step's matrix products and convolutions: what bounds it.
+    """Return the GFLOP of the matrix products and convolutions of a step.
 
-    The counter sees torch's own operators alone: here the losses of ours come from the backend
-    ``"torch"``.
+    The counter sees torch's own operators only, so our step uses the backend ``"torch"`` here.
     """
-    found = {}
+    gflops = {}
     for name in ("authors", "ours"):
         provider = Provider(name, method, config, device)
         for adapter in provider.model.adapters.values():
             adapter.backend = "torch"
         with FlopCounterMode(display=False) as counter:
             provider.step(images, Stopwatch(device))
-        found[name] = 1e-9 * counter.get_total_flops()
-    return found
+        gflops[name] = 1e-9 * counter.get_total_flops()
+    return gflops
 
 
 def peak_memory(provider: Provider, batches: Sequence[Tensor]) -> float | None:
-    """Return by how much the first three steps raise memory at their peak, in MiB.
+    """Return the peak memory of the first three steps above the level before them, in MiB.
 
     Args:
-        provider: one that has taken no step.
+        provider: a provider that has run no step yet: AdamW's state counts.
         batches: three or more.
 
     Returns:
-        The rise; None on a CPU without Linux's accounting.
+        MiB; None on a CPU without Linux's accounting.
     """
 
     def run() -> None:
         for images in batches[:3]:
             provider.step(images, Stopwatch(provider.device))
 
-    rise = peak_rise(run, torch.device(provider.device))
-    return None if rise is None else rise / MIB
+    increase = peak_memory_increase(run, torch.device(provider.device))
+    return None if increase is None else increase / MIB
 
 
 def _fresh_peak_memory(config: Config, name: str, device: str) -> float | None:
@@ -304,23 +303,23 @@ def _fresh_peak_memory(config: Config, name: str, device: str) -> float | None:
 def peak_memories(config: Config, names: Sequence[str], device: str) -> dict[str, float | None]:
     """Return :func:`peak_memory` of each provider.
 
-    On a CPU each is measured in a process of its own: there, what was freed before can't be told
-    from what is taken. A GPU's allocator counts exactly.
+    On a CPU each is measured in a fresh process: memory that an earlier provider freed may stay
+    resident, and reusing it would not count. A GPU's allocator counts exactly.
     """
     if device == "cuda":
         method, batches = build(config, device), make_batches(config, device)
         return {
             name: peak_memory(Provider(name, method, config, device), batches) for name in names
         }
-    found = {}
+    peaks = {}
     for name in names:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found[name] = pool.submit(_fresh_peak_memory, config, name, device).result()
-    return found
+            peaks[name] = pool.submit(_fresh_peak_memory, config, name, device).result()
+    return peaks
 
 
 def environment(config: Config, device: str) -> dict[str, Any]:
-    """Return what the figures depend on: the machine, and what is trained."""
+    """Return what the figures depend on: machine, versions, models and sizes."""
     return {
         **machine.environment(torch.device(device)),
         "backend": resolve_backend(config.method.backend, torch.device(device)),
@@ -335,7 +334,7 @@ def environment(config: Config, device: str) -> dict[str, Any]:
 def summarize(
     times: dict[str, list[dict[str, float]]], batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Return each provider's speed, its ratio to either of the authors' steps, and its phases."""
+    """Return each provider's speed, its speed-up over the authors' steps, and its phases."""
     totals = {name: [sum(phases.values()) for phases in rows] for name, rows in times.items()}
     results: dict[str, dict[str, Any]] = {}
     for name, seconds in totals.items():
@@ -363,15 +362,15 @@ def show(
     shares: dict[str, dict[str, float]],
     memory: dict[str, float | None],
 ) -> None:
-    """Print a Markdown table row per provider; one that is wrong gets no time."""
+    """Print a Markdown table with a row per provider; a wrong one has no times."""
     columns = "step | images/s (quartiles; fastest) | x authors | x authors-bf16 | peak MiB"
     print(f"| {columns} | ms: {', '.join(PHASES)} | fused losses |")
     print("|---" * 7 + "|")
     for name, errors in shares.items():
         row = results.get(name)
-        if not is_right(errors):
-            found = ", ".join(f"{key} {share:.1e}" for key, share in errors.items())
-            print(f"| {name} | wrong, errors in tolerances: {found} | | | | | |")
+        if not is_correct(errors):
+            text = ", ".join(f"{key} {share:.1e}" for key, share in errors.items())
+            print(f"| {name} | wrong, error / tolerance: {text} | | | | | |")
         elif row is not None:
             low, high = row["quartiles"]
             ratios = [
@@ -394,66 +393,69 @@ def run(
     """Check and measure whole training steps.
 
     Args:
-        config: the run; see :func:`setting`.
-        names: of :data:`PROVIDERS`.
+        config: the run; see :func:`step_config`.
+        names: some of :data:`PROVIDERS`.
         device: ``cpu`` or ``cuda``.
-        rounds: how many are counted.
-        with_memory: whether peak memory is measured, in processes of its own.
+        rounds: number of rounds that are counted.
+        with_memory: whether to measure peak memory; on a CPU in a fresh process per provider.
 
     Returns:
-        ``setting``, ``error_in_tolerances``, ``results`` (see :func:`summarize`; of those that are
-        right), ``peak_MiB`` and ``dense_gflops``; and the seconds of each step of each provider.
+        ``setting``, ``error_in_tolerances``, ``results`` (see :func:`summarize`; correct providers
+        only), ``peak_MiB`` and ``dense_gflops``; and the seconds of every step of each provider.
     """
-    facts = environment(config, device)
+    setting = environment(config, device)
     memory = peak_memories(config, names, device) if with_memory else {}
     method = build(config, device)
     providers = [Provider(name, method, config, device) for name in names]
     batches = make_batches(config, device)
     losses = {provider.name: provider.loss_values for provider in providers}
     shares = check(losses, method, batches[0])
-    right = [provider for provider in providers if is_right(shares[provider.name])]
-    times = measure(right, batches, rounds)
+    correct = [provider for provider in providers if is_correct(shares[provider.name])]
+    times = measure(correct, batches, rounds)
     results = summarize(times, config.train.batch_size)
-    for provider in right:
+    for provider in correct:
         if not provider.is_authors:
             taken = 1e3 * fused_losses_seconds(provider, batches[0], rounds)
             results[provider.name]["fused_losses_milliseconds"] = taken
-    facts["busy_processors_after"] = machine.busy_processors()
-    found = {
-        "setting": facts,
+    setting["busy_processors_after"] = machine.busy_processors()
+    record = {
+        "setting": setting,
         "error_in_tolerances": shares,
         "results": results,
         "peak_MiB": memory,
         "dense_gflops": dense_gflops(method, config, batches[0], device),
     }
-    return found, {name: [sum(row.values()) for row in rows] for name, rows in times.items()}
+    return record, {name: [sum(row.values()) for row in rows] for name, rows in times.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and print; return 1 if a provider is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=list(STEPS_PER_TURN), default="cpu")
-    parser.add_argument("--config", help="a configuration of singer distill; default: see above")
+    parser.add_argument("--device", choices=list(STEPS_PER_ROUND), default="cpu")
+    parser.add_argument(
+        "--config",
+        help="a configuration of singer distill; default: the demo's (CPU), ViT-L to ViT-T (GPU)",
+    )
     parser.add_argument("--variant", choices=["official", "paper"], default="official")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--no-memory", action="store_true", help="don't measure peak memory")
-    parser.add_argument("--json", help="a file for the same as JSON")
-    given = parser.parse_args(arguments)
-    if given.rounds < 2:
-        parser.error(f"--rounds: got {given.rounds}, expected at least 2")
-    names = given.providers or names_on(given.device)
-    config = setting(given.device, given.config, given.variant)
-    found, _ = run(config, names, given.device, given.rounds, not given.no_memory)
-    print(json.dumps(found["setting"]))
-    show(found["results"], found["error_in_tolerances"], found["peak_MiB"])
-    dense = found["dense_gflops"]
+    parser.add_argument("--json", help="also write the results to this file")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds: got {options.rounds}, expected at least 2")
+    names = options.providers or default_providers(options.device)
+    config = step_config(options.device, options.config, options.variant)
+    record, _ = run(config, names, options.device, options.rounds, not options.no_memory)
+    print(json.dumps(record["setting"]))
+    show(record["results"], record["error_in_tolerances"], record["peak_MiB"])
+    dense = record["dense_gflops"]
     ratio = dense["authors"] / dense["ours"]
     rounded = ", ".join(f"{name} {count:.4g}" for name, count in dense.items())
-    print(f"dense products of a step, GFLOP: {rounded} ({ratio:.2f}x)")
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(not all(map(is_right, found["error_in_tolerances"].values())))
+    print(f"GFLOP of matrix products and convolutions per step: {rounded} ({ratio:.2f}x)")
+    if options.json:
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return int(not all(map(is_correct, record["error_in_tolerances"].values())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as Markdown: for the terminal, the README, and the page of all figures."""
+"""Markdown tables of a run: for the terminal, the README and ``docs/benchmarks.md``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from harness.providers import NAMES
 from harness.workloads import PHASES, Workload
 
 BUSY = 0.2
-"""How many processors others may keep busy before a run's setting says so."""
+"""Processors kept busy by other processes above which :func:`setting_line` reports them."""
 
-Found = dict[str, Any]
-"""Results of a run; see :func:`results.empty`."""
+RunResults = dict[str, Any]
+"""Content of a results file; see :func:`results.empty`."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,37 +23,37 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number in three digits."""
+    """Return a number with three significant digits, or as an integer."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def of_series(found: Found, series: str) -> list[dict[str, Any]]:
+def of_series(run: RunResults, series: str) -> list[dict[str, Any]]:
     """Return the comparisons of a series."""
-    return [record for record in found["losses"] if record["series"] == series]
+    return [record for record in run["losses"] if record["series"] == series]
 
 
-def leading_precision(found: Found) -> str | None:
-    """Return the precision that was measured first: the device's own; None: none was."""
-    return next((record["precision"] for record in of_series(found, "workloads")), None)
+def leading_precision(run: RunResults) -> str | None:
+    """Return the precision that was measured first, the device's main one; None: no losses."""
+    return next((record["precision"] for record in of_series(run, "workloads")), None)
 
 
 def providers_in(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the providers that appear, in their order."""
+    """Return the providers that appear in the records, in the order of ``NAMES``."""
     return [name for name in NAMES if any(name in record["providers"] for record in records)]
 
 
-def setting_line(found: Found) -> str:
-    """Return where and when a run measured, in one line."""
-    setting = found["setting"]
+def setting_line(run: RunResults) -> str:
+    """Return machine, versions and date of a run, in one line."""
+    setting = run["setting"]
     versions = ", ".join(
         f"{name} {version}" for name, version in setting["versions"].items() if version
     )
     where = setting["device"]
     if setting["type"] == "cpu":
-        vectors = setting["vectors"]["extension"] or "no"
-        where += f", {setting['threads']} threads, {vectors} kernels"
+        isa = setting["vectors"]["extension"] or "no"
+        where += f", {setting['threads']} threads, {isa} kernels"
     if (busy := setting["busy_processors"]) is not None and busy > BUSY:
-        where += f" (others kept {busy:.1f} processors busy)"
+        where += f" (other processes kept {busy:.1f} processors busy)"
     return f"{where}; {versions}; {setting['date']}"
 
 
@@ -68,7 +68,7 @@ def _time_cell(entry: dict[str, Any] | None, base: str = "eager") -> str:
 
 
 def losses_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return a row a workload: each provider's time of a forward and backward pass, and ratio."""
+    """Return a row per workload: time of forward and backward, and speed-up, of each provider."""
     names = providers_in(records)
     header = ["images x patches x width", *(f"`{name}`" for name in names)]
     rows = [
@@ -82,7 +82,7 @@ def losses_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def ratio_range(records: Sequence[dict[str, Any]], name: str, base: str) -> str | None:
-    """Return a provider's least and largest ratio to a base over workloads, or None."""
+    """Return the smallest and largest speed-up of a provider over a baseline, or None."""
     ratios = [
         record["providers"][name]["ratio"][base]["both"]
         for record in records
@@ -91,10 +91,10 @@ def ratio_range(records: Sequence[dict[str, Any]], name: str, base: str) -> str 
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else None
 
 
-def precision_lines(found: Found) -> list[str]:
-    """Return a line a precision: the backends' ratios over the workloads, and all errors."""
-    leading = leading_precision(found)
-    records = of_series(found, "workloads")
+def precision_lines(run: RunResults) -> list[str]:
+    """Return a line per precision: range of the backends' speed-ups, and largest errors."""
+    leading = leading_precision(run)
+    records = of_series(run, "workloads")
     lines = []
     for precision in dict.fromkeys(record["precision"] for record in records):
         of_precision = [record for record in records if record["precision"] == precision]
@@ -121,9 +121,9 @@ def _is_timed(record: dict[str, Any], name: str) -> bool:
     return record["providers"].get(name, {}).get("status") == "timed"
 
 
-def steps_table(found: Found) -> str | None:
-    """Return a row a training step; None if none was measured."""
-    steps = found["steps"]
+def steps_table(run: RunResults) -> str | None:
+    """Return a row per training step; None if none was measured."""
+    steps = run["steps"]
     if not steps:
         return None
     rows = []
@@ -149,41 +149,41 @@ def steps_table(found: Found) -> str | None:
             ]
         )
     phases = ", ".join(next(iter(steps["results"].values()), {}).get("milliseconds", {}))
-    header = ["step", "images/s", "over `authors`", "over `authors-bf16`", "peak above rest"]
+    header = ["step", "images/s", "over `authors`", "over `authors-bf16`", "peak memory"]
     return table([*header, f"ms: {phases}"], rows)
 
 
-def startup_table(found: Found) -> str | None:
-    """Return a row a backend and state of its caches; None if none was measured."""
+def startup_table(run: RunResults) -> str | None:
+    """Return a row per backend and state of its kernel cache; None if none was measured."""
     rows = [
         [f'`"{backend}"`', state, *(f"{1e3 * seconds:.0f} ms" for seconds in start.values())]
-        for backend, states in found["startup"].items()
+        for backend, states in run["startup"].items()
         for state, start in states.items()
     ]
     if not rows:
         return None
-    names = [name.replace("_", " ") for name in next(iter(found["startup"].values()))["warm"]]
-    return table(["backend", "caches", *names], rows)
+    names = [name.replace("_", " ") for name in next(iter(run["startup"].values()))["warm"]]
+    return table(["backend", "kernel cache", *names], rows)
 
 
-def summary(found: Found) -> str:
-    """Return the most important figures of a run, for the terminal."""
-    parts = [setting_line(found)]
-    records = of_series(found, "workloads")
+def summary(run: RunResults) -> str:
+    """Return the main tables of a run, for the terminal."""
+    parts = [setting_line(run)]
+    records = of_series(run, "workloads")
     for precision in dict.fromkeys(record["precision"] for record in records):
-        parts.append(f"losses, forward and backward, {precision}; x: over eager")
+        parts.append(f"losses, forward and backward, {precision} (speed-up over eager)")
         parts.append(losses_table([r for r in records if r["precision"] == precision]))
-        parts.append("the same, shares of the machine's ceiling")
-        parts.append(_shares_table([r for r in records if r["precision"] == precision]))
-    if (steps := steps_table(found)) is not None:
+        parts.append("roofline time over measured time")
+        parts.append(_roofline_table([r for r in records if r["precision"] == precision]))
+    if (steps := steps_table(run)) is not None:
         parts += ["training steps", steps]
-    if (startup := startup_table(found)) is not None:
+    if (startup := startup_table(run)) is not None:
         parts += ["start-up", startup]
-    parts += [f"left out, {why}: {', '.join(what)}" for why, what in found["left_out"].items()]
+    parts += [f"left out, {why}: {', '.join(what)}" for why, what in run["left_out"].items()]
     return "\n\n".join(parts)
 
 
-def _shares_table(records: Sequence[dict[str, Any]]) -> str:
+def _roofline_table(records: Sequence[dict[str, Any]]) -> str:
     names = providers_in(records)
 
     def cell(record: dict[str, Any], name: str) -> str:
@@ -198,7 +198,7 @@ def _shares_table(records: Sequence[dict[str, Any]]) -> str:
         ]
         for record in records
     ]
-    return table(["images x patches x width", "floor", *(f"`{name}`" for name in names)], rows)
+    return table(["images x patches x width", "roofline", *(f"`{name}`" for name in names)], rows)
 
 
 def _detail_row(name: str, entry: dict[str, Any]) -> list[str]:
@@ -226,52 +226,52 @@ def _detail_row(name: str, entry: dict[str, Any]) -> list[str]:
 
 def _detail(record: dict[str, Any]) -> str:
     workload = Workload(**record["workload"])
-    least, ceilings = record["least"]["both"], record["ceilings"]
-    floors = record["floor_milliseconds"]
+    cost, rates = record["least"]["both"], record["ceilings"]
+    roofline = record["floor_milliseconds"]
     lines = [
         f"#### {workload.name}, {record['precision']}",
         f"{workload.sizes}, rank {workload.rank}; {record['rounds']} rounds over "
-        f"{record['sets']} sets of inputs of {number(record['inputs_MiB'])} MiB. At least "
-        f"{number(least['bytes'] / 1e6)} MB and {number(least['operations'] / 1e9)} GFLOP; "
-        f"measured ceilings {number(ceilings['bytes_per_second'] / 1e9)} GB/s and "
-        f"{number(ceilings['operations_per_second'] / 1e9)} GFLOP/s; so at least "
-        f"{number(floors['forward'])} + {number(floors['backward'])} ms.",
+        f"{record['sets']} sets of inputs of {number(record['inputs_MiB'])} MiB. Roofline: "
+        f"{number(cost['bytes'] / 1e6)} MB and {number(cost['operations'] / 1e9)} GFLOP at the "
+        f"measured {number(rates['bytes_per_second'] / 1e9)} GB/s and "
+        f"{number(rates['operations_per_second'] / 1e9)} GFLOP/s take "
+        f"{number(roofline['forward'])} + {number(roofline['backward'])} ms.",
     ]
     header = ["", "forward", "backward", "both (quartiles)", "host", "x eager", "x compiled"]
-    header += ["of ceiling", "MiB held / peak", "largest error"]
+    header += ["of roofline", "MiB saved / peak", "largest error"]
     rows = [_detail_row(name, entry) for name, entry in record["providers"].items()]
     return "\n\n".join([*lines, table(header, rows)])
 
 
-def details(found: Found) -> str:
-    """Return everything that a run measured."""
-    parts = [f"## {found['setting']['device']}", setting_line(found)]
+def details(run: RunResults) -> str:
+    """Return all tables of a run."""
+    parts = [f"## {run['setting']['device']}", setting_line(run)]
     for series, title in (
         ("workloads", "Losses of one layer"),
         ("patches", "Losses against the number of patches"),
         ("widths", "Losses against the width"),
     ):
-        records = of_series(found, series)
+        records = of_series(run, series)
         if records:
             parts.append(f"### {title}")
             if series == "workloads":
-                parts.append("\n".join(precision_lines(found)))
+                parts.append("\n".join(precision_lines(run)))
             parts += map(_detail, records)
-    if (steps := steps_table(found)) is not None:
-        setting, dense = found["steps"]["setting"], found["steps"]["dense_gflops"]
+    if (steps := steps_table(run)) is not None:
+        setting, dense = run["steps"]["setting"], run["steps"]["dense_gflops"]
         products = ", ".join(f"`{name}` {number(count)}" for name, count in dense.items())
         parts += [
             "### Training steps",
             f"{setting['teacher']} to {setting['student']} at {setting['image_size']} px, batch "
             f"{setting['batch_size']}, variant {setting['variant']}:",
             steps,
-            f"GFLOP of dense products a step: {products}.",
+            f"GFLOP of matrix products and convolutions per step: {products}.",
         ]
-    if (startup := startup_table(found)) is not None:
+    if (startup := startup_table(run)) is not None:
         parts += ["### Start-up", startup]
     left = [
-        *(f"- `{name}`: {why}." for name, why in found["unavailable"].items()),
-        *(f"- {why}: {', '.join(what)}." for why, what in found["left_out"].items()),
+        *(f"- `{name}`: {why}." for name, why in run["unavailable"].items()),
+        *(f"- {why}: {', '.join(what)}." for why, what in run["left_out"].items()),
     ]
     if left:
         parts += ["### Not measured here", "\n".join(left)]

@@ -1,4 +1,4 @@
-"""Times that can be compared: providers take turns, and a turn is one forward and one backward."""
+"""Interleaved timing: in every round each provider runs one forward and one backward pass."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ from torch import Tensor
 
 from harness.workloads import Inputs, Precision
 
-Turn = Callable[[int], dict[str, float]]
-"""Takes a round's number; returns the seconds of each phase."""
+TimedRun = Callable[[int], dict[str, float]]
+"""Runs once, given the number of the round; returns the seconds of each phase."""
 
 WARM_UP_ROUNDS = 2
-QUEUE_HZ = 2e9  # a GPU's clock, at most: cycles that keep it busy for a time
-MOST_QUEUED = 0.05  # seconds
+GPU_CLOCK_HZ = 2e9  # upper bound: converts seconds to cycles of torch.cuda._sleep
+MAX_QUEUED_SECONDS = 0.05
 
 
 def interleave(
-    turns: Mapping[str, Turn], rounds: int, *, warm_up: int = WARM_UP_ROUNDS
+    runs: Mapping[str, TimedRun], rounds: int, *, warm_up: int = WARM_UP_ROUNDS
 ) -> dict[str, list[dict[str, float]]]:
-    """Let all take a turn in each round, so that a drift of the machine's speed hits all alike.
-
-    Who follows whom changes from round to round. Python's garbage collector waits meanwhile.
+    """Time all runs round by round, so that a drift of the machine's speed hits all alike.
 
     Args:
-        turns: name to what takes a turn.
-        rounds: how many are counted.
-        warm_up: how many before them are not.
+        runs: name to timed run.
+        rounds: number of rounds that are counted.
+        warm_up: number of rounds before them that are not.
 
     Returns:
         Name to the times of each round.
     """
-    names = list(turns)
+    names = list(runs)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
+    gc.disable()  # a collection would be charged to whichever run triggers it
     try:
         for number in range(rounds + warm_up):
+            # Rotate the order: none always runs first, after the caches of the last one.
             first = number % max(1, len(names))
             for name in (*names[first:], *names[:first]):
-                taken = turns[name](number)
+                taken = runs[name](number)
                 if number >= warm_up:
                     times[name].append(taken)
     finally:
@@ -54,27 +53,29 @@ def interleave(
     return times
 
 
-def rounds_within(turns: Mapping[str, Turn], seconds: float, least: int, most: int) -> int:
-    """Return how many rounds fit into a time, going by one round taken now."""
+def rounds_within(
+    runs: Mapping[str, TimedRun], seconds: float, min_rounds: int, max_rounds: int
+) -> int:
+    """Return how many rounds fit into a time, estimated from one round run now."""
     begin = time.perf_counter()
-    for turn in turns.values():
-        turn(0)
+    for run in runs.values():
+        run(0)
     taken = time.perf_counter() - begin
-    return max(least, min(most, int(seconds / taken)))
+    return max(min_rounds, min(max_rounds, int(seconds / taken)))
 
 
-class PassTurn:
-    """A provider's turn: forward, then backward to student and adapter.
+class TimedPass:
+    """Times forward, then backward to student and adapter, of one provider.
 
-    On a CPU times are the host's. On a GPU they are the stream's, by events, behind enough queued
-    work that launches are not waited for; ``host`` is how long, on a device with nothing to do, the
-    host is busy issuing them (or, where the provider makes it wait, waiting).
+    On a CPU times are the host's. On a GPU they are the stream's, between events, with enough work
+    queued before them that no launch is waited for. ``host`` is how long the host takes to issue
+    one pass to an idle device (or waits, where the provider synchronises).
 
     Args:
         loss: the provider.
-        sets: inputs; they take turns too, so that the last-level cache holds none of them.
-        precision: their dtypes.
-        upstream: the gradients of the losses that come back.
+        sets: inputs, rotated over the rounds so that the last-level cache holds none of them.
+        precision: dtypes.
+        grad_outputs: gradients of the losses for the backward pass.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class PassTurn:
         loss: Callable[[Inputs], Sequence[Tensor]],
         sets: Sequence[Inputs],
         precision: Precision,
-        upstream: Sequence[Tensor],
+        grad_outputs: Sequence[Tensor],
     ) -> None:
-        self.loss, self.sets, self.upstream = loss, sets, upstream
+        self.loss, self.sets, self.grad_outputs = loss, sets, grad_outputs
         self.precision, self.device = precision, sets[0].student.device
 
     def run(self, inputs: Inputs, between: Callable[[], Any] = lambda: None) -> None:
@@ -92,10 +93,11 @@ class PassTurn:
         with self.precision.context(self.device):
             losses = self.loss(inputs)
         between()
-        torch.autograd.grad(losses, inputs.trained, self.upstream)
+        # autograd.grad, not backward(): nothing accumulates in .grad.
+        torch.autograd.grad(losses, inputs.trained, self.grad_outputs)
 
     def __call__(self, number: int) -> dict[str, float]:
-        """Take a turn."""
+        """Run and time the pass of round ``number``."""
         inputs = self.sets[number % len(self.sets)]
         return self._on_gpu(inputs) if self.device.type == "cuda" else self._on_cpu(inputs)
 
@@ -107,13 +109,15 @@ class PassTurn:
         return {"forward": middle - begin, "backward": end - middle, "both": end - begin}
 
     def _on_gpu(self, inputs: Inputs) -> dict[str, float]:
+        # 1. Host time: how long the launches of one pass take on an idle device.
         torch.cuda.synchronize()
         start = time.perf_counter()
         self.run(inputs)
         host = time.perf_counter() - start
         begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        # The device has more to do than the host needs for the launches.
-        torch.cuda._sleep(int(min(MOST_QUEUED, 1.5 * host) * QUEUE_HZ))
+        # 2. Stream time: a sleep kernel keeps the device busy for longer than the launches take,
+        # so the kernels between the events run back to back.
+        torch.cuda._sleep(int(min(MAX_QUEUED_SECONDS, 1.5 * host) * GPU_CLOCK_HZ))
         begin.record()
         self.run(inputs, middle.record)
         end.record()
@@ -127,25 +131,25 @@ class PassTurn:
         }
 
 
-class CallTurn:
-    """A turn of something that is timed as a whole: the ceilings.
+class TimedCall:
+    """Times one call as a whole, such as a roofline probe.
 
     Args:
-        call: what is timed.
-        device: whose time.
+        call: the call.
+        device: the device it runs on.
     """
 
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
         self.call, self.device = call, device
 
     def __call__(self, number: int) -> dict[str, float]:
-        """Take a turn."""
+        """Run and time the call; the number of the round is not used."""
         if self.device.type != "cuda":
             begin = time.perf_counter()
             self.call()
             return {"both": time.perf_counter() - begin}
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(2e-4 * QUEUE_HZ))
+        torch.cuda._sleep(int(2e-4 * GPU_CLOCK_HZ))  # covers the launch of a single kernel
         first.record()
         self.call()
         last.record()
@@ -153,7 +157,7 @@ class CallTurn:
         return {"both": 1e-3 * first.elapsed_time(last)}
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
+def time_stats(seconds: Sequence[float]) -> dict[str, float]:
     """Return median, quartiles and minimum of two or more times, in milliseconds."""
     low, _, high = statistics.quantiles(seconds, n=4)
     return {
@@ -165,5 +169,8 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
-    """Return how many times as fast as the base: the median of the ratios within the rounds."""
+    """Return the speed-up over a baseline: the median of the ratios within the rounds.
+
+    A ratio of medians would compare rounds that ran at different clock speeds.
+    """
     return statistics.median(a / b for a, b in zip(base, seconds, strict=True))

@@ -1,4 +1,4 @@
-"""What is measured: sizes, dtypes, inputs, and the least that a pass must move and compute."""
+"""Benchmark cases: sizes, dtypes, inputs, and the memory traffic and operations of a pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workload(NamedTuple):
 
     @property
     def sizes(self) -> str:
-        """B, P and D, for people."""
+        """``B x P x D``, for display."""
         return f"{self.images} x {self.patches} x {self.width}"
 
 
@@ -32,10 +32,10 @@ class Precision(NamedTuple):
     """The dtypes of a call.
 
     Attributes:
-        name: as the results call it.
-        features: of student and teacher.
-        adapter: of down and up.
-        autocast: the autocast dtype; None: no autocast.
+        name: name in the results.
+        features: dtype of student and teacher.
+        adapter: dtype of down and up.
+        autocast: autocast dtype; None: no autocast.
     """
 
     name: str
@@ -65,8 +65,8 @@ PRECISIONS = {
 }
 
 
-class Point(NamedTuple):
-    """One comparison of all providers: a workload in a precision, and the series it belongs to.
+class Case(NamedTuple):
+    """A case in which all providers are compared: a workload, a precision and a series.
 
     Attributes:
         series: ``workloads``, ``patches`` (cost against P) or ``widths`` (cost against D).
@@ -80,7 +80,7 @@ class Point(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What tests and results call it."""
+        """Name in test ids and results."""
         return f"{self.workload.name}-{self.precision.name}"
 
 
@@ -92,63 +92,66 @@ _MODELS = (
     ("D-vit-s16-224px", 196, 384),
     ("E-vit-b16-224px", 196, 768),
 )
-# On a CPU the sweeps are narrower, and over fewer images, so that a run takes minutes.
+# On a CPU the sweeps have fewer images and smaller widths: a run takes minutes.
 _PATCHES = (64, 128, 256, 512, 1024, 2048, 4096)
-_PATCHES_AT = {"cuda": (16, 1024), "cpu": (1, 384)}  # images and width
+_PATCH_SWEEP = {"cuda": (16, 1024), "cpu": (1, 384)}  # images and width
 _WIDTHS = {"cuda": (192, 384, 768, 1024, 1536, 2048, 4096), "cpu": (192, 384, 768, 1024, 1536)}
-_WIDTHS_AT = {"cuda": (64, 196), "cpu": (8, 196)}  # images and patches
-_SWEPT_IN = {"cuda": "bf16", "cpu": "fp32"}
+_WIDTH_SWEEP = {"cuda": (64, 196), "cpu": (8, 196)}  # images and patches
+_SWEEP_PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 _ORDER = {"cuda": ("bf16", "autocast", "fp32"), "cpu": ("fp32", "bf16", "autocast")}
 
 
-def workloads(device_type: str, quick: bool = False) -> list[Point]:
-    """Return the workloads of the page, each in every precision, the most telling first.
+def workloads(device_type: str, quick: bool = False) -> list[Case]:
+    """Return the five workloads in every precision, the most relevant precision first.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
-        quick: one of tiny sizes instead, to see that everything works.
+        quick: one tiny workload instead, for a smoke test.
     """
     if quick:
-        given = [Workload("tiny", 2, 20, 64, 8)]
+        chosen = [Workload("tiny", 2, 20, 64, 8)]
     else:
         images = _IMAGES[device_type]
-        given = [Workload(n, b, p, d) for b, (n, p, d) in zip(images, _MODELS, strict=True)]
+        chosen = [Workload(n, b, p, d) for b, (n, p, d) in zip(images, _MODELS, strict=True)]
     return [
-        Point("workloads", workload, PRECISIONS[name])
+        Case("workloads", workload, PRECISIONS[name])
         for name in _ORDER[device_type]
-        for workload in given
+        for workload in chosen
     ]
 
 
-def sweeps(device_type: str, quick: bool = False) -> list[Point]:
-    """Return the points that show how cost grows with P and with D.
+def sweeps(device_type: str, quick: bool = False) -> list[Case]:
+    """Return the cases that sweep the number of patches P and the width D.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
-        quick: two tiny points of each instead.
+        quick: two tiny cases of each sweep instead.
     """
-    precision = PRECISIONS[_SWEPT_IN[device_type]]
+    precision = PRECISIONS[_SWEEP_PRECISION[device_type]]
     if quick:
         patches, widths = (16, 32), (32, 64)
-        (images, width), (many, of_width) = (1, 32), (2, 16)
+        (images, width), (width_images, width_patches) = (1, 32), (2, 16)
         rank = 8
     else:
         patches, widths = _PATCHES, _WIDTHS[device_type]
-        (images, width), (many, of_width) = _PATCHES_AT[device_type], _WIDTHS_AT[device_type]
+        (images, width), (width_images, width_patches) = (
+            _PATCH_SWEEP[device_type],
+            _WIDTH_SWEEP[device_type],
+        )
         rank = 64
-    points = [
-        Point("patches", Workload(f"P{count}", images, count, width, rank), precision)
+    cases = [
+        Case("patches", Workload(f"P{count}", images, count, width, rank), precision)
         for count in patches
     ]
-    points += [
-        Point("widths", Workload(f"D{size}", many, of_width, size, rank), precision)
+    cases += [
+        Case("widths", Workload(f"D{size}", width_images, width_patches, size, rank), precision)
         for size in widths
     ]
-    return points
+    return cases
 
 
 class Inputs(NamedTuple):
-    """A call's tensors; all but the teacher require grad."""
+    """Inputs of the losses; all but the teacher require grad."""
 
     student: Tensor  # S, [B, 1 + P, D]
     teacher: Tensor  # F, [B, 1 + P, D]
@@ -157,16 +160,16 @@ class Inputs(NamedTuple):
 
     @property
     def trained(self) -> list[Tensor]:
-        """What gradients are asked for."""
+        """The tensors to differentiate with respect to."""
         return [self.student, self.down, self.up]
 
     @property
     def nbytes(self) -> int:
-        """The memory of all four, in bytes."""
+        """Size of all four, in bytes."""
         return sum(tensor.nbytes for tensor in self)
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """Return a copy in a dtype that requires grad alike."""
+        """Return a copy in another dtype, with the same ``requires_grad``."""
         return _trainable(tensor.detach().to(dtype, copy=True) for tensor in self)
 
 
@@ -178,15 +181,16 @@ def _trainable(tensors: Iterable[Tensor]) -> Inputs:
 def make_inputs(
     workload: Workload, precision: Precision, device: torch.device, seed: int = 0
 ) -> Inputs:
-    """Return inputs that look like features: a common direction, noise, and a few long tokens.
+    """Return random inputs that resemble features: a common direction, noise, and outlier tokens.
 
-    One patch in fifty, at least one per image, is ten times as long as the others; the adapter
-    halves the rank directions it spans; the student is off by half the noise.
+    One patch in fifty, at least one per image, has ten times the norm of the others. The adapter
+    halves the component of a token in the r directions it spans. The student is the teacher plus
+    noise of half its standard deviation.
 
     Args:
         workload: the sizes.
         precision: the dtypes.
-        device: where they are made.
+        device: of the tensors.
         seed: of the generator.
     """
     images, tokens = workload.images, 1 + workload.patches
@@ -197,12 +201,12 @@ def make_inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     teacher = normal(1, 1, width) + normal(images, tokens, width)
-    places = torch.rand((images, workload.patches), generator=generator, device=device)
-    longest = places.topk(max(1, workload.patches // 50), dim=1).indices + 1
+    scores = torch.rand((images, workload.patches), generator=generator, device=device)
+    outliers = scores.topk(max(1, workload.patches // 50), dim=1).indices + 1
     teacher.scatter_(
         1,
-        longest[..., None].expand(-1, -1, width),
-        10 * teacher.gather(1, longest[..., None].expand(-1, -1, width)),
+        outliers[..., None].expand(-1, -1, width),
+        10 * teacher.gather(1, outliers[..., None].expand(-1, -1, width)),
     )
     student = teacher + 0.5 * normal(images, tokens, width)
     down = torch.linalg.qr(normal(width, rank)).Q
@@ -213,30 +217,31 @@ def make_inputs(
 
 
 class Cost(NamedTuple):
-    """What a pass takes."""
+    """Memory traffic and arithmetic of a pass."""
 
     bytes: int  # moved to or from memory
     operations: int  # floating-point; a multiply-add is two
 
 
-def least_cost(workload: Workload, precision: Precision, phase: str) -> Cost:
-    """Return the least that a phase must move and compute, whatever computes it.
+def roofline_cost(workload: Workload, precision: Precision, phase: str) -> Cost:
+    """Return the minimal memory traffic and operations of a phase, for any implementation.
 
-    Every input is read once, every result written once; nothing between them is counted. Matrix
-    products are those of the closed form: of a Gram matrix one triangle, ``F̂F̂ᵀ`` and ``FFᵀ``
-    together in D + 2r multiply-adds an entry, ``X [H | Z]`` in 2r. The forward has ``F Wd`` and
-    ``H Wu``; the backward has ``H Wu`` again, ``F Wuᵀ``, ``S Wuᵀ``, ``Fᵀ dH`` and two for dWu.
+    Every input is read once and every result written once; intermediate results are not counted.
+    Matrix products are those of the closed form: one triangle of the Gram matrices, ``F̂F̂ᵀ`` and
+    ``FFᵀ`` together in D + 2r multiply-adds per entry, and ``X [H | Z]`` in 2r. The forward has
+    ``F Wd`` and ``H Wu``; the backward has ``H Wu`` again, ``F Wuᵀ``, ``S Wuᵀ``, ``Fᵀ dH`` and two
+    for dWu.
 
     Args:
         workload: the sizes.
         precision: the dtypes.
-        phase: ``forward``, ``backward``, or ``both``, their sum.
+        phase: ``forward``, ``backward``, or ``both`` (their sum).
 
     Returns:
         Bytes and operations.
     """
     if phase == "both":
-        forward, backward = (least_cost(workload, precision, name) for name in PHASES[:2])
+        forward, backward = (roofline_cost(workload, precision, name) for name in PHASES[:2])
         return Cost(forward.bytes + backward.bytes, forward.operations + backward.operations)
     images, patches, width, rank = workload[1:]
     features = images * (1 + patches) * width * precision.features.itemsize

@@ -1,4 +1,4 @@
-"""Bytes, operations and memory of each provider, counted: no more than what was committed."""
+"""Counted bytes and operations equal the committed ones; memory of a pass."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness.counting import EXPECTED, Counter
-from harness.memory import held_for_backward, peak_rise
+from harness.memory import peak_memory_increase, saved_for_backward
 
 import singer_kernels
 
@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def found():
+def counted():
     pytest.importorskip("triton")
-    # In a process of its own: in this one the interpreter may be on.
+    # In a fresh process: in this one Triton's interpreter may be on.
     command = [sys.executable, "-m", "harness.counting"]
     paths = [EXPECTED.parents[1], Path(singer_kernels.__file__).parents[1]]
     environment = {
@@ -32,8 +32,8 @@ def found():
     return json.loads(done.stdout)
 
 
-def assert_all_but_quantile_is(actual, expected):
-    # torch.quantile is written in other operators in each release: a few, on tensors of [B, P].
+def assert_equal_up_to_quantile(actual, expected):
+    # torch releases compose torch.quantile of different operators: a few, on [B, P] tensors.
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         slack = {"operators": 5, "bytes": value / 1000}.get(key, 0)
@@ -41,21 +41,21 @@ def assert_all_but_quantile_is(actual, expected):
 
 
 @pytest.mark.parametrize("provider", ["eager", "eager-masked", "torch", "cpu", "cuda", "triton"])
-def test_counts_are_the_committed_ones(found, provider):
+def test_counts_are_the_committed_ones(counted, provider):
     """If a change moves more or less: cd benchmarks && python -m harness.counting --write."""
-    if provider == "cpu" and provider not in found:
-        pytest.skip("the compiled extension is not there")
+    if provider == "cpu" and provider not in counted:
+        pytest.skip("the extension is not built")
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))[provider]
-    assert found[provider].keys() == expected.keys()
+    assert counted[provider].keys() == expected.keys()
     for precision, counts in expected.items():
         if provider in ("eager", "eager-masked", "torch"):
             for phase, count in counts.items():
-                assert_all_but_quantile_is(found[provider][precision][phase], count)
+                assert_equal_up_to_quantile(counted[provider][precision][phase], count)
         else:
-            assert found[provider][precision] == counts
+            assert counted[provider][precision] == counts
 
 
-def test_the_counts_say_what_the_backends_are_for(found):
+def test_backends_save_and_move_a_third_of_eager_code(counted):
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     for precision in ("fp32", "bf16"):
         eager, ours = expected["eager"][precision], expected["cpu"][precision]
@@ -64,7 +64,7 @@ def test_the_counts_say_what_the_backends_are_for(found):
         assert 3 * moved < sum(eager[phase]["bytes"] for phase in ("forward", "backward"))
 
 
-def test_a_product_is_counted():
+def test_a_matrix_product_is_counted():
     a, b = torch.ones(3, 4), torch.ones(4, 5)
     with Counter() as counter:
         a @ b
@@ -81,24 +81,24 @@ def test_views_and_empty_tensors_are_free():
     assert counter.total == {"operators": 1, "bytes": 2 * 9 * 4, "operations": 0}
 
 
-def test_what_is_expanded_is_in_memory_once():
+def test_an_expanded_dimension_counts_once():
     a = torch.ones(1, 4).expand(3, 4)
     with Counter() as counter:
         a + 1
     assert counter.total["bytes"] == (4 + 12) * 4
 
 
-def test_held_memory_counts_each_storage_once_and_no_input():
+def test_saved_memory_counts_each_storage_once_and_no_input():
     x = torch.ones(10, requires_grad=True)
     y = x.exp()  # keeps its result
     z = (y * y).sum()  # keeps it again
-    assert held_for_backward([z], [x]) == y.nbytes
+    assert saved_for_backward([z], [x]) == y.nbytes
     w = (x * torch.full((10,), 2.0)).sum() + z
-    assert held_for_backward([w], [x]) == 2 * y.nbytes
-    assert held_for_backward([x.detach()], [x]) == 0
+    assert saved_for_backward([w], [x]) == 2 * y.nbytes
+    assert saved_for_backward([x.detach()], [x]) == 0
 
 
-def test_held_memory_of_functions_written_in_python():
+def test_saved_memory_of_functions_written_in_python():
     class Keeps(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -110,13 +110,13 @@ def test_held_memory_of_functions_written_in_python():
             raise NotImplementedError
 
     x = torch.ones(10, requires_grad=True)
-    assert held_for_backward([Keeps.apply(x)], [x]) == 7 * 4
+    assert saved_for_backward([Keeps.apply(x)], [x]) == 7 * 4
 
 
-def test_a_rise_of_memory_is_seen():
+def test_peak_memory_of_an_allocation():
     size = 64 * 2**20
-    rise = peak_rise(lambda: torch.ones(size // 4).sum().item(), CPU)
-    if rise is None:
-        pytest.skip("there is no accounting of resident memory")
-    assert 0.9 * size < rise < 1.5 * size
-    assert peak_rise(lambda: None, CPU) < 0.1 * size
+    increase = peak_memory_increase(lambda: torch.ones(size // 4).sum().item(), CPU)
+    if increase is None:
+        pytest.skip("needs Linux's clear_refs and glibc")
+    assert 0.9 * size < increase < 1.5 * size
+    assert peak_memory_increase(lambda: None, CPU) < 0.1 * size

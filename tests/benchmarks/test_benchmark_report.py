@@ -1,4 +1,4 @@
-"""The README and the page of figures say what the results say, and the tables show all of it."""
+"""The README's section, docs/benchmarks.md, tables and plots match the results."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def comparison(series, patches, precision="fp32"):
 
 
 @pytest.fixture
-def found():
+def run():
     made = results.empty(SETTING, quick=True)
     made["losses"] = [
         comparison("workloads", 196),
@@ -102,27 +102,27 @@ def found():
     return made
 
 
-def test_the_pages_are_what_the_committed_results_say(capsys):
-    """If this fails: cd benchmarks && python -m harness.report."""
+def test_the_pages_match_the_committed_results(capsys):
+    """If this fails, run: cd benchmarks && python -m harness.report."""
     assert list(RESULTS.glob("*.json")), "no results are committed"
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_committed_results_are_whole_runs():
+def test_committed_results_are_complete():
     for path in RESULTS.glob("*.json"):
-        found = results.read(path)
-        assert not found["quick"], path
-        assert found["left_out"] == {}, path
+        run = results.read(path)
+        assert not run["quick"], path
+        assert run["left_out"] == {}, path
         assert (report.ROOT / "docs" / f"{path.stem}.svg").is_file()
-        for record in found["losses"]:
+        for record in run["losses"]:
             for name, provider in record["providers"].items():
                 assert provider["status"] == "timed", (path, name)
 
 
-def test_a_changed_figure_is_found(tmp_path, monkeypatch, capsys, found):
+def test_a_changed_figure_fails_the_check(tmp_path, monkeypatch, capsys, run):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    results.write(tmp_path / "device.json", found)
+    results.write(tmp_path / "device.json", run)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
     assert report.main(["--check"]) == 1
@@ -139,12 +139,12 @@ def test_a_changed_figure_is_found(tmp_path, monkeypatch, capsys, found):
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
-def test_a_readme_without_its_marks_is_refused(text):
+def test_a_readme_without_its_marks_is_rejected(text):
     with pytest.raises(ValueError, match=r"README.md: expected .* once each"):
         with_section(text, "new")
 
 
-def test_other_files_are_refused(tmp_path, capsys):
+def test_other_files_are_rejected(tmp_path, capsys):
     path = tmp_path / "other.json"
     for text, message in (
         ("{", "no JSON"),
@@ -157,8 +157,8 @@ def test_other_files_are_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_summary_shows_what_is_wrong_and_what_is_missing(tmp_path, capsys, found):
-    results.write(tmp_path / "device.json", found)
+def test_the_summary_shows_wrong_and_missing_results(tmp_path, capsys, run):
+    results.write(tmp_path / "device.json", run)
     arguments = [str(tmp_path / "device.json"), "--summary", "--output", str(tmp_path / "s.md")]
     assert report.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -171,27 +171,30 @@ def test_the_summary_shows_what_is_wrong_and_what_is_missing(tmp_path, capsys, f
     assert "left out, no time left: widths/D192-fp32" in printed
 
 
-def test_a_busy_machine_is_noticed():
-    rest = machine.busy_processors(0.2)
-    if rest is None:
-        pytest.skip("there is no accounting of processors")
+def test_busy_processors_are_measured():
+    idle = machine.busy_processors(0.2)
+    if idle is None:
+        pytest.skip("needs /proc/stat")
     command = [sys.executable, "-c", "while True: pass"]
     with subprocess.Popen(command) as other:
         time.sleep(0.3)
         busy = machine.busy_processors(0.5)
         other.kill()
-    assert 0 <= rest <= os.cpu_count()
+    assert 0 <= idle <= os.cpu_count()
     assert 0.5 < busy <= os.cpu_count()
 
 
-def test_a_busy_machine_is_named(found):
-    found["setting"]["busy_processors"] = 1.26
-    assert "avx512 kernels (others kept 1.3 processors busy); torch" in tables.setting_line(found)
+def test_busy_processors_are_reported(run):
+    run["setting"]["busy_processors"] = 1.26
+    assert (
+        "avx512 kernels (other processes kept 1.3 processors busy); torch"
+        in tables.setting_line(run)
+    )
 
 
-def test_the_page_has_every_comparison(found):
-    page = report.page({"device": found})
-    assert len(re.findall("^#### ", page, re.MULTILINE)) == len(found["losses"])
+def test_the_page_has_every_comparison(run):
+    page = report.page({"device": run})
+    assert len(re.findall("^#### ", page, re.MULTILINE)) == len(run["losses"])
     assert "wrong: kd 1.0e+00 (allowed 1.0e-06)" in page
     assert "3.5 / ?" in page
     assert "- `triton`: it needs a CUDA device." in page
@@ -202,19 +205,19 @@ def test_the_page_has_every_comparison(found):
         assert len({row.count("|") for row in block.splitlines()}) == 1, block
 
 
-def test_ratios_over_workloads(found):
-    assert tables.ratio_range(found["losses"][:2], "cpu", "eager") == "4.00 to 4.00"
-    assert tables.ratio_range(found["losses"][:2], "torch", "eager") is None
-    assert tables.precision_lines(found) == [
+def test_ratios_over_workloads(run):
+    assert tables.ratio_range(run["losses"][:2], "cpu", "eager") == "4.00 to 4.00"
+    assert tables.ratio_range(run["losses"][:2], "torch", "eager") is None
+    assert tables.precision_lines(run) == [
         "- fp32: Largest relative errors: `eager` 1e-07, `cpu` 1e-07.",
         "- bf16: `cpu` 4.00 to 4.00 times as fast as `eager`. "
         "Largest relative errors: `eager` 1e-07, `cpu` 1e-07.",
     ]
 
 
-def test_a_figure_is_drawn_of_what_there_is(tmp_path, found):
-    draw(found, tmp_path / "whole.png")
-    less = copy.deepcopy(found)
+def test_a_figure_needs_no_sweep(tmp_path, run):
+    draw(run, tmp_path / "whole.png")
+    less = copy.deepcopy(run)
     less["losses"] = less["losses"][:1]
     draw(less, tmp_path / "less.svg")
     for name in ("whole.png", "less.svg"):
@@ -228,7 +231,7 @@ def test_results_are_rounded_and_replaced(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
 
-def test_every_provider_has_a_colour_and_a_place():
+def test_every_provider_has_a_colour():
     from harness.plots import COLOURS
 
     assert COLOURS.keys() == set(NAMES)

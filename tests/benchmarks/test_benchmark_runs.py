@@ -1,4 +1,4 @@
-"""``pytest benchmarks/ --benchmark-only``, in tiny sizes."""
+"""Runs of ``pytest benchmarks/ --benchmark-only --quick``."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def run(*arguments, **variables):
 
 def test_everything_is_measured_and_written(tmp_path):
     path, plugin_path = tmp_path / "r.json", tmp_path / "plugin.json"
-    # Compiling takes most of the time: once is enough.
+    # Compilation takes most of the time: one case is enough.
     done = run(
         "--device=cpu",
         f"--results={path}",
@@ -53,7 +53,7 @@ def test_everything_is_measured_and_written(tmp_path):
     assert found["startup"]["torch"]["warm"]["first_call"] > 0
     assert found["steps"]["results"].keys() == {"authors", "authors-bf16", "ours", "ours-bf16"}
 
-    # The plugin reports the very times that were measured.
+    # The plugin reports the measured times.
     reported = json.loads(plugin_path.read_text(encoding="utf-8"))["benchmarks"]
     for benchmark in reported:
         if benchmark["name"] == "test_losses[tiny-fp32-torch]":
@@ -66,7 +66,7 @@ def test_everything_is_measured_and_written(tmp_path):
     assert "| 2 x 20 x 64 |" in done.stdout
 
 
-def test_no_measurement_begins_after_the_time(tmp_path):
+def test_no_measurement_starts_after_the_time_limit(tmp_path):
     done = run("--device=cpu", f"--results={tmp_path}", "--time-limit=0", "-k=fp32 or step")
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.iterdir()
@@ -82,7 +82,7 @@ def test_no_measurement_begins_after_the_time(tmp_path):
     ]
 
 
-def test_what_is_selected_is_measured_beside_eager(tmp_path):
+def test_the_baseline_is_measured_with_a_selection(tmp_path):
     done = run("--device=cpu", f"--results={tmp_path / 'r.json'}", "-k=tiny-bf16-torch")
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["losses"]

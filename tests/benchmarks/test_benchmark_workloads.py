@@ -1,4 +1,4 @@
-"""Sizes, inputs and floors of the benchmarks."""
+"""Sizes, inputs and roofline costs of the benchmarks."""
 
 import itertools
 
@@ -9,8 +9,8 @@ from harness.workloads import (
     PRECISIONS,
     QUANTILE,
     Workload,
-    least_cost,
     make_inputs,
+    roofline_cost,
     sweeps,
     workloads,
 )
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", list(PRECISIONS))
-def test_inputs_have_outliers_and_the_asked_dtypes(name):
+def test_inputs_have_outliers_and_the_dtypes_of_the_precision(name):
     precision = PRECISIONS[name]
     inputs = make_inputs(Workload("", 3, 100, 32, 4), precision, CPU)
     assert inputs.student.dtype == inputs.teacher.dtype == precision.features
     assert inputs.down.dtype == inputs.up.dtype == precision.adapter
     assert [x.requires_grad for x in inputs] == [True, False, True, True]
     out = fused_losses(*inputs, quantile=QUANTILE, backend="reference")
-    # Two of a hundred are long; the quantile lies among the others.
+    # Two of a hundred patches are outliers; the 0.97 quantile is one of the others' norms.
     assert ((out.norms > 3 * out.threshold[:, None]).sum(dim=1) == 2).all()
     assert out.kd > 0
     assert out.outlier > 0
@@ -42,9 +42,9 @@ def test_seeds_give_other_inputs():
         assert not torch.equal(first, other)
 
 
-def test_the_floor_of_a_small_case_by_hand():
+def test_roofline_cost_of_a_small_case_by_hand():
     workload = Workload("", 2, 3, 8, 4)
-    forward, backward, both = (least_cost(workload, PRECISIONS["bf16"], p) for p in PHASES)
+    forward, backward, both = (roofline_cost(workload, PRECISIONS["bf16"], p) for p in PHASES)
     features, adapter = 2 * 4 * 8 * 2, 2 * 8 * 4 * 2  # bytes
     assert forward.bytes == 2 * features + adapter  # S and F
     assert backward.bytes == 3 * features + 2 * adapter  # S, F and dS; the adapter and its gradient
@@ -55,22 +55,22 @@ def test_the_floor_of_a_small_case_by_hand():
     assert both == tuple(map(sum, zip(forward, backward, strict=True)))
 
 
-def test_autocast_moves_what_it_is_given_and_multiplies_narrow():
+def test_autocast_moves_float32_and_multiplies_bfloat16():
     workload = Workload("", 2, 3, 8, 4)
     precision = PRECISIONS["autocast"]
     assert precision.product == torch.bfloat16
-    assert least_cost(workload, precision, "both") == least_cost(
+    assert roofline_cost(workload, precision, "both") == roofline_cost(
         workload, PRECISIONS["fp32"], "both"
     )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_points_have_names_of_their_own_and_the_sizes_that_are_promised(device):
-    points = [*workloads(device), *sweeps(device)]
-    labels = [(point.series, point.label) for point in points]
+def test_points_have_unique_labels_and_the_documented_sizes(device):
+    cases = [*workloads(device), *sweeps(device)]
+    labels = [(case.series, case.label) for case in cases]
     assert len(set(labels)) == len(labels)
     of_series = {
-        series: [point.workload for point in points if point.series == series]
+        series: [case.workload for case in cases if case.series == series]
         for series in ("workloads", "patches", "widths")
     }
     named = {(w.patches, w.width) for w in of_series["workloads"]}
@@ -86,5 +86,5 @@ def test_points_have_names_of_their_own_and_the_sizes_that_are_promised(device):
 
 
 def test_quick_points_are_tiny():
-    for point in (*workloads("cpu", quick=True), *sweeps("cpu", quick=True)):
-        assert point.workload.images * point.workload.patches * point.workload.width <= 4096
+    for case in (*workloads("cpu", quick=True), *sweeps("cpu", quick=True)):
+        assert case.workload.images * case.workload.patches * case.workload.width <= 4096

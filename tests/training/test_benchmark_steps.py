@@ -1,7 +1,4 @@
-"""The benchmark of whole steps: both compute the same, and the authors' still costs what it did.
-
-``steps.py`` compares times; these tests hold what makes the comparison mean something.
-"""
+"""Whole training steps: both compute the same, and the authors' step does the authors' work."""
 
 import copy
 import json
@@ -51,8 +48,8 @@ def config():
     )
 
 
-def outlier_amplification(method, images):
-    """By how much the excess of a norm over its quantile loses digits to cancellation."""
+def outlier_cancellation_ratio(method, images):
+    """Return the largest norm over the smallest excess: the digits lost to cancellation."""
     with torch.no_grad():
         teacher, student = method.teacher_tokens(images), method.student_tokens(images)
         worst = 1.0
@@ -72,7 +69,7 @@ def test_both_steps_give_the_same_losses_and_gradients(variant, dtype):
     images = make_images(method)
     exact = step_check.values(AuthorsStep(method).double(), images)
     allowed = step_check.tolerances(method, exact, images, dtype)
-    found = []
+    gradients = []
     for model in (AuthorsStep(method), copy.deepcopy(method)):
         model.to(dtype)
         losses = model.losses(model.student_tokens(images), model.teacher_tokens(images))
@@ -80,17 +77,17 @@ def test_both_steps_give_the_same_losses_and_gradients(variant, dtype):
         for name, value in losses.items():
             assert abs(value.item() - exact[name]) <= allowed[name], name
         modules = (model.student, model.projections, model.adapters)
-        found.append([dict(module.named_parameters()) for module in modules])
+        gradients.append([dict(module.named_parameters()) for module in modules])
 
-    # A gradient passes the products of the forward pass, and theirs on the way back; then it is a
-    # sum over all tokens. What the outliers' excess has lost is lost to it too.
+    # A gradient has the roundings of the forward and of the backward products, and those of a sum
+    # over all tokens. Cancellation in the outliers' excess affects it too.
     tokens = method.teacher.num_patches + 1
     terms = images.shape[0] * tokens * (torch.finfo(dtype).eps / 2) ** 2
-    share = math.sqrt(2 * step_check.roundoff(method, dtype, tokens) ** 2 + terms)
-    share *= outlier_amplification(method, images)
-    assert share < 0.05
+    relative = math.sqrt(2 * step_check.roundoff(method, dtype, tokens) ** 2 + terms)
+    relative *= outlier_cancellation_ratio(method, images)
+    assert relative < 0.05
     trained = 0
-    for theirs, ours in zip(*found, strict=True):
+    for theirs, ours in zip(*gradients, strict=True):
         assert theirs.keys() == ours.keys()
         for name, parameter in ours.items():
             expected = theirs[name].grad
@@ -100,7 +97,7 @@ def test_both_steps_give_the_same_losses_and_gradients(variant, dtype):
             trained += 1
             error = (parameter.grad - expected).norm()
             assert expected.norm() > 0, name
-            assert error <= share * expected.norm(), name
+            assert error <= relative * expected.norm(), name
     assert trained > 30
 
 
@@ -135,12 +132,12 @@ def test_authors_step_runs_the_next_block_again_and_leaves_gradients_on_it(confi
         optimised = {id(p) for group in provider.optimizer.param_groups for p in group["params"]}
         assert not optimised & {id(parameter) for parameter in authors.teacher.parameters()}
         assert optimised == {id(parameter) for parameter in authors.learnable()}
-        # Nobody clears them; the weights hardly move at this learning rate.
+        # They accumulate; at this learning rate the weights hardly move.
         provider.step(images, steps.Stopwatch("cpu"))
         for key, gradient in gradients.items():
             torch.testing.assert_close(backbone.model.get_parameter(key).grad, 2 * gradient)
         count[:] = [number // 2 for number in count]
-    # The block after layer 1: in the pass over the images, refined and, by the authors, again.
+    # The block after layer 1 runs on the images, on refined tokens and, in the authors', again.
     assert calls == {"authors": [1, 1, 3, 1], "ours": [1, 1, 2, 0]}
 
 
@@ -173,11 +170,11 @@ def test_a_step_trains_everything_but_the_teacher(config):
 
 
 def test_main_measures_and_writes_json(config, tmp_path, capsys):
-    path, found = tmp_path / "run.yaml", tmp_path / "steps.json"
+    path, output = tmp_path / "run.yaml", tmp_path / "steps.json"
     path.write_text(to_yaml(config), encoding="utf-8")
-    arguments = ["--config", str(path), "--rounds", "2", "--json", str(found)]
+    arguments = ["--config", str(path), "--rounds", "2", "--json", str(output)]
     assert steps.main([*arguments, "--no-memory"]) == 0
-    results = json.loads(found.read_text(encoding="utf-8"))["results"]
+    results = json.loads(output.read_text(encoding="utf-8"))["results"]
     assert list(results) == ["authors", "authors-bf16", "ours", "ours-bf16"]
     for row in results.values():
         assert row["images_per_second"] > 0
@@ -187,7 +184,7 @@ def test_main_measures_and_writes_json(config, tmp_path, capsys):
     assert "wrong" not in capsys.readouterr().out
 
     assert steps.main([*arguments, "--providers", "ours"]) == 0
-    written = json.loads(found.read_text(encoding="utf-8"))
+    written = json.loads(output.read_text(encoding="utf-8"))
     assert written["dense_gflops"]["authors"] > written["dense_gflops"]["ours"] > 0
     assert {"torch", "timm"} <= written["setting"]["versions"].keys()
     assert written["setting"]["variant"] == "official"
@@ -196,8 +193,8 @@ def test_main_measures_and_writes_json(config, tmp_path, capsys):
     assert memory is None if not sys.platform.startswith("linux") else memory > 0.08
 
 
-def test_a_wrong_step_gets_no_time(config, tmp_path, monkeypatch, capsys):
-    path, found = tmp_path / "run.yaml", tmp_path / "steps.json"
+def test_a_wrong_step_is_not_timed(config, tmp_path, monkeypatch, capsys):
+    path, output = tmp_path / "run.yaml", tmp_path / "steps.json"
     path.write_text(to_yaml(config), encoding="utf-8")
     right = steps.Provider.losses
 
@@ -207,21 +204,21 @@ def test_a_wrong_step_gets_no_time(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(steps.Provider, "losses", wrong)
     names = ["--providers", "authors", "ours"]
-    options = ["--no-memory", "--rounds", "2", "--json", str(found)]
+    options = ["--no-memory", "--rounds", "2", "--json", str(output)]
     assert steps.main(["--config", str(path), *names, *options]) == 1
-    written = json.loads(found.read_text(encoding="utf-8"))
+    written = json.loads(output.read_text(encoding="utf-8"))
     assert list(written["results"]) == ["authors"]
     assert written["error_in_tolerances"]["ours"]["kd"] > 1
     assert "| ours | wrong" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.1])
-def test_an_error_beyond_its_tolerance_is_wrong(value):
-    assert step_check.is_right({"kd": 1.0, "info": 0.0})
-    assert not step_check.is_right({"kd": 0.0, "info": value})
+def test_an_error_above_its_tolerance_is_wrong(value):
+    assert step_check.is_correct({"kd": 1.0, "info": 0.0})
+    assert not step_check.is_correct({"kd": 0.0, "info": value})
 
 
-def test_what_the_authors_step_can_not_do_is_refused():
+def test_the_authors_step_rejects_what_it_does_not_support():
     with pytest.raises(ValueError, match=r"method.layers: got \[3\], expected two or more"):
         AuthorsStep(make_method(layers=[3]))
     with pytest.raises(ValueError, match="other prefix tokens than CLS"):
