@@ -28,12 +28,12 @@ class KernelUsage(NamedTuple):
     shared: int  # bytes of a block
     blocks: int  # that a multiprocessor holds at once
     warps: int  # of those blocks
-    most_warps: int  # that it holds of any kernel
+    max_warps: int  # that it holds of any kernel
 
     @property
     def occupancy(self) -> float:
         """The share of a multiprocessor's warps, from 0 to 1."""
-        return self.warps / self.most_warps
+        return self.warps / self.max_warps
 
 
 _outcomes: dict[Path, str | None] = {}  # the library to why it can't be used; None: it is loaded
@@ -70,7 +70,7 @@ def _load() -> str | None:
         expected = ", ".join(VECTORS)
         return f"not loaded: {VECTORS_VARIABLE}: got {wanted!r}, expected one of {expected}"
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call,unused-ignore]
     except Exception as error:
         cause = error.__cause__ or error
         return f"not loadable: {' '.join(str(cause).split()) or type(cause).__name__}"
@@ -125,7 +125,9 @@ def cuda_kernels() -> list[str]:
         Such as ``refine_kernel<float>``, each once; empty if the extension can't be loaded or was
         built without CUDA.
     """
-    library = ctypes.CDLL(str(LIBRARY)) if load() is None else None
+    if load() is not None:
+        return []
+    library = ctypes.CDLL(str(LIBRARY))
     if not hasattr(library, "singer_cuda_kernel_name"):
         return []
     name_of = library.singer_cuda_kernel_name

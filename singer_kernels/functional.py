@@ -11,9 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from singer_kernels import backends
-from singer_kernels.backends.arithmetic import product_dtype
-from singer_kernels.backends.problem import Problem
+from singer_kernels.backends import CallSpec
+from singer_kernels.backends.precision import product_dtype
 from singer_kernels.reference import accumulation_dtype
+from singer_kernels.types import BackendName
 from singer_kernels.validation import (
     check_adapter,
     check_frozen,
@@ -30,7 +31,7 @@ def refine(
     up: Tensor,
     num_prefix_tokens: int = 1,
     *,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Add the adapter's low-rank perturbation to the patches: ``F̂ = F + (F Wd) Wu``.
 
@@ -60,7 +61,7 @@ def refine(
 
 
 def token_norms(
-    tokens: Tensor, num_prefix_tokens: int = 1, *, backend: str | None = None
+    tokens: Tensor, num_prefix_tokens: int = 1, *, backend: BackendName | None = None
 ) -> Tensor:
     """Return the Euclidean norm of every patch.
 
@@ -85,7 +86,9 @@ def token_norms(
     return backends.resolve(backend, tokens.device).token_norms(tokens, prefix)
 
 
-def outlier_loss(norms: Tensor, quantile: float = 0.97, *, backend: str | None = None) -> Tensor:
+def outlier_loss(
+    norms: Tensor, quantile: float = 0.97, *, backend: BackendName | None = None
+) -> Tensor:
     """Pull the patch norms above an image's quantile down to it.
 
     ``mean (n − q_b)²`` over all patches of the batch with ``n > q_b``, and 0 if there are none.
@@ -112,7 +115,11 @@ def outlier_loss(norms: Tensor, quantile: float = 0.97, *, backend: str | None =
 
 
 def gram_loss(
-    tokens: Tensor, target: Tensor, num_prefix_tokens: int = 1, *, backend: str | None = None
+    tokens: Tensor,
+    target: Tensor,
+    num_prefix_tokens: int = 1,
+    *,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Match the cosine-similarity (Gram) matrix of the patches.
 
@@ -138,17 +145,17 @@ def gram_loss(
     check_tensor("tokens", tokens, "[B, T, D]")
     check_same_shape("target", check_tensor("target", target, "[B, T, D]"), "tokens", tokens)
     prefix = check_num_prefix_tokens(num_prefix_tokens, tokens.shape[1])
-    problem = Problem(
+    spec = CallSpec(
         images=tokens.shape[0],
         patches=tokens.shape[1] - prefix,
         rank=0,
         acc=accumulation_dtype(tokens, target),
         product=product_dtype(tokens, target),
     )
-    return backends.resolve(backend, tokens.device, problem).gram_loss(tokens, target, prefix)
+    return backends.resolve(backend, tokens.device, spec).gram_loss(tokens, target, prefix)
 
 
-def kd_loss(student: Tensor, tokens: Tensor, *, backend: str | None = None) -> Tensor:
+def kd_loss(student: Tensor, tokens: Tensor, *, backend: BackendName | None = None) -> Tensor:
     """Match the features: the mean of ``(S − tokens)²`` over all entries, prefix tokens included.
 
     Args:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor, nn
 
 from singer_kernels import backends
-from singer_kernels.backends.arithmetic import product_dtype
-from singer_kernels.backends.problem import Problem
+from singer_kernels.backends import CallSpec
+from singer_kernels.backends.precision import product_dtype
 from singer_kernels.reference import accumulation_dtype
-from singer_kernels.types import FusedLossesOutput
+from singer_kernels.types import BackendName, FusedLossesInputs, FusedLossesOutput
 from singer_kernels.validation import (
     FLOAT_DTYPES,
     check_adapter,
@@ -21,6 +23,94 @@ from singer_kernels.validation import (
     check_same_shape,
     check_tensor,
 )
+
+if TYPE_CHECKING:
+    from singer_kernels.types import (
+        OutputWithBoth,
+        OutputWithInfo,
+        OutputWithNeither,
+        OutputWithRefined,
+    )
+
+
+@overload
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: Tensor | None = None,
+    gram: Literal[True] = True,
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: Literal[False] = False,
+    backend: BackendName | None = None,
+) -> OutputWithInfo: ...
+
+
+@overload
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: Tensor | None = None,
+    gram: Literal[True] = True,
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: Literal[True],
+    backend: BackendName | None = None,
+) -> OutputWithBoth: ...
+
+
+@overload
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: None = None,
+    gram: Literal[False],
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: Literal[False] = False,
+    backend: BackendName | None = None,
+) -> OutputWithNeither: ...
+
+
+@overload
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: None = None,
+    gram: Literal[False],
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: Literal[True],
+    backend: BackendName | None = None,
+) -> OutputWithRefined: ...
+
+
+@overload
+def fused_losses(
+    student: Tensor,
+    teacher: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    gram_target: Tensor | None = None,
+    gram: bool = True,
+    quantile: float = 0.97,
+    num_prefix_tokens: int = 1,
+    return_refined: bool = False,
+    backend: BackendName | None = None,
+) -> FusedLossesOutput: ...
 
 
 def fused_losses(
@@ -34,7 +124,7 @@ def fused_losses(
     quantile: float = 0.97,
     num_prefix_tokens: int = 1,
     return_refined: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> FusedLossesOutput:
     """Return SiNGER's three losses for one distilled layer.
 
@@ -93,23 +183,25 @@ def fused_losses(
         check_same_shape("gram_target", gram_target, "teacher", teacher)
     prefix = check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1])
     inputs = [student, teacher, down, up, teacher if gram_target is None else gram_target]
-    problem = Problem(
+    spec = CallSpec(
         images=teacher.shape[0],
         patches=teacher.shape[1] - prefix,
         rank=down.shape[1],
         acc=accumulation_dtype(*inputs),
         product=product_dtype(*inputs[1:]),
     )
-    return backends.resolve(backend, teacher.device, problem).fused_losses(
-        student,
-        teacher,
-        down,
-        up,
-        gram_target=gram_target,
-        gram=gram,
-        quantile=check_quantile(quantile),
-        num_prefix_tokens=prefix,
-        return_refined=return_refined,
+    return backends.resolve(backend, teacher.device, spec).fused_losses(
+        FusedLossesInputs(
+            student,
+            teacher,
+            down,
+            up,
+            gram_target,
+            gram,
+            check_quantile(quantile),
+            prefix,
+            return_refined,
+        )
     )
 
 
@@ -148,7 +240,7 @@ class FusedLosses(nn.Module):
         quantile: float = 0.97,
         num_prefix_tokens: int = 1,
         return_refined: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -217,6 +309,13 @@ class FusedLosses(nn.Module):
             return_refined=self.return_refined,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:  # nn.Module's is untyped
+
+        def __call__(
+            self, student: Tensor, teacher: Tensor, gram_target: Tensor | None = None
+        ) -> FusedLossesOutput:
+            """See :meth:`forward`."""
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""

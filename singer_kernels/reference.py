@@ -88,7 +88,8 @@ def token_norms(tokens: Tensor, num_prefix_tokens: int = 1) -> Tensor:
     Source: paper, section 3.2.
     """
     patches = tokens[:, num_prefix_tokens:].to(accumulation_dtype(tokens))
-    return torch.linalg.vector_norm(patches, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(patches, dim=-1)
+    return norms
 
 
 def norm_threshold(norms: Tensor, quantile: float) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from singer_kernels.backends.operators import ForwardOutput
+from singer_kernels.backends.operators import BackwardInputs, ForwardInputs
 from singer_kernels.backends.triton import (
     backward,
     configs,
@@ -206,9 +206,8 @@ def training_step(
 
     student, teacher = features(), features()
     down, up = new(width, rank, dtype=dtype), new(rank, width, dtype=dtype)
-    arithmetic = (torch.float32, dtype)
-    out = ForwardOutput(
-        *operators.losses_forward(
+    out = operators.losses_forward(
+        ForwardInputs(
             student,
             teacher,
             down,
@@ -217,36 +216,40 @@ def training_step(
             gram,
             0.97,
             1,
-            not gram,
-            trains,
-            gram and trains,
-            trains_target,
-            *arithmetic,
-            dtype,
+            has_refined=not gram,
+            has_residual=trains,
+            has_grad_hz=gram and trains,
+            has_grad_target=trains_target,
+            acc=torch.float32,
+            product=dtype,
+            gram_product=dtype,
         )
     )
     if not trains:
         return
     one = new()
     operators.losses_backward(
-        student,
-        teacher,
-        up,
-        out.columns,
-        out.gram_columns if gram else None,
-        out.residual,
-        out.norms,
-        out.threshold,
-        out.outlier_weight,
-        one,
-        one,
-        one if gram else None,
-        None if gram else features(),
-        1,
-        *arithmetic,
-        dtype,
-        torch.float32,
-        torch.float32,
+        BackwardInputs(
+            student,
+            teacher,
+            up,
+            out.hz,
+            out.grad_hz if gram else None,
+            out.residual,
+            out.norms,
+            out.threshold,
+            out.outlier_weight,
+            grad_kd=one,
+            grad_outlier=one,
+            grad_info=one if gram else None,
+            grad_refined=None if gram else features(),
+            num_prefix_tokens=1,
+            acc=torch.float32,
+            product=dtype,
+            student_dtype=dtype,
+            down_dtype=torch.float32,
+            up_dtype=torch.float32,
+        )
     )
 
 

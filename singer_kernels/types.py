@@ -1,10 +1,27 @@
-"""What the losses return."""
+"""Types of the arguments and results of the losses."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+BackendName: TypeAlias = Literal["triton", "cuda", "cpu", "torch", "reference"]
+"""The backends, in the order of the automatic choice."""
+
+
+class FusedLossesInputs(NamedTuple):
+    """Checked arguments of :func:`singer_kernels.fused_losses`, as a backend gets them."""
+
+    student: Tensor  # S, [B, T, D]
+    teacher: Tensor  # F, [B, T, D]
+    down: Tensor  # Wd, [D, r]
+    up: Tensor  # Wu, [r, D]
+    gram_target: Tensor | None  # R, [B, T, D]; None: the teacher
+    gram: bool
+    quantile: float
+    num_prefix_tokens: int
+    return_refined: bool
 
 
 class FusedLossesOutput(NamedTuple):
@@ -28,3 +45,30 @@ class FusedLossesOutput(NamedTuple):
     refined: Tensor | None
     norms: Tensor
     threshold: Tensor
+
+
+if TYPE_CHECKING:  # what the overloads of fused_losses return: the same class, narrowed
+
+    class OutputWithInfo(FusedLossesOutput):
+        """The result with ``gram=True``."""
+
+        info: Tensor
+        refined: None
+
+    class OutputWithRefined(FusedLossesOutput):
+        """The result with ``gram=False, return_refined=True``."""
+
+        info: None
+        refined: Tensor
+
+    class OutputWithBoth(FusedLossesOutput):
+        """The result with ``gram=True, return_refined=True``."""
+
+        info: Tensor
+        refined: Tensor
+
+    class OutputWithNeither(FusedLossesOutput):
+        """The result with ``gram=False``."""
+
+        info: None
+        refined: None

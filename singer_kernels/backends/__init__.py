@@ -1,7 +1,7 @@
-"""The backends, and the choice among them.
+"""The backends: their base class, and the choice among them.
 
-A backend is a module of this package that has the functions of :class:`Backend`. To add one, write
-the module and name it in ``_PREFERENCE``.
+A backend is a module of this package whose ``backend`` is an instance of a :class:`Backend`. To
+add one, write the module and name it in :data:`singer_kernels.types.BackendName`.
 """
 
 from __future__ import annotations
@@ -9,75 +9,109 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from typing import Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, cast, get_args
 
-# Not "import torch": importing the backend of that name would put it in the place of PyTorch here.
+# Not "import torch": importing the backend of that name would replace PyTorch in this namespace,
+# and likewise for "reference".
 from torch import Tensor
 from torch import device as Device
+from torch import dtype as DType
 from torch.compiler import is_compiling
 
-from singer_kernels.backends.problem import Problem
-from singer_kernels.types import FusedLossesOutput
+from singer_kernels import reference as specification
+from singer_kernels.backends.gradients import once_differentiable
+from singer_kernels.types import BackendName, FusedLossesInputs, FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
-_PREFERENCE = ("triton", "cuda", "cpu", "torch", "reference")
+_PREFERENCE: tuple[str, ...] = get_args(BackendName)
 """The backends that exist, the one to prefer first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
 
-# Dictionaries, not functools.cache: torch.compile traces a look-up, but no import and no cache.
+# Dictionaries, not functools.cache: torch.compile traces a dictionary, but no import and no cache.
 _loaded: dict[str, Backend] = {}
 _chosen: dict[Device, str] = {}  # device to the backend chosen automatically
-_passed_over: set[str] = set()  # the reasons logged for calls that the chosen one doesn't serve
+_logged_fallbacks: set[str] = set()  # messages, each logged once
 
 
-class Backend(Protocol):
-    """What a backend's module offers.
+class CallSpec(NamedTuple):
+    """Sizes and dtypes of one call, by which a backend decides whether it supports it.
 
-    The losses are those of :mod:`singer_kernels.reference`. They are handed checked arguments,
-    give gradients, and refuse to be differentiated twice.
+    Attributes:
+        images: B.
+        patches: P.
+        rank: r; 0 where there is no adapter.
+        acc: the accumulation dtype, float64 or float32.
+        product: the dtype of the products' operands.
     """
 
-    def unavailable_reason(self, device: Device, asked: bool) -> str | None:
-        """Return None if the backend can run on that device, else why not, in one line.
+    images: int
+    patches: int
+    rank: int
+    acc: DType
+    product: DType
 
-        ``asked`` tells whether it was asked for by name: one that can run, but should not be the
-        automatic choice, gives its reason only if it was not.
+
+class Backend(ABC):
+    """A backend of the losses of :mod:`singer_kernels.reference`.
+
+    Its methods get checked arguments and give gradients that can't be differentiated again. The
+    pieces default to the reference: one or two ATen calls each, bound by memory.
+    """
+
+    def unavailable_reason(self, device: Device, explicit: bool) -> str | None:
+        """Return None if the backend can run on the device, else the reason in one line.
+
+        ``explicit``: the user named it. A backend that can run, but should not be the automatic
+        choice, gives its reason only if ``explicit`` is False.
         """
+        return None
 
-    def unsupported_reason(self, problem: Problem) -> str | None:
-        """Return None if the backend serves calls of that size, else why not, in one line."""
+    def unsupported_reason(self, spec: CallSpec) -> str | None:
+        """Return None if the backend supports the call, else the reason in one line."""
+        return None
 
-    def fused_losses(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        down: Tensor,
-        up: Tensor,
-        *,
-        gram_target: Tensor | None,
-        gram: bool,
-        quantile: float,
-        num_prefix_tokens: int,
-        return_refined: bool,
-    ) -> FusedLossesOutput:
+    @abstractmethod
+    def fused_losses(self, inputs: FusedLossesInputs) -> FusedLossesOutput:
         """See :func:`singer_kernels.reference.fused_losses`."""
 
     def refine(self, teacher: Tensor, down: Tensor, up: Tensor, num_prefix_tokens: int) -> Tensor:
         """See :func:`singer_kernels.reference.refine`."""
+        down, up = once_differentiable(down), once_differentiable(up)
+        return specification.refine(teacher, down, up, num_prefix_tokens)
 
     def token_norms(self, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
         """See :func:`singer_kernels.reference.token_norms`."""
+        return specification.token_norms(once_differentiable(tokens), num_prefix_tokens)
 
     def outlier_loss(self, norms: Tensor, quantile: float) -> Tensor:
         """See :func:`singer_kernels.reference.outlier_loss`."""
+        return specification.outlier_loss(once_differentiable(norms), quantile)
 
     def gram_loss(self, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
         """See :func:`singer_kernels.reference.gram_loss`."""
+        tokens, target = once_differentiable(tokens), once_differentiable(target)
+        return specification.gram_loss(tokens, target, num_prefix_tokens)
 
     def kd_loss(self, student: Tensor, tokens: Tensor) -> Tensor:
         """See :func:`singer_kernels.reference.kd_loss`."""
+        return specification.kd_loss(once_differentiable(student), once_differentiable(tokens))
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_while_tracing(function: Function) -> Function:
+    """Mark a function that torch.compile calls once at trace time; its result is a constant.
+
+    ``torch.compiler.assume_constant_result`` sets the same mark, but would import the compiler now.
+    """
+    # mypy knows of no such attribute of a function.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def names() -> tuple[str, ...]:
@@ -86,39 +120,40 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Backend:
-    """Import a backend's module.
+    """Import a backend's module and return the backend.
 
     Raises:
         ImportError: something that the backend needs is missing.
     """
     if name not in _loaded:
-        _loaded[name] = cast("Backend", importlib.import_module(f"singer_kernels.backends.{name}"))
+        module = importlib.import_module(f"singer_kernels.backends.{name}")
+        _loaded[name] = cast("Backend", module.backend)
     return _loaded[name]
 
 
-def unavailable_reason(name: str, device: Device, asked: bool = True) -> str | None:
+def unavailable_reason(name: str, device: Device, explicit: bool = True) -> str | None:
     """Say why a backend can't run on a device.
 
     Args:
         name: the backend's name.
         device: where it would run.
-        asked: whether it was asked for by name; False: by the automatic choice.
+        explicit: whether the user named it; False: the automatic choice.
 
     Returns:
         The reason in one line, or None if it can run.
     """
     try:
-        return load(name).unavailable_reason(device, asked)
+        return load(name).unavailable_reason(device, explicit)
     except ImportError as error:
         return f"it can't be imported: {error}"
 
 
-def _automatic(device: Device) -> str:
+def _select_for_device(device: Device) -> str:
     if device in _chosen:
         return _chosen[device]
     skipped: list[str] = []
     for name in _PREFERENCE:
-        reason = unavailable_reason(name, device, asked=False)
+        reason = unavailable_reason(name, device, explicit=False)
         if reason is None:
             note = f" ({'; '.join(skipped)})" if skipped else ""
             if not is_compiling():  # a call under torch.compile can't be logged
@@ -129,24 +164,24 @@ def _automatic(device: Device) -> str:
     raise RuntimeError(f"no backend can run on {device}: {'; '.join(skipped)}")
 
 
-def _serving(first: str, device: Device, problem: Problem) -> str:
-    """Return the first backend, from the one chosen for the device on, that serves a problem."""
+def _select_for_call(first: str, device: Device, spec: CallSpec) -> str:
+    """Return the first backend, from the one chosen for the device on, that supports a call."""
     skipped: list[str] = []
     for name in _PREFERENCE[_PREFERENCE.index(first) :]:
-        if name != first and unavailable_reason(name, device, asked=False) is not None:
+        if name != first and unavailable_reason(name, device, explicit=False) is not None:
             continue
-        reason = load(name).unsupported_reason(problem)
+        reason = load(name).unsupported_reason(spec)
         if reason is None:
             note = f"backend {name!r} takes calls on {device} ({'; '.join(skipped)})"
-            if skipped and not is_compiling() and note not in _passed_over:
-                _passed_over.add(note)
+            if skipped and not is_compiling() and note not in _logged_fallbacks:
+                _logged_fallbacks.add(note)
                 _logger.info(note)
             return name
         skipped.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend serves this call on {device}: {'; '.join(skipped)}")
 
 
-def check_name(backend: str | None, source: str = "backend") -> str | None:
+def check_name(backend: str | None, source: str = "backend") -> BackendName | None:
     """Check that a backend of that name exists; None, the automatic choice, is returned as it is.
 
     Args:
@@ -161,10 +196,10 @@ def check_name(backend: str | None, source: str = "backend") -> str | None:
         raise TypeError(f"{source}: got {backend!r}, expected a string or None")
     if backend is not None and backend not in _PREFERENCE:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
-    return backend
+    return cast("BackendName | None", backend)
 
 
-def resolve_backend(backend: str | None, device: Device, problem: Problem | None = None) -> str:
+def resolve_backend(backend: str | None, device: Device, spec: CallSpec | None = None) -> str:
     """Return the name of the backend that a call would use.
 
     Args:
@@ -172,8 +207,8 @@ def resolve_backend(backend: str | None, device: Device, problem: Problem | None
             ``SINGER_BACKEND`` or, if that is unset or empty, the best that can run on the device.
             The automatic choice is logged once per device at INFO.
         device: where the tensors are.
-        problem: the call's sizes; None: any. A backend that does not serve them is passed over by
-            the automatic choice, which is logged once per reason at INFO.
+        spec: the call's sizes and dtypes; None: any. The automatic choice skips a backend that does
+            not support them, and logs that once per reason at INFO.
 
     Returns:
         The name.
@@ -190,20 +225,20 @@ def resolve_backend(backend: str | None, device: Device, problem: Problem | None
     backend = check_name(backend, source)
     if backend is None:
         # "cpu" and "cpu:0", "cuda" and "cuda:0" are one device: chosen for, and logged, once.
-        chosen = _automatic(
+        chosen = _select_for_device(
             Device("cpu") if device.type == "cpu" else Device(device.type, device.index or 0)
         )
-        return chosen if problem is None else _serving(chosen, device, problem)
+        return chosen if spec is None else _select_for_call(chosen, device, spec)
     reason = unavailable_reason(backend, device)
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
-    if problem is not None:
-        reason = load(backend).unsupported_reason(problem)
+    if spec is not None:
+        reason = load(backend).unsupported_reason(spec)
         if reason is not None:
             raise RuntimeError(f"{source}: {backend!r} can't run this call: {reason}")
     return backend
 
 
-def resolve(backend: str | None, device: Device, problem: Problem | None = None) -> Backend:
-    """Return the module of the backend that a call asks for; see :func:`resolve_backend`."""
-    return load(resolve_backend(backend, device, problem))
+def resolve(backend: str | None, device: Device, spec: CallSpec | None = None) -> Backend:
+    """Return the backend of a call; see :func:`resolve_backend`."""
+    return load(resolve_backend(backend, device, spec))

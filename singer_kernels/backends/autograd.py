@@ -1,194 +1,177 @@
-"""The losses as differentiable functions around the operators of a backend with kernels."""
+"""The base of the backends with kernels: the losses around their operators, differentiable."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
-from singer_kernels.backends.gradients import gram_loss_backward, scaled_patches
-from singer_kernels.backends.once import refuse_twice
-from singer_kernels.backends.operators import ForwardOutput
+from singer_kernels.backends import Backend
+from singer_kernels.backends.gradients import (
+    forbid_double_backward,
+    gram_loss_backward,
+    scaled_patches,
+)
+from singer_kernels.backends.operators import (
+    BackwardInputs,
+    BackwardOutput,
+    ForwardInputs,
+    ForwardOutput,
+    GramLossInputs,
+    GramLossOutput,
+)
+from singer_kernels.backends.precision import no_autocast, product_dtype, saved
 from singer_kernels.reference import accumulation_dtype
-from singer_kernels.types import FusedLossesOutput
+from singer_kernels.types import FusedLossesInputs, FusedLossesOutput
 
 
-def _operator(backend: str, name: str) -> Any:
-    return getattr(torch.ops.singer_kernels, f"{backend}_{name}")
+class _Saved(NamedTuple):
+    """Tensors of the forward for the backward; None where no gradient needs them."""
+
+    student: Tensor
+    teacher: Tensor
+    down: Tensor | None
+    up: Tensor
+    gram_target: Tensor | None
+    rounded_up: Tensor | None  # up in the products' dtype, where that is another tensor
+    hz: Tensor
+    residual: Tensor | None
+    norms: Tensor | None
+    threshold: Tensor | None
+    outlier_weight: Tensor | None
+    grad_hz: Tensor | None
+    grad_target: Tensor | None
 
 
 class _FusedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        down: Tensor,
-        up: Tensor,
-        gram_target: Tensor | None,
-        gram: bool,
-        quantile: float,
-        num_prefix_tokens: int,
-        return_refined: bool,
-        tracks_gradients: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-        target = teacher if gram_target is None else gram_target
-        acc = accumulation_dtype(student, teacher, down, up, target)
-        product = acc if acc == torch.float64 else product_dtype(teacher, down, up)
-        gram_product = acc if acc == torch.float64 else product_dtype(teacher, down, up, target)
+    def forward(ctx: Any, backend: str, tracks_gradients: bool, *args: Any) -> tuple[Any, ...]:
+        x = FusedLossesInputs(*args)
+        target = x.teacher if x.gram_target is None else x.gram_target
+        acc = accumulation_dtype(x.student, x.teacher, x.down, x.up, target)
+        product = gram_product = acc
+        if acc != torch.float64:
+            product = product_dtype(x.teacher, x.down, x.up)
+            gram_product = product_dtype(x.teacher, x.down, x.up, target)
         needs_student, _, needs_down, needs_up, needs_target = (
-            tracks_gradients and needed for needed in ctx.needs_input_grad[:5]
+            tracks_gradients and needed for needed in ctx.needs_input_grad[2:7]
         )
         needs_adapter = needs_down or needs_up
-        with no_autocast(teacher.device.type):
-            rounded_up = up.to(product).contiguous()
-            found = ForwardOutput(
-                *_operator(backend, "losses_forward")(
-                    student,
-                    teacher,
-                    down.to(product).contiguous(),
-                    rounded_up,
-                    gram_target,
-                    gram,
-                    quantile,
-                    num_prefix_tokens,
-                    return_refined,
-                    needs_down,
-                    gram and needs_adapter,
-                    gram and needs_target,
-                    acc,
-                    product,
-                    gram_product,
-                )
+        with no_autocast(x.teacher.device.type):
+            rounded_up = x.up.to(product).contiguous()
+            inputs = ForwardInputs(
+                student=x.student,
+                teacher=x.teacher,
+                down=x.down.to(product).contiguous(),
+                up=rounded_up,
+                gram_target=x.gram_target,
+                gram=x.gram,
+                quantile=x.quantile,
+                num_prefix_tokens=x.num_prefix_tokens,
+                has_refined=x.return_refined,
+                has_residual=needs_down,
+                has_grad_hz=x.gram and needs_adapter,
+                has_grad_target=x.gram and needs_target,
+                acc=acc,
+                product=product,
+                gram_product=gram_product,
             )
+            operator = getattr(torch.ops.singer_kernels, f"{backend}_losses_forward")
+            out = ForwardOutput(*operator(*inputs))
         ctx.set_materialize_grads(False)
-        ctx.options = (acc, product, num_prefix_tokens, down.dtype, up.dtype, backend)
+        ctx.options = (acc, product, x.num_prefix_tokens, x.down.dtype, x.up.dtype, backend)
         needs_rows = needs_student or needs_adapter
-        ctx.save_for_backward(
-            saved(student, needs_rows),
-            saved(teacher, needs_rows),
-            saved(down, needs_adapter),
-            saved(up, needs_rows),
-            saved(gram_target, needs_target),
-            rounded_up if rounded_up is not up and needs_rows else None,
-            found.columns if needs_rows else None,
-            found.residual if needs_down else None,
-            found.norms if needs_adapter else None,
-            found.threshold if needs_adapter else None,
-            found.outlier_weight if needs_adapter else None,
-            found.gram_columns if gram and needs_adapter else None,
-            found.d_target if gram and needs_target else None,
+        tensors = (
+            saved(x.student, needs_rows),
+            saved(x.teacher, needs_rows),
+            saved(x.down, needs_adapter),
+            saved(x.up, needs_rows),
+            saved(x.gram_target, needs_target),
+            rounded_up if rounded_up is not x.up and needs_rows else None,
+            out.hz if needs_rows else None,
+            out.residual if needs_down else None,
+            out.norms if needs_adapter else None,
+            out.threshold if needs_adapter else None,
+            out.outlier_weight if needs_adapter else None,
+            out.grad_hz if inputs.has_grad_hz else None,
+            out.grad_target if inputs.has_grad_target else None,
         )
-        info = found.info if gram else None
-        refined = found.refined if return_refined else None
+        ctx.save_for_backward(*tensors)
+        info = out.info if x.gram else None
+        refined = out.refined if x.return_refined else None
         differentiable = (
-            (found.kd, needs_rows),
-            (found.outlier, needs_adapter),
+            (out.kd, needs_rows),
+            (out.outlier, needs_adapter),
             (info, needs_adapter or needs_target),
             (refined, needs_adapter),
-            (found.norms, False),
-            (found.threshold, False),
+            (out.norms, False),
+            (out.threshold, False),
         )
         constants = [out for out, needed in differentiable if out is not None and not needed]
         ctx.mark_non_differentiable(*constants)
-        return found.kd, found.outlier, info, refined, found.norms, found.threshold
+        return out.kd, out.outlier, info, refined, out.norms, out.threshold
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
-        device_type = next(tensor.device.type for tensor in kept if tensor is not None)
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Read once: under gradient checkpointing a second access raises.
+        tensors = _Saved(*ctx.saved_tensors)
+        device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
         with torch.no_grad(), no_autocast(device_type):
-            grads = _backward(ctx, kept, *upstream[:4])
-        inputs = [tensor for tensor in kept[:5] if tensor is not None]
-        if torch.is_grad_enabled():
-            grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
-        student, down, up, gram_target = grads
-        return student, None, down, up, gram_target, None, None, None, None, None, None
+            grads = _backward(ctx, tensors, *grad_outputs[:4])
+        student, down, up, target = forbid_double_backward(grads, *tensors[:5])
+        return None, None, student, None, down, up, target, None, None, None, None
 
 
 def _backward(
     ctx: Any,
-    kept: tuple[Tensor, ...],
-    d_kd: Tensor | None,
-    d_outlier: Tensor | None,
-    d_info: Tensor | None,
-    d_refined: Tensor | None,
+    x: _Saved,
+    grad_kd: Tensor | None,
+    grad_outlier: Tensor | None,
+    grad_info: Tensor | None,
+    grad_refined: Tensor | None,
 ) -> list[Tensor | None]:
-    student, teacher, _, up, gram_target, rounded_up, columns, residual = kept[:8]
-    norms, threshold, outlier_weight, gram_columns, d_target = kept[8:]
+    """Return the gradients of student, down, up and gram_target."""
     acc, product, prefix, down_dtype, up_dtype, backend = ctx.options
-    needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
+    needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[2:7]
     grad_target = None
-    if needs_target and d_info is not None:
-        grad_target = scaled_patches(gram_target, d_target, prefix, d_info)
-    needs_adapter = needs_down or needs_up
-    if not needs_adapter:
-        d_outlier = d_info = d_refined = None
-    reaches = [grad is not None for grad in (d_kd, d_outlier, d_info, d_refined)]
-    needs_student = needs_student and d_kd is not None
-    needs_down, needs_up = needs_down and any(reaches), needs_up and any(reaches)
+    if needs_target and grad_info is not None and x.gram_target is not None:
+        grad_target = scaled_patches(
+            x.gram_target, cast("Tensor", x.grad_target), prefix, grad_info
+        )
+    if not (needs_down or needs_up):
+        grad_outlier = grad_info = grad_refined = None
+    grad_outputs = (grad_kd, grad_outlier, grad_info, grad_refined)
+    reaches = any(grad is not None for grad in grad_outputs)
+    needs_student = needs_student and grad_kd is not None
+    needs_down, needs_up = needs_down and reaches, needs_up and reaches
     if not (needs_student or needs_down or needs_up):
         return [None, None, None, grad_target]
-    d_student, d_down, d_up = _operator(backend, "losses_backward")(
-        student,
-        teacher,
-        up if rounded_up is None else rounded_up,
-        columns,
-        gram_columns,
-        residual,
-        norms,
-        threshold,
-        outlier_weight,
-        d_kd,
-        d_outlier,
-        d_info,
-        d_refined,
-        prefix,
-        acc,
-        product,
-        student.dtype if needs_student else None,
-        down_dtype if needs_down else None,
-        up_dtype if needs_up else None,
+    inputs = BackwardInputs(
+        student=x.student,
+        teacher=x.teacher,
+        up=x.up if x.rounded_up is None else x.rounded_up,
+        hz=x.hz,
+        grad_hz=x.grad_hz,
+        residual=x.residual,
+        norms=x.norms,
+        threshold=x.threshold,
+        outlier_weight=x.outlier_weight,
+        grad_kd=grad_kd,
+        grad_outlier=grad_outlier,
+        grad_info=grad_info,
+        grad_refined=grad_refined,
+        num_prefix_tokens=prefix,
+        acc=acc,
+        product=product,
+        student_dtype=x.student.dtype if needs_student else None,
+        down_dtype=down_dtype if needs_down else None,
+        up_dtype=up_dtype if needs_up else None,
     )
-    return [
-        d_student if needs_student else None,
-        d_down if needs_down else None,
-        d_up if needs_up else None,
-        grad_target,
-    ]
-
-
-def fused_losses(
-    student: Tensor,
-    teacher: Tensor,
-    down: Tensor,
-    up: Tensor,
-    *,
-    gram_target: Tensor | None,
-    gram: bool,
-    quantile: float,
-    num_prefix_tokens: int,
-    return_refined: bool,
-    backend: str,
-) -> FusedLossesOutput:
-    """Compute the losses with a backend's operators; else as the reference's ``fused_losses``."""
-    out = _FusedLosses.apply(
-        student,
-        teacher,
-        down,
-        up,
-        gram_target,
-        gram,
-        quantile,
-        num_prefix_tokens,
-        return_refined,
-        torch.is_grad_enabled(),
-        backend,
-    )
-    return FusedLossesOutput(*out)
+    operator = getattr(torch.ops.singer_kernels, f"{backend}_losses_backward")
+    grads = BackwardOutput(*operator(*inputs))
+    needs = (needs_student, needs_down, needs_up)
+    return [*(grad if n else None for grad, n in zip(grads, needs, strict=True)), grad_target]
 
 
 class _GramLoss(torch.autograd.Function):
@@ -204,23 +187,38 @@ class _GramLoss(torch.autograd.Function):
         acc = accumulation_dtype(tokens, target)
         product = acc if acc == torch.float64 else product_dtype(tokens, target)
         needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
+        operator = getattr(torch.ops.singer_kernels, f"{backend}_gram_loss")
         with no_autocast(tokens.device.type):
-            loss, *units = _operator(backend, "gram_loss")(
-                tokens, target, num_prefix_tokens, *needs, acc, product
+            inputs = GramLossInputs(
+                tokens, target, num_prefix_tokens, needs[0], needs[1], acc, product
             )
+            out = GramLossOutput(*operator(*inputs))
         ctx.prefix = num_prefix_tokens
-        units = [unit if needed else None for unit, needed in zip(units, needs, strict=True)]
-        ctx.save_for_backward(saved(tokens, needs[0]), saved(target, needs[1]), *units)
-        return cast("Tensor", loss)
+        ctx.save_for_backward(
+            saved(tokens, needs[0]),
+            saved(target, needs[1]),
+            out.grad_tokens if needs[0] else None,
+            out.grad_target if needs[1] else None,
+        )
+        return out.loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *gram_loss_backward(ctx, upstream), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *gram_loss_backward(ctx, grad_output), None, None, None
 
 
-def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, backend: str) -> Tensor:
-    """Compute the Gram loss with a backend's operator; else as the reference's ``gram_loss``."""
-    tracks_gradients = torch.is_grad_enabled()
-    return cast(
-        "Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients, backend)
-    )
+class KernelBackend(Backend):
+    """A backend with the operators of :mod:`singer_kernels.backends.operators`."""
+
+    name: str
+
+    def fused_losses(self, inputs: FusedLossesInputs) -> FusedLossesOutput:
+        """See :func:`singer_kernels.reference.fused_losses`."""
+        out = _FusedLosses.apply(self.name, torch.is_grad_enabled(), *inputs)
+        return FusedLossesOutput(*out)
+
+    def gram_loss(self, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+        """See :func:`singer_kernels.reference.gram_loss`."""
+        tracks_gradients = torch.is_grad_enabled()
+        out = _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients, self.name)
+        return cast("Tensor", out)

@@ -19,45 +19,36 @@ Source: derived from SiNGER (arXiv 2509.20986), section 3.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from singer_kernels import extension
-from singer_kernels.backends import autograd, operators
-from singer_kernels.backends import reference as reference_backend
-from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.tracing import constant_while_tracing
+from singer_kernels.backends import constant_while_tracing, operators
+from singer_kernels.backends.autograd import KernelBackend
 
 operators.define("cpu", lambda product, acc: acc)
 
-fused_losses = partial(autograd.fused_losses, backend="cpu")
-gram_loss = partial(autograd.gram_loss, backend="cpu")
-# One or two ATen calls each.
-refine = reference_backend.refine
-token_norms = reference_backend.token_norms
-outlier_loss = reference_backend.outlier_loss
-kd_loss = reference_backend.kd_loss
-
 
 @constant_while_tracing
-def _extension_reason(asked: bool) -> str | None:
+def _extension_reason(explicit: bool) -> str | None:
     """Return why the extension can't or, unless it was asked for, should not be used, or None."""
     reason = extension.load()
     if reason is not None:
         return f"the compiled extension is {reason}"
-    if not asked and extension.vectors() == "baseline":
+    if not explicit and extension.vectors() == "baseline":
         return "only with AVX2 or AVX-512 is it known to be faster than the backend 'torch'"
     return None
 
 
-def unavailable_reason(device: torch.device, asked: bool) -> str | None:
-    """See :class:`singer_kernels.backends.Backend`."""
-    if device.type != "cpu":
-        return f"it needs a CPU, not {device.type}"
-    return _extension_reason(asked)
+class CpuBackend(KernelBackend):
+    """The kernels of ``csrc/cpu``."""
+
+    name = "cpu"
+
+    def unavailable_reason(self, device: torch.device, explicit: bool) -> str | None:
+        """See :class:`singer_kernels.backends.Backend`."""
+        if device.type != "cpu":
+            return f"it needs a CPU, not {device.type}"
+        return _extension_reason(explicit)
 
 
-def unsupported_reason(problem: Problem) -> str | None:
-    """Return None: this backend serves every size."""
-    return None
+backend = CpuBackend()

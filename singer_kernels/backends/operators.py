@@ -1,190 +1,233 @@
-"""The operators that torch sees of a backend with kernels: schemas and fake implementations.
+"""Signatures, schemas and fake implementations of the operators of a backend with kernels.
 
-A backend of that name has ``singer_kernels::<name>_losses_forward``, ``<name>_losses_backward`` and
-``<name>_gram_loss``. A result that was not asked for is an empty tensor.
+Backend ``<name>`` has the operators ``singer_kernels::<name>_losses_forward``,
+``<name>_losses_backward`` and ``<name>_gram_loss``. Their schemas are derived from the named tuples
+below; implementations in C++ take the same arguments by position. A tensor that was not requested
+comes back empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
+from singer_kernels.backends.precision import storage_dtype
+
 LIBRARY = torch.library.Library("singer_kernels", "FRAGMENT")
 
-_FORWARD = (
-    "losses_forward("
-    "Tensor student, Tensor teacher, Tensor down, Tensor up, Tensor? gram_target, bool gram, "
-    "float quantile, SymInt num_prefix_tokens, bool has_refined, bool has_residual, "
-    "bool has_gram_columns, bool has_d_target, "
-    "ScalarType acc, ScalarType product, ScalarType gram_product) -> "
-    "(Tensor kd, Tensor outlier, Tensor info, Tensor refined, Tensor norms, Tensor threshold, "
-    "Tensor outlier_weight, Tensor columns, Tensor residual, Tensor gram_columns, Tensor d_target)"
-)
-_BACKWARD = (
-    "losses_backward("
-    "Tensor? student, Tensor teacher, Tensor up, Tensor columns, Tensor? gram_columns, "
-    "Tensor? residual, Tensor? norms, Tensor? threshold, Tensor? outlier_weight, "
-    "Tensor? d_kd, Tensor? d_outlier, Tensor? d_info, Tensor? d_refined, "
-    "SymInt num_prefix_tokens, ScalarType acc, ScalarType product, "
-    "ScalarType? student_dtype, ScalarType? down_dtype, ScalarType? up_dtype) -> "
-    "(Tensor d_student, Tensor d_down, Tensor d_up)"
-)
-_GRAM = (
-    "gram_loss("
-    "Tensor tokens, Tensor target, SymInt num_prefix_tokens, bool has_d_tokens, "
-    "bool has_d_target, ScalarType acc, ScalarType product) -> "
-    "(Tensor loss, Tensor d_tokens, Tensor d_target)"
-)
+
+class ForwardInputs(NamedTuple):
+    """Arguments of ``losses_forward``."""
+
+    student: Tensor  # S, [B, T, D]
+    teacher: Tensor  # F, [B, T, D]
+    down: Tensor  # Wd, [D, r], contiguous, rounded to product
+    up: Tensor  # Wu, [r, D], contiguous, rounded to product
+    gram_target: Tensor | None  # R, [B, T, D]; None: the teacher
+    gram: bool  # whether to compute the information loss
+    quantile: float
+    num_prefix_tokens: int
+    has_refined: bool  # which outputs to compute
+    has_residual: bool
+    has_grad_hz: bool
+    has_grad_target: bool
+    acc: torch.dtype  # of sums
+    product: torch.dtype  # of the products' operands
+    gram_product: torch.dtype  # of the Gram products' operands
 
 
 class ForwardOutput(NamedTuple):
-    """What ``losses_forward`` returns; empty where not asked for."""
+    """Results of ``losses_forward``; empty where not requested."""
 
     kd: Tensor
     outlier: Tensor
     info: Tensor
     refined: Tensor  # F̂, [B, T, D], in the teacher's dtype
-    norms: Tensor  # [B, P]
-    threshold: Tensor  # [B]
+    norms: Tensor  # n, [B, P]
+    threshold: Tensor  # q, [B]
     outlier_weight: Tensor  # 2 / count, []
-    columns: Tensor  # [H | Z], [B, P, 2r]
+    hz: Tensor  # [H | Z], [B, P, 2r]
     residual: Tensor  # (F̂ − S) Wuᵀ, [B, P, r]
-    gram_columns: Tensor  # X [H | Z], [B, P, 2r]
-    d_target: Tensor  # the info loss's gradient in the target's patches, [B, P, D]
+    grad_hz: Tensor  # X [H | Z], [B, P, 2r]
+    grad_target: Tensor  # the information loss's gradient in the target's patches, [B, P, D]
 
 
-class Upstream(NamedTuple):
-    """The gradients that come back; None: none does."""
+class BackwardInputs(NamedTuple):
+    """Arguments of ``losses_backward``; a gradient is None where none comes back."""
 
-    kd: Tensor | None  # []
-    outlier: Tensor | None  # []
-    info: Tensor | None  # []
-    refined: Tensor | None  # Y, [B, T, D]
+    student: Tensor | None  # S, [B, T, D]; needed with grad_kd
+    teacher: Tensor  # F, [B, T, D]
+    up: Tensor  # Wu, [r, D], contiguous, rounded to product
+    hz: Tensor  # [H | Z], [B, P, 2r]
+    grad_hz: Tensor | None  # X [H | Z]; needed with grad_info
+    residual: Tensor | None  # (F̂ − S) Wuᵀ, [B, P, r]; needed with grad_kd
+    norms: Tensor | None  # n, [B, P]; needed with grad_outlier, as are the next two
+    threshold: Tensor | None  # q, [B]
+    outlier_weight: Tensor | None  # 2 / count, []
+    grad_kd: Tensor | None  # []
+    grad_outlier: Tensor | None  # []
+    grad_info: Tensor | None  # []
+    grad_refined: Tensor | None  # Y, [B, T, D]
+    num_prefix_tokens: int
+    acc: torch.dtype
+    product: torch.dtype
+    student_dtype: torch.dtype | None  # of dS; None: do not compute it
+    down_dtype: torch.dtype | None  # of dWd; likewise
+    up_dtype: torch.dtype | None  # of dWu; likewise
+
+    @property
+    def reaches_adapter(self) -> bool:
+        """Whether the gradient of any output comes back."""
+        grads = (self.grad_kd, self.grad_outlier, self.grad_info, self.grad_refined)
+        return any(grad is not None for grad in grads)
+
+
+class BackwardOutput(NamedTuple):
+    """Results of ``losses_backward``; empty where not requested or without a gradient."""
+
+    grad_student: Tensor  # dS, [B, T, D]
+    grad_down: Tensor  # dWd, [D, r]
+    grad_up: Tensor  # dWu, [r, D]
+
+
+class GramLossInputs(NamedTuple):
+    """Arguments of ``gram_loss``."""
+
+    tokens: Tensor  # [B, T, D]
+    target: Tensor  # [B, T, D]
+    num_prefix_tokens: int
+    has_grad_tokens: bool
+    has_grad_target: bool
+    acc: torch.dtype
+    product: torch.dtype
+
+
+class GramLossOutput(NamedTuple):
+    """Results of ``gram_loss``; empty where not requested."""
+
+    loss: Tensor  # []
+    grad_tokens: Tensor  # of the patches, [B, P, D], in acc
+    grad_target: Tensor  # likewise
 
 
 def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a result, or what stands for one that was not asked for."""
+    """Return the tensor, or an empty placeholder for an output that was not requested."""
     return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def narrow_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
-    """Return the dtype of operands and of what is kept: float16 would lose the range of H and X."""
-    return torch.bfloat16 if product == torch.bfloat16 else acc
+StorageDtype = Callable[[torch.dtype, torch.dtype], torch.dtype]
+"""From the products' and the accumulation dtype to that of saved tensors."""
+
+_SIGNATURES: dict[str, tuple[type, type]] = {
+    "losses_forward": (ForwardInputs, ForwardOutput),
+    "losses_backward": (BackwardInputs, BackwardOutput),
+    "gram_loss": (GramLossInputs, GramLossOutput),
+}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    float: "float",
+    int: "SymInt",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+}
 
 
-KeptDtype = Callable[[torch.dtype, torch.dtype], torch.dtype]
-"""From the products' and the accumulation dtype: that of what one kernel keeps for another."""
+def _schema(operator: str, signature: tuple[type, type]) -> str:
+    inputs, outputs = (
+        ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(part).items())
+        for part in signature
+    )
+    return f"{operator}({inputs}) -> ({outputs})"
 
 
-def _fake_losses_forward(kept_dtype: KeptDtype) -> Callable[..., tuple[Tensor, ...]]:
-    def losses_forward(
-        student: Tensor,
-        teacher: Tensor,
-        down: Tensor,
-        up: Tensor,
-        gram_target: Tensor | None,
-        gram: bool,
-        quantile: float,
-        num_prefix_tokens: int,
-        has_refined: bool,
-        has_residual: bool,
-        has_gram_columns: bool,
-        has_d_target: bool,
-        acc: torch.dtype,
-        product: torch.dtype,
-        gram_product: torch.dtype,
-    ) -> tuple[Tensor, ...]:
-        images, tokens, width = teacher.shape
-        patches, rank = tokens - num_prefix_tokens, down.shape[1]
+def _fake_forward(x: ForwardInputs, stored: StorageDtype) -> ForwardOutput:
+    images, tokens, width = x.teacher.shape
+    patches, rank = tokens - x.num_prefix_tokens, x.down.shape[1]
 
-        def new(*shape: int, dtype: torch.dtype = acc, wanted: bool = True) -> Tensor:
-            return teacher.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = x.acc, wanted: bool = True) -> Tensor:
+        return x.teacher.new_empty(shape if wanted else (0,), dtype=dtype)
 
-        residual_dtype, gram_dtype = kept_dtype(product, acc), kept_dtype(gram_product, acc)
-        return ForwardOutput(
-            kd=new(),
-            outlier=new(),
-            info=new(wanted=gram),
-            refined=new(images, tokens, width, dtype=teacher.dtype, wanted=has_refined),
-            norms=new(images, patches),
-            threshold=new(images),
-            outlier_weight=new(),
-            columns=new(images, patches, 2 * rank),
-            residual=new(images, patches, rank, dtype=residual_dtype, wanted=has_residual),
-            gram_columns=new(images, patches, 2 * rank, dtype=gram_dtype, wanted=has_gram_columns),
-            d_target=new(images, patches, width, dtype=gram_dtype, wanted=has_d_target),
-        )
-
-    return losses_forward
+    residual_dtype, gram_dtype = stored(x.product, x.acc), stored(x.gram_product, x.acc)
+    return ForwardOutput(
+        kd=new(),
+        outlier=new(),
+        info=new(wanted=x.gram),
+        refined=new(images, tokens, width, dtype=x.teacher.dtype, wanted=x.has_refined),
+        norms=new(images, patches),
+        threshold=new(images),
+        outlier_weight=new(),
+        hz=new(images, patches, 2 * rank),
+        residual=new(images, patches, rank, dtype=residual_dtype, wanted=x.has_residual),
+        grad_hz=new(images, patches, 2 * rank, dtype=gram_dtype, wanted=x.has_grad_hz),
+        grad_target=new(images, patches, width, dtype=gram_dtype, wanted=x.has_grad_target),
+    )
 
 
-def _fake_losses_backward(
-    student: Tensor | None,
-    teacher: Tensor,
-    up: Tensor,
-    columns: Tensor,
-    gram_columns: Tensor | None,
-    residual: Tensor | None,
-    norms: Tensor | None,
-    threshold: Tensor | None,
-    outlier_weight: Tensor | None,
-    d_kd: Tensor | None,
-    d_outlier: Tensor | None,
-    d_info: Tensor | None,
-    d_refined: Tensor | None,
-    num_prefix_tokens: int,
-    acc: torch.dtype,
-    product: torch.dtype,
-    student_dtype: torch.dtype | None,
-    down_dtype: torch.dtype | None,
-    up_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    rank, width = up.shape
-    arrives = any(grad is not None for grad in (d_kd, d_outlier, d_info, d_refined))
-
-    def new(shape: Any, dtype: torch.dtype | None, arrives: bool) -> Tensor:
+def _fake_backward(x: BackwardInputs, stored: StorageDtype) -> BackwardOutput:
+    def new(shape: tuple[int, ...], dtype: torch.dtype | None, arrives: bool) -> Tensor:
         if dtype is None or not arrives:
-            return columns.new_empty(0)
-        return teacher.new_empty(shape, dtype=dtype)
+            return x.hz.new_empty(0)
+        return x.teacher.new_empty(shape, dtype=dtype)
 
-    return (
-        new(teacher.shape, student_dtype, d_kd is not None),
-        new((width, rank), down_dtype, arrives),
-        new((rank, width), up_dtype, arrives),
+    rank, width = x.up.shape
+    return BackwardOutput(
+        new(x.teacher.shape, x.student_dtype, x.grad_kd is not None),
+        new((width, rank), x.down_dtype, x.reaches_adapter),
+        new((rank, width), x.up_dtype, x.reaches_adapter),
     )
 
 
-def _fake_gram_loss(
-    tokens: Tensor,
-    target: Tensor,
-    num_prefix_tokens: int,
-    has_d_tokens: bool,
-    has_d_target: bool,
-    acc: torch.dtype,
-    product: torch.dtype,
-) -> tuple[Tensor, ...]:
-    images, count, width = tokens.shape
-    shape = (images, count - num_prefix_tokens, width)
-    return (
-        tokens.new_empty((), dtype=acc),
-        tokens.new_empty(shape if has_d_tokens else (0,), dtype=acc),
-        tokens.new_empty(shape if has_d_target else (0,), dtype=acc),
+def _fake_gram_loss(x: GramLossInputs, stored: StorageDtype) -> GramLossOutput:
+    images, tokens, width = x.tokens.shape
+    shape = (images, tokens - x.num_prefix_tokens, width)
+    return GramLossOutput(
+        x.tokens.new_empty((), dtype=x.acc),
+        x.tokens.new_empty(shape if x.has_grad_tokens else (0,), dtype=x.acc),
+        x.tokens.new_empty(shape if x.has_grad_target else (0,), dtype=x.acc),
     )
 
 
-def define(name: str, kept_dtype: KeptDtype = narrow_dtype) -> None:
-    """Define a backend's three operators, and what they return without computing it.
+_FAKES: dict[str, Callable[[Any, StorageDtype], Any]] = {
+    "losses_forward": _fake_forward,
+    "losses_backward": _fake_backward,
+    "gram_loss": _fake_gram_loss,
+}
+
+
+def define(backend: str, stored: StorageDtype = storage_dtype) -> None:
+    """Define a backend's three operators and their fake implementations.
 
     Args:
-        name: the backend's name.
-        kept_dtype: how the backend chooses the dtype of what one kernel keeps for another.
+        backend: its name.
+        stored: how the backend chooses the dtype of saved tensors.
     """
-    fakes: tuple[Callable[..., tuple[Tensor, ...]], ...]
-    fakes = (_fake_losses_forward(kept_dtype), _fake_losses_backward, _fake_gram_loss)
-    for schema, fake in zip((_FORWARD, _BACKWARD, _GRAM), fakes, strict=True):
-        LIBRARY.define(f"{name}_{schema}")
-        operator = f"singer_kernels::{name}_{schema.partition('(')[0]}"
-        torch.library.register_fake(operator, fake, lib=LIBRARY)
+    for name, (inputs, outputs) in _SIGNATURES.items():
+        LIBRARY.define(_schema(f"{backend}_{name}", (inputs, outputs)))
+        fake = _FAKES[name]
+
+        def unpacked(*args: Any, _inputs: type = inputs, _fake: Any = fake, **kwargs: Any) -> Any:
+            return _fake(_inputs(*args, **kwargs), stored)
+
+        torch.library.register_fake(f"singer_kernels::{backend}_{name}", unpacked, lib=LIBRARY)
+
+
+Implementation = TypeVar("Implementation", bound=Callable[[Any], Any])
+
+
+def implement(backend: str, name: str) -> Callable[[Implementation], Implementation]:
+    """Register a function from the operator's inputs to its outputs as its implementation."""
+    inputs = _SIGNATURES[name][0]
+
+    def register(function: Implementation) -> Implementation:
+        def unpacked(*args: Any, **kwargs: Any) -> Any:
+            return function(inputs(*args, **kwargs))
+
+        LIBRARY.impl(f"{backend}_{name}", unpacked, "CompositeExplicitAutograd")
+        return function
+
+    return register

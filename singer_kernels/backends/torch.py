@@ -35,29 +35,15 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from singer_kernels.backends import reference as reference_backend
-from singer_kernels.backends.arithmetic import no_autocast, product_dtype, saved
-from singer_kernels.backends.gradients import gram_loss_backward, scaled_patches
-from singer_kernels.backends.once import refuse_twice
-from singer_kernels.backends.problem import Problem
+from singer_kernels.backends import Backend
+from singer_kernels.backends.gradients import (
+    forbid_double_backward,
+    gram_loss_backward,
+    scaled_patches,
+)
+from singer_kernels.backends.precision import no_autocast, product_dtype, saved
 from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
-from singer_kernels.types import FusedLossesOutput
-
-# Nothing is gained by a closed form here: these are one or two ATen calls.
-refine = reference_backend.refine
-token_norms = reference_backend.token_norms
-outlier_loss = reference_backend.outlier_loss
-kd_loss = reference_backend.kd_loss
-
-
-def unavailable_reason(device: torch.device, asked: bool) -> str | None:
-    """Return None: this backend runs on every device."""
-    return None
-
-
-def unsupported_reason(problem: Problem) -> str | None:
-    """Return None: this backend serves every size."""
-    return None
+from singer_kernels.types import FusedLossesInputs, FusedLossesOutput
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
@@ -88,7 +74,7 @@ def _reciprocal_norms(norms: Tensor) -> Tensor:
     return torch.where(norms == 0, 0.0, norms.clamp_min(NORM_EPS).reciprocal())
 
 
-_PANELS, _LEAST_PANEL = 8, 128
+_PANELS, _MIN_PANEL = 8, 128
 """Into how many panels a symmetric product is cut, and the least number of rows of one: more panels
 save more of the product's second half, narrower ones run slower."""
 
@@ -109,7 +95,7 @@ class _Rows(NamedTuple):
         """Return every pair's inner product, ``[B, P, P]``: half is computed, half mirrored."""
         batch, count, _ = self.patches.shape
         products = self.patches.new_empty(batch, count, count)
-        step = max(_LEAST_PANEL, -(-count // _PANELS))
+        step = max(_MIN_PANEL, -(-count // _PANELS))
         for start in range(0, count, step):
             end = min(start + step, count)
             panel = torch.bmm(self.patches[:, start:end], self.patches[:, start:].mT)
@@ -129,21 +115,23 @@ class _Rows(NamedTuple):
         return torch.bmm(rows, rows.mT).to(self.patches.dtype)
 
     def apply_gradient(
-        self, difference: Tensor, slope: Tensor, columns: Tensor, dtype: torch.dtype
+        self, difference: Tensor, row_dots: Tensor, columns: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return ``X columns``, X the gradient operator of ``mean E²`` in these rows.
 
         Args:
             difference: E, ``[B, P, P]``, symmetric: G of these rows minus a constant.
-            slope: s, ``[B, P]``.
+            row_dots: s, ``[B, P]``.
             columns: ``[B, P, m]``.
             dtype: of the product's operands.
         """
-        radial = torch.where(self.norms < NORM_EPS, 0.0, slope * self.inverse.square())
+        norm_grad_coef = torch.where(self.norms < NORM_EPS, 0.0, row_dots * self.inverse.square())
         scaled, peak = _in_range(columns * self.inverse[..., None], dtype)
-        turned = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
-        turned = turned.mul_(self.inverse[..., None] * peak).sub_(columns * radial[..., None])
-        return turned.mul_(4.0 / difference.numel())
+        product = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
+        product = product.mul_(self.inverse[..., None] * peak).sub_(
+            columns * norm_grad_coef[..., None]
+        )
+        return product.mul_(4.0 / difference.numel())
 
 
 def _mean_square(rows: Tensor) -> Tensor:
@@ -172,52 +160,60 @@ def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     is_outlier = ~((norms <= limit) & norms.isfinite())
     excess = torch.where(is_outlier, norms - limit, 0.0)
     count = is_outlier.sum().clamp_min(1)
-    coefficient = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
-    return excess.square().sum() / count, coefficient
+    norm_grad_coef = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
+    return excess.square().sum() / count, norm_grad_coef
+
+
+class _Saved(NamedTuple):
+    """Tensors of the forward for the backward; None where no gradient needs them."""
+
+    student: Tensor
+    teacher: Tensor
+    down: Tensor
+    up: Tensor
+    gram_target: Tensor | None
+    refined: Tensor  # F̂, [B, T, D]
+    h: Tensor  # H, [B, T, r], 0 on prefix tokens
+    z: Tensor  # Z, [B, P, r]
+    norm_grad_coef: Tensor  # c, [B, P]
+    grad_hz: Tensor | None  # X [H | Z], [B, P, 2r]
+    grad_target: Tensor | None  # [B, P, D]
 
 
 class _FusedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        down: Tensor,
-        up: Tensor,
-        gram_target: Tensor | None,
-        gram: bool,
-        quantile: float,
-        num_prefix_tokens: int,
-        return_refined: bool,
-        tracks_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    def forward(ctx: Any, tracks_gradients: bool, *args: Any) -> tuple[Any, ...]:
+        x = FusedLossesInputs(*args)
+        student, teacher, down, up, gram_target = x[:5]
         target = teacher if gram_target is None else gram_target
         acc = accumulation_dtype(student, teacher, down, up, target)
-        product = acc if acc == torch.float64 else product_dtype(teacher, down, up)
-        gram_product = acc if acc == torch.float64 else product_dtype(teacher, down, up, target)
-        prefix, shape = num_prefix_tokens, teacher.shape
+        product = gram_product = acc
+        if acc != torch.float64:
+            product = product_dtype(teacher, down, up)
+            gram_product = product_dtype(teacher, down, up, target)
+        prefix, shape = x.num_prefix_tokens, teacher.shape
         needs_student, _, needs_down, needs_up, needs_target = (
-            tracks_gradients and needed for needed in ctx.needs_input_grad[:5]
+            tracks_gradients and needed for needed in ctx.needs_input_grad[1:6]
         )
         needs_adapter = needs_down or needs_up
         with no_autocast(teacher.device.type):
             # Prefix tokens go along with H = 0: no copy of the patches alone is made.
-            hidden = teacher.flatten(0, 1).to(product) @ down.to(product)
-            hidden = hidden.view(*shape[:2], -1)  # H, [B, T, r]
-            hidden[:, :prefix] = 0
-            refined = _refined(teacher, hidden, up, acc)  # F̂, [B, T, D]
+            h = teacher.flatten(0, 1).to(product) @ down.to(product)
+            h = h.view(*shape[:2], -1)  # H, [B, T, r]
+            h[:, :prefix] = 0
+            refined = _refined(teacher, h, up, acc)  # F̂, [B, T, D]
             rows = _Rows.of(refined[:, prefix:])
-            threshold = _threshold(rows.norms, quantile)
-            outlier, coefficient = _outlier_terms(rows.norms, threshold)
+            threshold = _threshold(rows.norms, x.quantile)
+            outlier, norm_grad_coef = _outlier_terms(rows.norms, threshold)
             kd = _mean_square(refined - student)
-            latent = refined.flatten(0, 1).to(product) @ up.to(product).mT
-            latent = latent.view(*shape[:2], -1)[:, prefix:].to(acc)  # Z, [B, P, r]
-            info, gram_columns, d_target = None, None, None
-            if gram:
-                info, gram_columns, d_target = _information(
+            z = refined.flatten(0, 1).to(product) @ up.to(product).mT
+            z = z.view(*shape[:2], -1)[:, prefix:].to(acc)  # Z, [B, P, r]
+            info, grad_hz, grad_target = None, None, None
+            if x.gram:
+                info, grad_hz, grad_target = _information(
                     rows,
-                    hidden[:, prefix:].to(acc),
-                    latent,
+                    h[:, prefix:].to(acc),
+                    z,
                     up.to(acc),
                     None if gram_target is None else _Rows.of(target[:, prefix:].to(acc)),
                     teacher[:, prefix:],
@@ -225,7 +221,7 @@ class _FusedLosses(torch.autograd.Function):
                     needs_adapter,
                     needs_target,
                 )
-            returned = refined.to(teacher.dtype) if return_refined else None
+            returned = refined.to(teacher.dtype) if x.return_refined else None
         ctx.set_materialize_grads(False)
         ctx.options = (acc, product, prefix)
         ctx.save_for_backward(
@@ -235,11 +231,11 @@ class _FusedLosses(torch.autograd.Function):
             saved(up, needs_adapter),
             saved(gram_target, needs_target),
             saved(refined, needs_student or needs_adapter),
-            saved(hidden, needs_adapter),
-            saved(latent, needs_down),
-            saved(coefficient, needs_adapter),
-            gram_columns,
-            d_target,
+            saved(h, needs_adapter),
+            saved(z, needs_down),
+            saved(norm_grad_coef, needs_adapter),
+            grad_hz,
+            grad_target,
         )
         differentiable = (
             (kd, needs_student or needs_adapter),
@@ -254,30 +250,28 @@ class _FusedLosses(torch.autograd.Function):
         return kd, outlier, info, returned, rows.norms, threshold
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors  # once: under gradient checkpointing a second look raises
-        device_type = next(tensor.device.type for tensor in kept if tensor is not None)
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Read once: under gradient checkpointing a second access raises.
+        tensors = _Saved(*ctx.saved_tensors)
+        device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
         with torch.no_grad(), no_autocast(device_type):
-            grads = _backward(ctx, kept, *upstream[:4])
-        inputs = [tensor for tensor in kept[:5] if tensor is not None]
-        if torch.is_grad_enabled():
-            grads = [None if grad is None else refuse_twice(grad, *inputs) for grad in grads]
-        student, down, up, gram_target = grads
-        return student, None, down, up, gram_target, None, None, None, None, None
+            grads = _backward(ctx, tensors, *grad_outputs[:4])
+        student, down, up, target = forbid_double_backward(grads, *tensors[:5])
+        return None, student, None, down, up, target, None, None, None, None
 
 
-def _refined(teacher: Tensor, hidden: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
+def _refined(teacher: Tensor, h: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
     """Return F̂ = F + H Wu, ``[B, T, D]``, in the accumulation dtype."""
-    factor = up.to(hidden.dtype).expand(len(hidden), -1, -1)
-    if hidden.dtype == acc:
-        return torch.baddbmm(teacher.to(acc), hidden, factor)
-    return teacher.to(acc) + torch.bmm(hidden, factor).to(acc)
+    factor = up.to(h.dtype).expand(len(h), -1, -1)
+    if h.dtype == acc:
+        return torch.baddbmm(teacher.to(acc), h, factor)
+    return teacher.to(acc) + torch.bmm(h, factor).to(acc)
 
 
 def _information(
     rows: _Rows,
-    hidden: Tensor,
-    latent: Tensor,
+    h: Tensor,
+    z: Tensor,
     up: Tensor,
     target: _Rows | None,
     teacher: Tensor,
@@ -286,25 +280,26 @@ def _information(
     needs_target: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the information loss and, if needed, ``X [H | Z]`` and the target's gradient."""
-    plain = _Rows.of(teacher.to(rows.patches.dtype)) if target is None else target
+    target_rows = _Rows.of(teacher.to(rows.patches.dtype)) if target is None else target
     if target is None and _has_exact_products(dtype):
         products = rows.products()
-        half = torch.baddbmm(latent, hidden, (up @ up.mT).expand(len(hidden), -1, -1), alpha=-0.5)
-        left, right = torch.cat([hidden, half], -1), torch.cat([half, hidden], -1)
-        target_gram = plain.cosines_(torch.baddbmm(products, left, right.mT, alpha=-1))
+        up_gram = (up @ up.mT).expand(len(h), -1, -1)  # M
+        l = torch.baddbmm(z, h, up_gram, alpha=-0.5)  # noqa: E741  L = Z - H M / 2, [B, P, r]
+        hl, lh = torch.cat([h, l], -1), torch.cat([l, h], -1)
+        target_gram = target_rows.cosines_(torch.baddbmm(products, hl, lh.mT, alpha=-1))
         gram = rows.cosines_(products)
     else:
-        gram, target_gram = rows.gram(dtype), plain.gram(dtype)
+        gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
     difference = gram - target_gram  # E, [B, P, P]
-    gram_columns, d_target = None, None
+    grad_hz, grad_target = None, None
     if needs_adapter:
-        slope = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
-        columns = torch.cat([hidden, latent], dim=-1)  # [B, P, 2r]
-        gram_columns = rows.apply_gradient(difference, slope, columns, dtype)
+        row_dots = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
+        columns = torch.cat([h, z], dim=-1)  # [B, P, 2r]
+        grad_hz = rows.apply_gradient(difference, row_dots, columns, dtype)
     if needs_target:
-        slope = target_gram.mul_(difference).sum(dim=-1).neg_()
-        d_target = plain.apply_gradient(-difference, slope, plain.patches, dtype)
-    return _mean_square(difference), gram_columns, d_target
+        row_dots = target_gram.mul_(difference).sum(dim=-1).neg_()
+        grad_target = target_rows.apply_gradient(-difference, row_dots, target_rows.patches, dtype)
+    return _mean_square(difference), grad_hz, grad_target
 
 
 def _total(*terms: Tensor | None) -> Tensor | None:
@@ -331,92 +326,65 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def _backward(
     ctx: Any,
-    kept: tuple[Tensor, ...],
-    d_kd: Tensor | None,
-    d_outlier: Tensor | None,
-    d_info: Tensor | None,
-    d_refined: Tensor | None,
+    x: _Saved,
+    grad_kd: Tensor | None,
+    grad_outlier: Tensor | None,
+    grad_info: Tensor | None,
+    grad_refined: Tensor | None,
 ) -> list[Tensor | None]:
-    student, teacher, down, up, gram_target = kept[:5]
-    refined, hidden, latent, coefficient, gram_columns, d_target = kept[5:]
+    """Return the gradients of student, down, up and gram_target."""
+    student, teacher, down, up, gram_target, refined, h, z, norm_grad_coef = x[:9]
     acc, product, prefix = ctx.options
-    needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[:5]
+    needs_student, _, needs_down, needs_up, _ = ctx.needs_input_grad[1:6]
     grad_student = grad_down = grad_up = grad_target = None
-    if needs_target and d_info is not None:
-        grad_target = scaled_patches(gram_target, d_target, prefix, d_info)
-    pulled = None  # dS = α (S − F̂), [B, T, D]
-    if d_kd is not None:
-        pulled = (student - refined).mul_(d_kd * (2.0 / refined.numel()))
-        grad_student = pulled.to(student.dtype) if needs_student else None
+    if grad_info is not None and gram_target is not None and x.grad_target is not None:
+        grad_target = scaled_patches(gram_target, x.grad_target, prefix, grad_info)
+    grad_s = None  # dS = α (S − F̂), [B, T, D]
+    if grad_kd is not None:
+        grad_s = (student - refined).mul_(grad_kd * (2.0 / refined.numel()))
+        grad_student = grad_s.to(student.dtype) if needs_student else None
     if not (needs_down or needs_up):
         return [grad_student, None, None, grad_target]
 
     # The adapter, by patches alone: 0 times a NaN in a prefix token would be NaN.
-    hidden = hidden[:, prefix:]
-    dense, sign = None, 1  # Y − dS = sign · dense
-    if d_refined is None:
-        dense, sign = pulled, -1
-    elif pulled is None:
-        dense = d_refined.to(acc)
+    h = h[:, prefix:]
+    grad_refined_kd, sign = None, 1  # Y − dS = sign · grad_refined_kd
+    if grad_refined is None:
+        grad_refined_kd, sign = grad_s, -1
+    elif grad_s is None:
+        grad_refined_kd = grad_refined.to(acc)
     else:
-        dense = d_refined.to(acc) - pulled
-    if dense is not None:
-        dense = dense[:, prefix:].to(product)
-    d_norm = None if d_outlier is None else (coefficient * d_outlier)[..., None]
-    gram_hidden = gram_latent = None
-    if gram_columns is not None:
-        gram_hidden, gram_latent = gram_columns.split(down.shape[1], dim=-1)
+        grad_refined_kd = grad_refined.to(acc) - grad_s
+    if grad_refined_kd is not None:
+        grad_refined_kd = grad_refined_kd[:, prefix:].to(product)
+    grad_norm = None if grad_outlier is None else (norm_grad_coef * grad_outlier)[..., None]
+    grad_hz_h = grad_hz_z = None
+    if x.grad_hz is not None:
+        grad_hz_h, grad_hz_z = x.grad_hz.split(down.shape[1], dim=-1)
     if needs_down:
-        through_up = None
-        if dense is not None:
+        dense_up = None
+        if grad_refined_kd is not None:
             # Not matmul, which would copy the slice to fold its first two dimensions.
-            factor = up.to(product).mT.expand(len(dense), -1, -1)
-            through_up = torch.bmm(dense, factor).to(acc) * sign
-        d_hidden = _total(_sum_of_products((gram_latent, d_info), (latent, d_norm)), through_up)
-        if d_hidden is not None:
-            columns, peak = _in_range(d_hidden, product)
+            factor = up.to(product).mT.expand(len(grad_refined_kd), -1, -1)
+            dense_up = torch.bmm(grad_refined_kd, factor).to(acc) * sign
+        grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, grad_norm)), dense_up)
+        if grad_h is not None:
+            scaled, peak = _in_range(grad_h, product)
             patches = teacher[:, prefix:].to(product)
-            grad_down = (_outer(patches, columns).to(acc) * peak).to(down.dtype)
+            grad_down = (_outer(patches, scaled).to(acc) * peak).to(down.dtype)
     if needs_up:
-        turned = _sum_of_products((gram_hidden, d_info), (hidden, d_norm))  # V
+        v = _sum_of_products((grad_hz_h, grad_info), (h, grad_norm))  # V
         through_norms = None
-        if turned is not None:
-            columns, peak = _in_range(turned, product)
+        if v is not None:
+            scaled, peak = _in_range(v, product)
             patches = refined[:, prefix:].to(product)
-            through_norms = (_outer(columns, patches).to(acc).mT * peak).mT
+            through_norms = (_outer(scaled, patches).to(acc).mT * peak).mT
         total = _total(
-            through_norms, None if dense is None else _outer(hidden, dense).to(acc) * sign
+            through_norms,
+            None if grad_refined_kd is None else _outer(h, grad_refined_kd).to(acc) * sign,
         )
         grad_up = None if total is None else total.to(up.dtype)
     return [grad_student, grad_down, grad_up, grad_target]
-
-
-def fused_losses(
-    student: Tensor,
-    teacher: Tensor,
-    down: Tensor,
-    up: Tensor,
-    *,
-    gram_target: Tensor | None,
-    gram: bool,
-    quantile: float,
-    num_prefix_tokens: int,
-    return_refined: bool,
-) -> FusedLossesOutput:
-    """See :func:`singer_kernels.reference.fused_losses`."""
-    out = _FusedLosses.apply(
-        student,
-        teacher,
-        down,
-        up,
-        gram_target,
-        gram,
-        quantile,
-        num_prefix_tokens,
-        return_refined,
-        torch.is_grad_enabled(),
-    )
-    return FusedLossesOutput(*out)
 
 
 class _GramLoss(torch.autograd.Function):
@@ -432,26 +400,38 @@ class _GramLoss(torch.autograd.Function):
             target_rows = _Rows.of(target[:, num_prefix_tokens:].to(acc))
             gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
             difference = gram - target_gram
-            d_tokens = d_target = None
+            grad_tokens = grad_target = None
             if needs[0]:
-                slope = gram.mul_(difference).sum(dim=-1)
-                d_tokens = rows.apply_gradient(difference, slope, rows.patches, dtype)
+                row_dots = gram.mul_(difference).sum(dim=-1)
+                grad_tokens = rows.apply_gradient(difference, row_dots, rows.patches, dtype)
             if needs[1]:
-                slope = target_gram.mul_(difference).sum(dim=-1).neg_()
-                d_target = target_rows.apply_gradient(
-                    -difference, slope, target_rows.patches, dtype
+                row_dots = target_gram.mul_(difference).sum(dim=-1).neg_()
+                grad_target = target_rows.apply_gradient(
+                    -difference, row_dots, target_rows.patches, dtype
                 )
             loss = _mean_square(difference)
         ctx.prefix = num_prefix_tokens
-        ctx.save_for_backward(saved(tokens, needs[0]), saved(target, needs[1]), d_tokens, d_target)
+        ctx.save_for_backward(
+            saved(tokens, needs[0]), saved(target, needs[1]), grad_tokens, grad_target
+        )
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return gram_loss_backward(ctx, upstream)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *gram_loss_backward(ctx, grad_output), None, None
 
 
-def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
-    """See :func:`singer_kernels.reference.gram_loss`."""
-    tracks_gradients = torch.is_grad_enabled()
-    return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients))
+class TorchBackend(Backend):
+    """Runs wherever torch runs."""
+
+    def fused_losses(self, inputs: FusedLossesInputs) -> FusedLossesOutput:
+        """See :func:`singer_kernels.reference.fused_losses`."""
+        return FusedLossesOutput(*_FusedLosses.apply(torch.is_grad_enabled(), *inputs))
+
+    def gram_loss(self, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+        """See :func:`singer_kernels.reference.gram_loss`."""
+        tracks_gradients = torch.is_grad_enabled()
+        return cast("Tensor", _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients))
+
+
+backend = TorchBackend()

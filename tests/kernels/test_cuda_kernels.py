@@ -140,15 +140,15 @@ def test_a_student_all_but_equal_to_the_refined_teacher():
 @needs_emulation
 def test_it_is_not_chosen_before_it_has_run_on_a_gpu():
     cuda, cpu = backends.load("cuda"), torch.device("cpu")
-    assert cuda.unavailable_reason(cpu, asked=True) is None  # emulated
-    reason = cuda.unavailable_reason(cpu, asked=False)
+    assert cuda.unavailable_reason(cpu, explicit=True) is None  # emulated
+    reason = cuda.unavailable_reason(cpu, explicit=False)
     assert reason == "it has not been run on a GPU yet: only if asked for"
 
 
 def test_the_reason_of_a_build_without_cuda(monkeypatch):
     monkeypatch.setattr(extension, "has_kernels", lambda name, device_type: False)
     monkeypatch.setattr(extension, "load", lambda: None)
-    reason = backends.load("cuda").unavailable_reason(torch.device("cuda"), asked=True)
+    reason = backends.load("cuda").unavailable_reason(torch.device("cuda"), explicit=True)
     assert reason == "the compiled extension is built without CUDA"
 
 

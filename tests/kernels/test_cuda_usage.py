@@ -96,7 +96,7 @@ def test_what_the_kernels_take_of_a_device():
         for usage in usages:
             assert 16 <= usage.registers <= 255
             assert (usage.local, usage.shared) == (0, 0)  # no spills
-            assert usage.most_warps * 32 == properties.max_threads_per_multi_processor
+            assert usage.max_warps * 32 == properties.max_threads_per_multi_processor
             assert usage.warps == 4 * usage.blocks
             assert 0 < usage.occupancy <= 1
     assert torch.cuda.current_device() == before

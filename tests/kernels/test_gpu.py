@@ -367,8 +367,8 @@ def test_compute_sanitizer(tool):
 def test_the_automatic_choice_on_a_device():
     x = torch.randn(1, 5, 64, device="cuda")
     down, up = torch.randn(64, 4, device="cuda"), torch.randn(4, 64, device="cuda")
-    automatic, asked = (fused_losses(x, x, down, up, backend=name) for name in (None, "triton"))
-    assert torch.equal(automatic.info, asked.info)
+    automatic, explicit = (fused_losses(x, x, down, up, backend=name) for name in (None, "triton"))
+    assert torch.equal(automatic.info, explicit.info)
     # float64 is left to the backend that computes in it.
     wide = fused_losses(x.double(), x.double(), down.double(), up.double())
     assert wide.info.dtype == F64

@@ -166,14 +166,24 @@ def log(caplog):
 @pytest.fixture
 def fake(monkeypatch, fresh):
     """A backend, preferred to all others, that says it can't run."""
+
+    class Fake(backends.Backend):
+        reason = "the driver is from 1993"
+
+        def unavailable_reason(self, device, explicit):
+            return self.reason
+
+        def fused_losses(self, inputs):
+            raise NotImplementedError
+
+        def kd_loss(self, student, tokens):
+            return "from the fake"
+
     module = types.ModuleType("singer_kernels.backends.fake")
-    module.reason = "the driver is from 1993"
-    module.unavailable_reason = lambda device, asked: module.reason
-    module.unsupported_reason = lambda problem: None
-    module.kd_loss = lambda student, tokens: "from the fake"
+    module.backend = Fake()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(backends, "_PREFERENCE", ("fake", "reference"))
-    return module
+    return module.backend
 
 
 def kd(backend=None, device="cpu"):

@@ -11,7 +11,7 @@ from conftest import BACKENDS
 pytest.importorskip("triton")
 
 from singer_kernels import backends, fused_losses
-from singer_kernels.backends.problem import Problem
+from singer_kernels.backends import CallSpec
 from singer_kernels.backends.triton import configs, outlier
 
 CPU = torch.device("cpu")
@@ -44,17 +44,17 @@ def test_float64_is_for_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
     assert (
-        backend.unsupported_reason(Problem(2, 9, 3, F64, F64)) == "it does not compute in float64"
+        backend.unsupported_reason(CallSpec(2, 9, 3, F64, F64)) == "it does not compute in float64"
     )
-    assert backend.unsupported_reason(Problem(2, 9, 3, F32, F32)) is None
+    assert backend.unsupported_reason(CallSpec(2, 9, 3, F32, F32)) is None
 
 
 def test_wide_float16_products_are_not_served(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
-    assert backend.unsupported_reason(Problem(2, 9, 128, F32, F16)) is None
-    assert backend.unsupported_reason(Problem(2, 9, 129, F32, BF16)) is None
-    reason = backend.unsupported_reason(Problem(2, 9, 129, F32, F16))
+    assert backend.unsupported_reason(CallSpec(2, 9, 128, F32, F16)) is None
+    assert backend.unsupported_reason(CallSpec(2, 9, 129, F32, BF16)) is None
+    reason = backend.unsupported_reason(CallSpec(2, 9, 129, F32, F16))
     assert reason == "float16 products of rank 129 are wider than 128"
 
 
@@ -62,7 +62,7 @@ def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog
     monkeypatch.delenv("SINGER_BACKEND")
     monkeypatch.setattr(backends, "_PREFERENCE", ("triton", "torch", "reference"))
     monkeypatch.setattr(backends, "_chosen", {CPU: "triton"})
-    monkeypatch.setattr(backends, "_passed_over", set())
+    monkeypatch.setattr(backends, "_logged_fallbacks", set())
     x = torch.randn(1, 3, 300, generator=torch.Generator().manual_seed(0))
     small, large = torch.zeros(300, 4), torch.zeros(300, 257)
     with caplog.at_level(logging.INFO, "singer_kernels"):
@@ -77,8 +77,8 @@ def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog
 
 def test_the_interpreter_is_never_the_automatic_choice():
     backend = backends.load("triton")
-    assert backend.unavailable_reason(CPU, asked=True) is None
-    assert backend.unavailable_reason(CPU, asked=False) == "the interpreter is for tests"
+    assert backend.unavailable_reason(CPU, explicit=True) is None
+    assert backend.unavailable_reason(CPU, explicit=False) == "the interpreter is for tests"
 
 
 def test_a_device_is_looked_at_while_tracing(monkeypatch):

@@ -7,33 +7,21 @@ and the KD sums, the quantile, the Gram matrices' difference, the gradients' row
 bfloat16 products accumulate in float32, and H goes into ``H Wu`` in two bfloat16 parts. float16
 features are multiplied in float32: float16 lacks the range of H and X. Products of float32 follow
 torch's setting of TF32, as the reference's do. Gram matrices are written
-to memory, of as many images at a time as fit ``stages.MOST_ENTRIES``.
+to memory, of as many images at a time as fit ``stages.MAX_ENTRIES``.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from singer_kernels import extension
-from singer_kernels.backends import autograd
-from singer_kernels.backends import reference as reference_backend
+from singer_kernels.backends import constant_while_tracing
+from singer_kernels.backends.autograd import KernelBackend
 from singer_kernels.backends.cuda import ops as _ops  # noqa: F401  it registers the operators
-from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.tracing import constant_while_tracing
-
-fused_losses = partial(autograd.fused_losses, backend="cuda")
-gram_loss = partial(autograd.gram_loss, backend="cuda")
-# One or two ATen calls each.
-refine = reference_backend.refine
-token_norms = reference_backend.token_norms
-outlier_loss = reference_backend.outlier_loss
-kd_loss = reference_backend.kd_loss
 
 
 @constant_while_tracing
-def _reason(device_type: str, asked: bool) -> str | None:
+def _reason(device_type: str, explicit: bool) -> str | None:
     """Return why the kernels can't or, unless they were asked for, should not run, or None."""
     is_emulated = device_type == "cpu" and extension.has_kernels("cuda_refine", "cpu")
     if device_type != "cuda" and not is_emulated:
@@ -42,17 +30,20 @@ def _reason(device_type: str, asked: bool) -> str | None:
         return f"the compiled extension is {extension.load() or 'built without CUDA'}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU"
-    return None if asked else "it has not been run on a GPU yet: only if asked for"
+    return None if explicit else "it has not been run on a GPU yet: only if asked for"
 
 
-def unavailable_reason(device: torch.device, asked: bool) -> str | None:
-    """See :class:`singer_kernels.backends.Backend`.
+class CudaBackend(KernelBackend):
+    """The kernels of ``csrc/cuda``."""
 
-    On a CPU it runs where the kernels were compiled as plain C++, as the tests do.
-    """
-    return _reason(device.type, asked)
+    name = "cuda"
+
+    def unavailable_reason(self, device: torch.device, explicit: bool) -> str | None:
+        """See :class:`singer_kernels.backends.Backend`.
+
+        On a CPU it runs where the kernels were compiled as plain C++, as the tests do.
+        """
+        return _reason(device.type, explicit)
 
 
-def unsupported_reason(problem: Problem) -> str | None:
-    """Return None: this backend serves every size."""
-    return None
+backend = CudaBackend()

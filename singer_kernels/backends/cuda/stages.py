@@ -7,27 +7,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from singer_kernels.backends.operators import Upstream, narrow_dtype
+from singer_kernels.backends.operators import BackwardInputs, ForwardInputs
+from singer_kernels.backends.precision import storage_dtype
 
-MOST_ENTRIES = 2**26
-"""How many entries of a Gram matrix, or of a product with one, are in memory at once: 256 MiB in
-float32. Two matrices are, and E."""
+MAX_ENTRIES = 2**26
+"""Entries of a Gram matrix in memory at once, over all images: 256 MiB in float32. G(F̂), G(R) and E
+are in memory together."""
 
 
 def _kernel(name: str) -> Any:
     return getattr(torch.ops.singer_kernels, f"cuda_{name}")
 
 
-class Arithmetic(NamedTuple):
-    """How products are computed."""
+class MatmulPrecision(NamedTuple):
+    """Dtypes of matrix products."""
 
-    product: torch.dtype  # what their operands are asked to be rounded to
-    acc: torch.dtype  # what sums are kept in
+    product: torch.dtype  # of the operands
+    acc: torch.dtype  # of the sums
 
     @property
     def operand(self) -> torch.dtype:
-        """What operands are rounded to, and what is kept between kernels."""
-        return narrow_dtype(self.product, self.acc)
+        """Dtype of the operands, and of intermediate results in memory."""
+        return storage_dtype(self.product, self.acc)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a b`` in ``acc``, of rounded operands; matrices, or batches of them."""
@@ -39,7 +40,7 @@ class Arithmetic(NamedTuple):
         return torch.matmul(a.to(self.acc), b.to(self.acc))
 
     def multiply_split(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``a b`` with a in two parts, so that it keeps twice the digits of an operand."""
+        """Return ``a b`` with a split into a high and a low operand: twice the digits."""
         if self.operand == self.acc:
             return self.multiply(a, b)
         high = a.to(self.operand)
@@ -48,10 +49,10 @@ class Arithmetic(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """What the stage ``refine`` gives; what was not asked for is None."""
+    """Results of the stage ``refine``; None where not requested."""
 
     kd: Tensor  # []
-    columns: Tensor  # [H | Z], [B, P, 2r]
+    hz: Tensor  # [H | Z], [B, P, 2r]
     norms: Tensor  # n, [B, P]
     residual: Tensor | None  # (F̂ − S) Wuᵀ, [B, P, r]
     refined: Tensor | None  # F̂, [B, T, D], in the teacher's dtype
@@ -59,61 +60,45 @@ class Refined(NamedTuple):
 
 
 def run_refine(
-    student: Tensor,
-    teacher: Tensor,
-    down: Tensor,
-    up: Tensor,
-    prefix: int,
-    arithmetic: Arithmetic,
-    *,
-    has_refined: bool,
-    has_residual: bool,
-    rows_dtype: torch.dtype | None,
+    x: ForwardInputs, precision: MatmulPrecision, rows_dtype: torch.dtype | None
 ) -> Refined:
     """Run the stage ``refine``.
 
     Args:
-        student: S, ``[B, T, D]``, contiguous.
-        teacher: F, ``[B, T, D]``, contiguous.
-        down: Wd, ``[D, r]``.
-        up: Wu, ``[r, D]``.
-        prefix: the number of prefix tokens.
-        arithmetic: how products are computed.
-        has_refined: whether F̂ is wanted.
-        has_residual: whether ``(F̂ − S) Wuᵀ`` is.
-        rows_dtype: the dtype in which the Gram products want ``F̂ / n``; None: they don't.
+        x: the operator's inputs; student and teacher contiguous.
+        precision: dtypes of the products.
+        rows_dtype: the dtype of ``F̂ / n``; None: do not return it.
     """
+    teacher, up, prefix = x.teacher, x.up, x.num_prefix_tokens
     images, tokens, width = teacher.shape
-    rank, patches, acc = down.shape[1], tokens - prefix, arithmetic.acc
-    wide_up = up.to(acc)
-    both = arithmetic.multiply(teacher.flatten(0, 1), torch.cat([down, up.mT], dim=1))
-    hidden, latent = both.split(rank, dim=1)  # F Wd and F Wuᵀ, [B T, r]
-    latent = torch.addmm(latent, hidden, wide_up @ wide_up.mT)  # F̂ Wuᵀ
-    delta = arithmetic.multiply_split(hidden, up).view(images, tokens, width)
-
-    def of_patches(rows: Tensor) -> Tensor:
-        return rows.view(images, tokens, -1)[:, prefix:].contiguous()
-
+    rank, patches, acc = x.down.shape[1], tokens - prefix, precision.acc
+    up_acc = up.to(acc)
+    both = precision.multiply(teacher.flatten(0, 1), torch.cat([x.down, up.mT], dim=1))
+    h, z = both.split(rank, dim=1)  # F Wd and F Wuᵀ, [B T, r]
+    z = torch.addmm(z, h, up_acc @ up_acc.mT)  # F̂ Wuᵀ
+    delta = precision.multiply_split(h, up).view(images, tokens, width)
     new = teacher.new_empty
-    norms, kd_parts = new((images, patches), dtype=acc), new((images, tokens), dtype=acc)
-    refined = new(teacher.shape) if has_refined else None
+    norms, kd_partials = new((images, patches), dtype=acc), new((images, tokens), dtype=acc)
+    refined = new(teacher.shape) if x.has_refined else None
     rows = None if rows_dtype is None else new((images, patches, width), dtype=rows_dtype)
     differences = None
-    if has_residual:
-        differences = new((images, patches, width), dtype=arithmetic.operand)
-    _kernel("refine")(teacher, student, delta, prefix, norms, kd_parts, refined, rows, differences)
+    if x.has_residual:
+        differences = new((images, patches, width), dtype=precision.operand)
+    _kernel("refine")(
+        teacher, x.student, delta, prefix, norms, kd_partials, refined, rows, differences
+    )
     residual = None
     if differences is not None:
-        # Of the difference, not a difference of products, each rounded, that may be all but equal.
-        residual = arithmetic.multiply(differences.flatten(0, 1), up.mT).to(arithmetic.operand)
+        # Project F̂ − S itself: subtracting two rounded products would cancel.
+        residual = precision.multiply(differences.flatten(0, 1), up.mT).to(precision.operand)
         residual = residual.view(images, patches, rank)
-    kd = kd_parts.sum() / teacher.numel()
-    columns = of_patches(torch.cat([hidden, latent], dim=1))
-    return Refined(kd, columns, norms, residual, refined, rows)
+    kd = kd_partials.sum() / teacher.numel()
+    hz = torch.cat([h, z], dim=1).view(images, tokens, -1)[:, prefix:].contiguous()
+    return Refined(kd, hz, norms, residual, refined, rows)
 
 
 class Outliers(NamedTuple):
-    """What the stage ``outlier`` gives."""
+    """Results of the stage ``outlier``."""
 
     loss: Tensor  # []
     threshold: Tensor  # q, [B]
@@ -128,11 +113,11 @@ def run_outlier(norms: Tensor, quantile: float) -> Outliers:
     return Outliers(squares.sum() / count, threshold, 2 / count)
 
 
-def normalized(tokens: Tensor, prefix: int, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+def normalized(tokens: Tensor, prefix: int, precision: MatmulPrecision) -> tuple[Tensor, Tensor]:
     """Return the patches' norms ``[B, P]``, and the patches divided by them ``[B, P, D]``."""
     images, count, width = tokens.shape
-    norms = tokens.new_empty((images, count - prefix), dtype=arithmetic.acc)
-    rows = tokens.new_empty((images, count - prefix, width), dtype=arithmetic.operand)
+    norms = tokens.new_empty((images, count - prefix), dtype=precision.acc)
+    rows = tokens.new_empty((images, count - prefix, width), dtype=precision.operand)
     _kernel("normalize")(tokens, prefix, norms, rows)
     return norms, rows
 
@@ -142,12 +127,12 @@ def run_gram(
     norms: Tensor,
     target: Tensor,
     prefix: int,
-    arithmetic: Arithmetic,
+    precision: MatmulPrecision,
     *,
-    columns: Tensor | None,
-    columns_are_tokens: bool,
-    columns_dtype: torch.dtype,
-    d_target_dtype: torch.dtype | None,
+    factor: Tensor | None,
+    factor_is_tokens: bool,
+    grad_factor_dtype: torch.dtype,
+    grad_target_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the stage ``gram``.
 
@@ -156,167 +141,146 @@ def run_gram(
         norms: n, ``[B, P]``.
         target: R, ``[B, T, D]``, contiguous.
         prefix: the number of its prefix tokens.
-        arithmetic: how products are computed.
-        columns: C, ``[B, P, m]``; None: X C is not wanted.
-        columns_are_tokens: whether C is the tokens ``[B, T, D]`` that ``rows`` were made of.
-        columns_dtype: the dtype of X C.
-        d_target_dtype: the dtype of the target's gradient; None: it is not wanted.
+        precision: dtypes of the products.
+        factor: C, ``[B, P, m]``; None: do not compute X C.
+        factor_is_tokens: whether C is the tokens ``[B, T, D]`` that ``rows`` were made of.
+        grad_factor_dtype: the dtype of X C.
+        grad_target_dtype: the dtype of the target's gradient; None: do not compute it.
 
     Returns:
         The loss, X C ``[B, P, m]`` and the gradient of R's patches ``[B, P, D]``, or None.
     """
     images, patches, width = rows.shape
-    target_norms, target_rows = normalized(target, prefix, arithmetic)
+    target_norms, target_rows = normalized(target, prefix, precision)
     scale = 4 / (images * patches**2)
     new = rows.new_empty
-    sums = new((3, images, patches), dtype=arithmetic.acc)
-    turned_columns = d_target = None
-    if columns is not None:
-        turned_columns = new((images, patches, columns.shape[2]), dtype=columns_dtype)
-    if d_target_dtype is not None:
-        d_target = new(target_rows.shape, dtype=d_target_dtype)
-    needs_difference = turned_columns is not None or d_target is not None
+    sums = new((3, images, patches), dtype=precision.acc)
+    grad_factor = grad_target = None
+    if factor is not None:
+        grad_factor = new((images, patches, factor.shape[2]), dtype=grad_factor_dtype)
+    if grad_target_dtype is not None:
+        grad_target = new(target_rows.shape, dtype=grad_target_dtype)
+    needs_difference = grad_factor is not None or grad_target is not None
 
     def some_images(some: slice) -> None:
         cosines, target_cosines = (
-            arithmetic.multiply(x[some], x[some].mT) for x in (rows, target_rows)
+            precision.multiply(x[some], x[some].mT) for x in (rows, target_rows)
         )
-        difference = new(cosines.shape, dtype=arithmetic.operand) if needs_difference else None
-        squares, slopes, target_slopes = (x[some] for x in sums)
+        difference = new(cosines.shape, dtype=precision.operand) if needs_difference else None
+        squares, row_dots, target_row_dots = (x[some] for x in sums)
         _kernel("gram_difference")(
-            cosines, target_cosines, difference, squares, slopes, target_slopes
+            cosines, target_cosines, difference, squares, row_dots, target_row_dots
         )
-        del cosines, target_cosines  # their memory is needed
-        if columns is not None and difference is not None and turned_columns is not None:
-            if columns_are_tokens:
+        del cosines, target_cosines  # free them before the products below
+        if factor is not None and difference is not None and grad_factor is not None:
+            if factor_is_tokens:
                 scaled = rows[some]
             else:
-                scaled = torch.empty_like(columns[some], dtype=arithmetic.operand)
-                _kernel("gram_scale")(columns[some], norms[some], scaled)
+                scaled = torch.empty_like(factor[some], dtype=precision.operand)
+                _kernel("gram_scale")(factor[some], norms[some], scaled)
             _kernel("gram_gradient")(
-                arithmetic.multiply(difference, scaled),
-                columns[some],
+                precision.multiply(difference, scaled),
+                factor[some],
                 norms[some],
-                slopes,
+                row_dots,
                 scale,
-                turned_columns[some],
-                prefix if columns_are_tokens else 0,
+                grad_factor[some],
+                prefix if factor_is_tokens else 0,
             )
-        if difference is not None and d_target is not None:
+        if difference is not None and grad_target is not None:
             # E is G − G_R: from the target's side the sign is the other.
             _kernel("gram_gradient")(
-                arithmetic.multiply(difference, target_rows[some]),
+                precision.multiply(difference, target_rows[some]),
                 target[some],
                 target_norms[some],
-                target_slopes,
+                target_row_dots,
                 -scale,
-                d_target[some],
+                grad_target[some],
                 prefix,
             )
 
-    step = max(1, MOST_ENTRIES // (patches * max(patches, width)))
+    step = max(1, MAX_ENTRIES // (patches * max(patches, width)))
     for start in range(0, images, step):
         some_images(slice(start, start + step))
     loss = sums[0].sum() / (images * patches**2)
-    return loss, turned_columns, d_target
+    return loss, grad_factor, grad_target
 
 
 def run_backward(
-    student: Tensor | None,
-    teacher: Tensor,
-    up: Tensor,
-    columns: Tensor,
-    gram_columns: Tensor | None,
-    residual: Tensor | None,
-    norms: Tensor | None,
-    threshold: Tensor | None,
-    outlier_weight: Tensor | None,
-    upstream: Upstream,
-    prefix: int,
-    arithmetic: Arithmetic,
-    student_dtype: torch.dtype | None,
-    down_dtype: torch.dtype | None,
-    up_dtype: torch.dtype | None,
+    x: BackwardInputs, precision: MatmulPrecision
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the stage ``backward``.
 
     Args:
-        student: S, ``[B, T, D]``, contiguous; needed with ``upstream.kd``.
-        teacher: F, ``[B, T, D]``, contiguous.
-        up: Wu, ``[r, D]``.
-        columns: ``[H | Z]``, ``[B, P, 2r]``.
-        gram_columns: ``X [H | Z]``; needed with ``upstream.info``.
-        residual: ``(F̂ − S) Wuᵀ``, ``[B, P, r]``; needed with ``upstream.kd``.
-        norms: n, ``[B, P]``; needed with ``upstream.outlier``, as are the next two.
-        threshold: q, ``[B]``.
-        outlier_weight: 2 / count.
-        upstream: the gradients that come back.
-        prefix: the number of prefix tokens.
-        arithmetic: how products are computed.
-        student_dtype: the dtype of dS; None: it is not asked for.
-        down_dtype: the dtype of dWd; likewise.
-        up_dtype: the dtype of dWu; likewise.
+        x: the operator's inputs; tokens contiguous, a dtype None where no gradient comes.
+        precision: dtypes of the products.
 
     Returns:
-        dS, dWd and dWu; None where not asked for.
+        dS, dWd and dWu; None where not requested.
     """
+    teacher, up, prefix = x.teacher, x.up, x.num_prefix_tokens
     images, tokens, width = teacher.shape
     patches, rank = tokens - prefix, up.shape[0]
-    kd, outlier, info, back = upstream
-    has_turned = outlier is not None or info is not None
-    has_dense = kd is not None or back is not None
-    needs_down, needs_up = down_dtype is not None, up_dtype is not None
+    has_v = x.grad_outlier is not None or x.grad_info is not None
+    needs_down, needs_up = x.down_dtype is not None, x.up_dtype is not None
     new = teacher.new_empty
-    hidden = columns[..., :rank]
-    d_hidden = new((images, patches, rank), dtype=arithmetic.operand) if needs_down else None
-    turned = None
-    if needs_up and has_turned:
-        turned = new((images, patches, rank), dtype=arithmetic.operand)
-    if d_hidden is not None or turned is not None:
-        through_up = None
-        if back is not None and needs_down:
-            rows = arithmetic.multiply(back.flatten(0, 1), up.mT).view(images, tokens, rank)
-            through_up = rows[:, prefix:].contiguous()
+    h = x.hz[..., :rank]
+    grad_h = new((images, patches, rank), dtype=precision.operand) if needs_down else None
+    v = None
+    if needs_up and has_v:
+        v = new((images, patches, rank), dtype=precision.operand)
+    if grad_h is not None or v is not None:
+        grad_refined_up = None  # Y Wuᵀ
+        if x.grad_refined is not None and needs_down:
+            rows = precision.multiply(x.grad_refined.flatten(0, 1), up.mT)
+            grad_refined_up = rows.view(images, tokens, rank)[:, prefix:].contiguous()
         _kernel("backward_columns")(
-            columns,
-            gram_columns if info is not None else None,
-            residual if kd is not None and needs_down else None,
-            through_up,
-            norms,
-            threshold,
-            outlier_weight,
-            kd,
-            outlier,
-            info,
-            d_hidden,
-            turned,
+            x.hz,
+            x.grad_hz if x.grad_info is not None else None,
+            x.residual if x.grad_kd is not None and needs_down else None,
+            grad_refined_up,
+            x.norms,
+            x.threshold,
+            x.outlier_weight,
+            x.grad_kd,
+            x.grad_outlier,
+            x.grad_info,
+            grad_h,
+            v,
             tokens,
             width,
         )
-    d_student = refined = dense = None
-    if student_dtype is not None:
-        d_student = new(teacher.shape, dtype=student_dtype)
-    if turned is not None:
-        refined = new((images, patches, width), dtype=arithmetic.operand)
-    if needs_up and has_dense:
-        dense = new((images, patches, width), dtype=arithmetic.operand)
-    if d_student is not None or refined is not None or dense is not None:
-        padded = torch.nn.functional.pad(hidden, (0, 0, prefix, 0))  # H = 0 on the prefix
-        delta = arithmetic.multiply_split(padded.flatten(0, 1), up).view(teacher.shape)
+    grad_student = refined = grad_refined = None
+    if x.student_dtype is not None:
+        grad_student = new(teacher.shape, dtype=x.student_dtype)
+    if v is not None:
+        refined = new((images, patches, width), dtype=precision.operand)
+    if needs_up and (x.grad_kd is not None or x.grad_refined is not None):
+        grad_refined = new((images, patches, width), dtype=precision.operand)  # Y − dS
+    if grad_student is not None or refined is not None or grad_refined is not None:
+        padded = torch.nn.functional.pad(h, (0, 0, prefix, 0))  # H = 0 on the prefix
+        delta = precision.multiply_split(padded.flatten(0, 1), up).view(teacher.shape)
         _kernel("backward_tokens")(
-            teacher, student, delta, back, kd, d_student, refined, dense, prefix
+            teacher,
+            x.student,
+            delta,
+            x.grad_refined,
+            x.grad_kd,
+            grad_student,
+            refined,
+            grad_refined,
+            prefix,
         )
-        del padded, delta  # the largest: not to be kept beside the products below
-    d_down = d_up = None
-    if d_hidden is not None:
-        # One product per image: patches are a slice of the tokens, which this takes as it is.
-        d_down = arithmetic.multiply(teacher[:, prefix:].mT, d_hidden).sum(dim=0).to(down_dtype)
+        del padded, delta  # the largest: free them before the products below
+    grad_down = grad_up = None
+    if grad_h is not None:
+        # One product per image: patches are a slice of the tokens, which bmm reads without a copy.
+        grad_down = precision.multiply(teacher[:, prefix:].mT, grad_h).sum(dim=0).to(x.down_dtype)
     if needs_up:
-        terms = [(turned, refined), (hidden, dense)]
-        found = [
-            arithmetic.multiply(left.mT, right).sum(dim=0)
-            for left, right in terms
+        terms = [
+            precision.multiply(left.mT, right).sum(dim=0)
+            for left, right in ((v, refined), (h, grad_refined))
             if left is not None and right is not None
         ]
-        d_up = sum(found[1:], found[0]).to(up_dtype) if found else None
-    return d_student, d_down, d_up
+        grad_up = sum(terms[1:], terms[0]).to(x.up_dtype) if terms else None
+    return grad_student, grad_down, grad_up

@@ -19,36 +19,14 @@ CPU tensors, float64 ones too: for tests.
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import torch
 
-from singer_kernels.backends import autograd
-from singer_kernels.backends import reference as reference_backend
-from singer_kernels.backends.problem import Problem
-from singer_kernels.backends.tracing import constant_while_tracing
+from singer_kernels.backends import CallSpec, constant_while_tracing
+from singer_kernels.backends.autograd import KernelBackend
 from singer_kernels.backends.triton import ops as _ops  # noqa: F401  it registers the operators
 
-__all__ = [
-    "fused_losses",
-    "gram_loss",
-    "kd_loss",
-    "outlier_loss",
-    "refine",
-    "token_norms",
-    "unavailable_reason",
-    "unsupported_reason",
-]
-
-fused_losses = partial(autograd.fused_losses, backend="triton")
-gram_loss = partial(autograd.gram_loss, backend="triton")
-# These pieces are bound by memory, and one or two ATen calls each.
-refine = reference_backend.refine
-token_norms = reference_backend.token_norms
-outlier_loss = reference_backend.outlier_loss
-kd_loss = reference_backend.kd_loss
-
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 """The first with bfloat16 and TF32 products."""
 
 
@@ -64,8 +42,8 @@ def _device_reason(device_type: str, index: int | None) -> str | None:
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU"
         capability = torch.cuda.get_device_capability(index)
-        if capability < LEAST_CAPABILITY:
-            found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        if capability < MIN_CAPABILITY:
+            found, least = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
             return f"it needs compute capability {least}, the device has {found}"
     try:
         import triton
@@ -80,28 +58,35 @@ def _device_reason(device_type: str, index: int | None) -> str | None:
     return None
 
 
-def unavailable_reason(device: torch.device, asked: bool) -> str | None:
-    """See :class:`singer_kernels.backends.Backend`."""
-    if device.type == "cpu" and is_interpreted():
-        return _device_reason("cpu", None) if asked else "the interpreter is for tests"
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
-    return _device_reason("cuda", device.index)
+class TritonBackend(KernelBackend):
+    """The kernels of this package."""
+
+    name = "triton"
+
+    def unavailable_reason(self, device: torch.device, explicit: bool) -> str | None:
+        """See :class:`singer_kernels.backends.Backend`."""
+        if device.type == "cpu" and is_interpreted():
+            return _device_reason("cpu", None) if explicit else "the interpreter is for tests"
+        if device.type != "cuda":
+            return f"it needs a CUDA device, not {device.type}"
+        return _device_reason("cuda", device.index)
+
+    def unsupported_reason(self, spec: CallSpec) -> str | None:
+        """See :class:`singer_kernels.backends.Backend`."""
+        from singer_kernels.backends.triton import configs
+
+        if spec.acc == torch.float64 and not is_interpreted():
+            return "it does not compute in float64"
+        if spec.rank > configs.MAX_RANK:
+            return f"rank {spec.rank} is more than {configs.MAX_RANK}"
+        is_wide = spec.rank > configs.MAX_MATRIX_RANK
+        if is_wide and spec.product == torch.float16 and not is_interpreted():
+            return f"float16 products of rank {spec.rank} are wider than {configs.MAX_MATRIX_RANK}"
+        if spec.images > configs.MAX_IMAGES:
+            return f"{spec.images} images are more than {configs.MAX_IMAGES}"
+        if spec.patches > configs.MAX_PATCHES:
+            return f"{spec.patches} patches are more than {configs.MAX_PATCHES}"
+        return None
 
 
-def unsupported_reason(problem: Problem) -> str | None:
-    """See :class:`singer_kernels.backends.Backend`."""
-    from singer_kernels.backends.triton import configs
-
-    if problem.acc == torch.float64 and not is_interpreted():
-        return "it does not compute in float64"
-    if problem.rank > configs.MAX_RANK:
-        return f"rank {problem.rank} is more than {configs.MAX_RANK}"
-    is_wide = problem.rank > configs.MAX_MATRIX_RANK
-    if is_wide and problem.product == torch.float16 and not is_interpreted():
-        return f"float16 products of rank {problem.rank} are wider than {configs.MAX_MATRIX_RANK}"
-    if problem.images > configs.MAX_IMAGES:
-        return f"{problem.images} images are more than {configs.MAX_IMAGES}"
-    if problem.patches > configs.MAX_PATCHES:
-        return f"{problem.patches} patches are more than {configs.MAX_PATCHES}"
-    return None
+backend = TritonBackend()

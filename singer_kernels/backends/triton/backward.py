@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from singer_kernels.backends.operators import Upstream
+from singer_kernels.backends.operators import BackwardInputs
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.language import (
     dot,
@@ -245,43 +245,35 @@ def sum_partials_kernel(
 
 
 def _low_rank_gradients(
-    hz: Tensor,
-    grad_hz: Tensor | None,
-    residual: Tensor | None,
-    norms: Tensor | None,
-    threshold: Tensor | None,
-    outlier_weight: Tensor | None,
-    up: Tensor,
-    upstream: Upstream,
-    prefix: int,
-    precision: MatmulPrecision,
-    needs_down: bool,
+    x: BackwardInputs, precision: MatmulPrecision, needs_down: bool
 ) -> tuple[Tensor, Tensor]:
     """Return dH, complete if ``needs_down``, and V, ``[B, P, r]`` each."""
-    (images, patches, _), (rank, width) = hz.shape, up.shape
-    has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
-    has_outlier, has_info = upstream.outlier is not None, upstream.info is not None
-    grad_h, v = (hz.new_empty((images, patches, rank), dtype=precision.storage_dtype) for _ in "12")
+    (images, patches, _), (rank, width) = x.hz.shape, x.up.shape
+    has_kd, has_refined = x.grad_kd is not None, x.grad_refined is not None
+    has_outlier, has_info = x.grad_outlier is not None, x.grad_info is not None
+    grad_h, v = (
+        x.hz.new_empty((images, patches, rank), dtype=precision.storage_dtype) for _ in "12"
+    )
 
     def launch(config: configs.Config) -> None:
         backward_rows_kernel[(triton.cdiv(images * patches, config.rows),)](
-            hz,
-            grad_hz,
-            residual,
-            norms,
-            threshold,
-            outlier_weight,
-            up,
-            upstream.refined,
-            upstream.kd,
-            upstream.outlier,
-            upstream.info,
+            x.hz,
+            x.grad_hz,
+            x.residual,
+            x.norms,
+            x.threshold,
+            x.outlier_weight,
+            x.up,
+            x.grad_refined,
+            x.grad_kd,
+            x.grad_outlier,
+            x.grad_info,
             grad_h,
             v,
-            *token_strides(upstream.refined),
+            *token_strides(x.grad_refined),
             images * patches,
             patches,
-            prefix,
+            x.num_prefix_tokens,
             width,
             rank,
             images,
@@ -335,60 +327,28 @@ def _sum_splits(
 
 
 def run_backward(
-    student: Tensor | None,
-    teacher: Tensor,
-    up: Tensor,
-    hz: Tensor,
-    grad_hz: Tensor | None,
-    residual: Tensor | None,
-    norms: Tensor | None,
-    threshold: Tensor | None,
-    outlier_weight: Tensor | None,
-    upstream: Upstream,
-    prefix: int,
-    precision: MatmulPrecision,
-    student_dtype: torch.dtype | None,
-    down_dtype: torch.dtype | None,
-    up_dtype: torch.dtype | None,
+    x: BackwardInputs, precision: MatmulPrecision
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the stage ``backward``.
-
-    Args:
-        student: S, ``[B, T, D]``; needed with ``upstream.kd``.
-        teacher: F, ``[B, T, D]``.
-        up: Wu, ``[r, D]``, contiguous, rounded to the products' dtype.
-        hz: ``[H | Z]``, ``[B, P, 2r]``.
-        grad_hz: ``X [H | Z]``; needed with ``upstream.info``.
-        residual: ``(F̂ − S) Wuᵀ``, ``[B, P, r]``; needed with ``upstream.kd``.
-        norms: n, ``[B, P]``; needed with ``upstream.outlier``, as are the next two.
-        threshold: q, ``[B]``.
-        outlier_weight: 2 / count.
-        upstream: the gradients of the outputs.
-        prefix: the number of prefix tokens.
-        precision: dtypes of the products and of their sums.
-        student_dtype: the dtype of dS; None: do not compute it.
-        down_dtype: the dtype of dWd; likewise.
-        up_dtype: the dtype of dWu; likewise.
 
     Returns:
         dS, dWd and dWu; None where not requested, or where no output's gradient reaches them.
     """
-    (images, tokens, width), rank = teacher.shape, up.shape[0]
-    has_kd, has_refined = upstream.kd is not None, upstream.refined is not None
-    has_v = upstream.outlier is not None or upstream.info is not None
-    needs_student = student_dtype is not None and has_kd
+    (images, tokens, width), rank = x.teacher.shape, x.up.shape[0]
+    has_kd, has_refined = x.grad_kd is not None, x.grad_refined is not None
+    has_v = x.grad_outlier is not None or x.grad_info is not None
+    needs_student = x.student_dtype is not None and has_kd
     reaches_adapter = has_kd or has_refined or has_v
-    needs_down = down_dtype is not None and reaches_adapter
-    needs_up = up_dtype is not None and reaches_adapter
+    needs_down = x.down_dtype is not None and reaches_adapter
+    needs_up = x.up_dtype is not None and reaches_adapter
     if not (needs_student or needs_down or needs_up):
         return None, None, None
-    new = teacher.new_empty
+    new = x.teacher.new_empty
     grad_h = v = grad_student = None
     if needs_down or (needs_up and has_v):
-        saved = (hz, grad_hz, residual, norms, threshold, outlier_weight)
-        grad_h, v = _low_rank_gradients(*saved, up, upstream, prefix, precision, needs_down)
+        grad_h, v = _low_rank_gradients(x, precision, needs_down)
     if needs_student:
-        grad_student = new((images, tokens, width), dtype=student_dtype)
+        grad_student = new((images, tokens, width), dtype=x.student_dtype)
 
     def launch(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
         blocks = triton.cdiv(images * tokens, config.rows)
@@ -397,23 +357,23 @@ def run_backward(
         down_partials = new((splits, width, rank), dtype=precision.acc) if needs_down else None
         up_partials = new((splits, width, rank), dtype=precision.acc) if needs_up else None
         backward_tokens_kernel[(triton.cdiv(width, config.inner), splits)](
-            teacher,
-            student,
-            up,
-            hz,
+            x.teacher,
+            x.student,
+            x.up,
+            x.hz,
             grad_h,
             v,
-            upstream.refined,
-            upstream.kd,
+            x.grad_refined,
+            x.grad_kd,
             grad_student,
             down_partials,
             up_partials,
-            *token_strides(teacher),
-            *token_strides(student),
-            *token_strides(upstream.refined),
+            *token_strides(x.teacher),
+            *token_strides(x.student),
+            *token_strides(x.grad_refined),
             images * tokens,
             tokens,
-            prefix,
+            x.num_prefix_tokens,
             width,
             rank,
             rows_per_split,
@@ -432,5 +392,5 @@ def run_backward(
     down_partials, up_partials = precision.run(
         "backward_tokens", rank, launch, images, tokens, width, *flags
     )
-    grad_down, grad_up = _sum_splits(down_partials, up_partials, down_dtype, up_dtype)
+    grad_down, grad_up = _sum_splits(down_partials, up_partials, x.down_dtype, x.up_dtype)
     return grad_student, grad_down, grad_up

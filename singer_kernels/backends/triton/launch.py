@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from singer_kernels.backends.operators import narrow_dtype
+from singer_kernels.backends.precision import storage_dtype
 from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.language import INTERPRETED
 
@@ -41,7 +41,7 @@ class MatmulPrecision(NamedTuple):
     @property
     def storage_dtype(self) -> torch.dtype:
         """Dtype of intermediate results in memory; float16 would lose their range."""
-        return narrow_dtype(self.product, self.acc)
+        return storage_dtype(self.product, self.acc)
 
     def input_precision(self, rank: int) -> str:
         """Return ``tl.dot``'s input_precision: three TF32 products for float32, where they fit.

@@ -1,4 +1,4 @@
-"""Which dtypes a call computes in; shared by the backends with closed forms."""
+"""Dtypes of matrix products and saved tensors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
 
 
+def storage_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
+    """Return the dtype of operands and saved tensors: float16 lacks the range of H and X."""
+    return torch.bfloat16 if product == torch.bfloat16 else acc
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context without autocast."""
     if device_type == "meta":  # it knows no autocast; asking whether it does, torch can't compile
@@ -27,7 +32,7 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def saved(tensor: Tensor | None, needed: bool) -> Tensor | None:
-    """Return what to save for the backward; of a tensor of torch.inference_mode, a copy."""
+    """Return the tensor to save for the backward, or None; inference tensors are copied."""
     if tensor is None or not needed:
         return None
     is_inference = not is_compiling() and tensor.is_inference()
