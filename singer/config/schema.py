@@ -27,8 +27,6 @@ from yaml import YAMLError
 from singer.errors import SingerError, did_you_mean
 from singer.methods import METHODS
 from singer.methods.options import derive_options
-from singer.methods.singer import Variant
-from singer.models.nullspace import Linearization, Selection
 
 PHOTOS = "photos"
 
@@ -136,50 +134,8 @@ class MethodConfig(_Section):
         return name
 
 
-class _FeatureMatchingConfig(MethodConfig):
-    kd_weight: float = Field(1.0, ge=0)
-    backend: str | None = None
-
-
-class SiNGERConfig(_FeatureMatchingConfig):
-    """Options of :class:`singer.methods.SiNGER`, which describes them."""
-
-    name: Literal["singer"] = "singer"
-    variant: Variant = "paper"
-    rank: int = Field(64, ge=1)
-    quantile: float = Field(0.97, ge=0, le=1)
-    outlier_weight: float = Field(0.01, ge=0)
-    info_weight: float = Field(1.0, ge=0)
-    linearization: Linearization = "mlp"
-    selection: Selection | None = None
-    threshold: float = Field(0.05, gt=0)
-
-
-class FitNetConfig(_FeatureMatchingConfig):
-    """Options of :class:`singer.methods.FitNet`, which describes them."""
-
-    name: Literal["fitnet"] = "fitnet"
-
-
-class ViTKDConfig(_FeatureMatchingConfig):
-    """Options of :class:`singer.methods.ViTKD`, which describes them."""
-
-    name: Literal["vitkd"] = "vitkd"
-    generation_weight: float = Field(1.0, ge=0)
-    mask_ratio: float = Field(0.5, gt=0, lt=1)
-
-
-_METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
-    "singer": SiNGERConfig,
-    "fitnet": FitNetConfig,
-    "vitkd": ViTKDConfig,
-}
-
-
-def _method_config(name: Any) -> type[MethodConfig]:
-    """Return a method's section: the one above, or one derived from its constructor."""
-    if name in _METHOD_CONFIGS:
-        return _METHOD_CONFIGS[name]
+def method_config(name: Any) -> type[MethodConfig]:
+    """Return the section of a method, derived from its constructor."""
     return derive_options(name, METHODS[name], MethodConfig) if name in METHODS else MethodConfig
 
 
@@ -197,7 +153,7 @@ def _check_method(method: Any) -> Any:
         method = {"name": name}  # no method's options: their keys are neither right nor wrong
     elif name is not None:
         method = {"name": name, **method}
-    return _method_config(name).model_validate(method)
+    return method_config(name).model_validate(method)
 
 
 def _import_plugin(module: str) -> str:
@@ -385,7 +341,7 @@ def _known_keys(parents: Sequence[str | int], method: str | None) -> list[str]:
         "students": NamedStudentConfig,
         "data": DataConfig,
         "train": TrainConfig,
-        "method": _method_config(method),
+        "method": method_config(method),
     }
     names = [str(key) for key in parents if not isinstance(key, int)]  # an entry of a list
     section = sections.get(names[-1], Config) if names else Config

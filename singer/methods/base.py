@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from singer.errors import SingerError
 from singer.models.backbones import Backbone, BlockTokens
 from singer.models.layer_matching import match_layers, resolve_layers
 from singer.seeding import cpu_seed
+
+Weight = Annotated[float, Field(ge=0)]
+"""The weight of a term of the loss."""
 
 
 def match_models(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from singer.methods.base import Distiller
+from singer.methods.base import Distiller, Weight
 from singer.models.backbones import Backbone, BlockTokens
 from singer_kernels import kd_loss
 
@@ -39,7 +39,7 @@ class FitNet(Distiller):
         student: Backbone,
         layers: Sequence[int] | None = None,
         *,
-        kd_weight: float = 1.0,
+        kd_weight: Weight = 1.0,
         backend: str | None = None,
         images: Tensor | None = None,
         seed: int = 0,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from singer.engine.distributed import global_means
 from singer.errors import SingerError
-from singer.methods.base import Distiller
+from singer.methods.base import Distiller, Weight
 from singer.models.backbones import Backbone, BlockTokens
 from singer.models.nullspace import (
     Linearization,
@@ -75,14 +76,14 @@ class SiNGER(Distiller):
         layers: Sequence[int] | None = None,
         *,
         variant: Variant = "paper",
-        rank: int = 64,
-        quantile: float = 0.97,
-        kd_weight: float = 1.0,
-        outlier_weight: float = 0.01,
-        info_weight: float = 1.0,
+        rank: Annotated[int, Field(ge=1)] = 64,
+        quantile: Annotated[float, Field(ge=0, le=1)] = 0.97,
+        kd_weight: Weight = 1.0,
+        outlier_weight: Weight = 0.01,
+        info_weight: Weight = 1.0,
         linearization: Linearization = "mlp",
         selection: Selection | None = None,
-        threshold: float = 0.05,
+        threshold: Annotated[float, Field(gt=0)] = 0.05,
         backend: str | None = None,
         images: Tensor | None = None,
         seed: int = 0,

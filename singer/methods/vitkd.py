@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from singer.errors import SingerError
-from singer.methods.base import Distiller
+from singer.methods.base import Distiller, Weight
 from singer.models.backbones import Backbone, BlockTokens
 from singer.seeding import cpu_seed
 from singer_kernels import kd_loss
@@ -116,9 +117,9 @@ class ViTKD(Distiller):
         student: Backbone,
         layers: Sequence[int] | None = None,
         *,
-        kd_weight: float = 1.0,
-        generation_weight: float = 1.0,
-        mask_ratio: float = 0.5,
+        kd_weight: Weight = 1.0,
+        generation_weight: Weight = 1.0,
+        mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5,
         backend: str | None = None,
         images: Tensor | None = None,
         seed: int = 0,

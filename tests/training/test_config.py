@@ -8,10 +8,8 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from singer.config.schema import (
-    FitNetConfig,
-    SiNGERConfig,
-    ViTKDConfig,
     load_config,
+    method_config,
     parse_config,
     to_yaml,
 )
@@ -46,7 +44,7 @@ def test_resolved_configuration_reads_back_equal(tmp_path, make_config):
 
 def test_method_is_singer_unless_named(values):
     del values["method"]["name"]
-    assert isinstance(parse_config(values).method, SiNGERConfig)
+    assert isinstance(parse_config(values).method, method_config("singer"))
 
 
 def test_configuration_is_immutable(make_config):
@@ -149,7 +147,7 @@ def test_missing_file_is_named(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("options", [SiNGERConfig, FitNetConfig, ViTKDConfig])
+@pytest.mark.parametrize("options", [method_config(name) for name in ("singer", "fitnet", "vitkd")])
 def test_defaults_are_those_of_the_method(options):
     fields = options.model_fields
     signature = inspect.signature(METHODS[fields["name"].annotation.__args__[0]]).parameters

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from tiny_models import generator
 
 from singer.cli import main
-from singer.config.schema import FitNetConfig, SiNGERConfig, TrainConfig, ViTKDConfig, load_config
+from singer.config.schema import TrainConfig, load_config, method_config
 from singer.errors import SingerError
 from singer.methods import METHODS
 from singer.methods.base import match_models
@@ -132,10 +132,10 @@ def test_pairs_are_the_models_they_are_called(pair, teacher, student):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("singer_paper", SiNGERConfig(layers=[17, 23])),
-        ("singer_official", SiNGERConfig(layers=[17, 23], variant="official")),
-        ("fitnet", FitNetConfig(layers=[17, 23])),
-        ("vitkd", ViTKDConfig(layers=[17, 23])),
+        ("singer_paper", method_config("singer")(layers=[17, 23])),
+        ("singer_official", method_config("singer")(layers=[17, 23], variant="official")),
+        ("fitnet", method_config("fitnet")(layers=[17, 23])),
+        ("vitkd", method_config("vitkd")(layers=[17, 23])),
     ],
 )
 def test_methods_share_layers_weights_and_recipe(file, expected):
@@ -175,9 +175,9 @@ def test_a_configuration_fits_its_models(case):
     layers, of_student = match_models(teacher, student, config.method.layers)
     assert layers[-1] == teacher.depth - 1
     assert of_student[-1] == student.depth - 1
-    if isinstance(config.method, SiNGERConfig):
+    if isinstance(config.method, method_config("singer")):
         check_rank(config.method.rank, teacher.dim)
-    if isinstance(config.method, ViTKDConfig):
+    if isinstance(config.method, method_config("vitkd")):
         count_masked(config.method.mask_ratio, teacher.num_patches)
 
 
@@ -188,7 +188,7 @@ def test_a_configuration_trains_for_a_step(case):
     true_teacher, _ = structures(config)
     patch = config.image_size // true_teacher.grid[0]
     options = config.method.model_dump(exclude={"name"})
-    if isinstance(config.method, SiNGERConfig):
+    if isinstance(config.method, method_config("singer")):
         options["rank"] = max(1, config.method.rank * 2 * DIM // true_teacher.dim)
     torch.manual_seed(0)
     method = METHODS[config.method.name](

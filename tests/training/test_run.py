@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from singer.config.schema import FitNetConfig, load_config, parse_config
+from singer.config.schema import load_config, method_config, parse_config
 from singer.data.loader import ImageCrops, create_loader
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
@@ -124,7 +124,7 @@ def test_one_seed_gives_one_result(make_config, tmp_path, method):
 def _with_method(make_config, name, **changes):
     config = make_config(**changes)
     if name == "fitnet":
-        config = config.model_copy(update={"method": FitNetConfig(name="fitnet")})
+        config = config.model_copy(update={"method": method_config("fitnet")()})
     return config
 
 
