@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from singer.config.schema import PHOTOS, Config, DataConfig, parse_config
-from singer.data.loader import ImageCrops
+from singer.data.loader import CropDataset
 from singer.data.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
 from singer.engine.run import RunResult, check, distill
 from singer.engine.run_dir import RunDir, check_new
@@ -107,8 +107,8 @@ def _held_out(config: Config) -> tuple[Tensor, Tensor]:
     for index in range(len(photos)):
         photos.read(index)  # a broken one is an error here: crops would put another in its place
 
-    def crops(**options: Any) -> ImageCrops:
-        return ImageCrops(photos, config.image_size, DataConfig(source=PHOTOS, **options), seed=0)
+    def crops(**options: Any) -> CropDataset:
+        return CropDataset(photos, config.image_size, DataConfig(source=PHOTOS, **options), seed=0)
 
     centre = crops(crops="center")
     random = crops(epoch_size=_EVALUATION_CROPS, crop_scale=(0.2, 1.0))

@@ -25,38 +25,38 @@ from singer.data.sources import ImageSource, open_source
 from singer.errors import SingerError
 from singer.seeding import cpu_seed
 
-_REPLACEMENTS = 20
-"""Draws for an image in the place of an unreadable one."""
+_MAX_REPLACEMENTS = 20
+"""Replacements drawn for one unreadable image."""
 
-_FIRST_LOOK = 1000
-"""Images tried before a source counts as unreadable altogether."""
+_MAX_IMAGES_TRIED = 1000
+"""Images tried before the source is reported as unreadable."""
 
-_NAMES_SHOWN = 5
+_MAX_NAMES_SHOWN = 5
 
 
 class Batch(NamedTuple):
-    """What a process takes at once.
+    """One process's micro-batch.
 
     Attributes:
         images: ``[b, 3, H, W]``, uint8.
-        tickets: which crops they are, ``[b]``, int64; see :class:`ImageCrops`.
+        sample_ids: identifiers of the crops, ``[b]``, int64; see :class:`CropDataset`.
         unreadable: names of images that could not be read while this batch was made, and in whose
             places others stand.
     """
 
     images: Tensor
-    tickets: Tensor
+    sample_ids: Tensor
     unreadable: list[str]
 
 
-class ImageCrops(Dataset[Tensor]):
+class CropDataset(Dataset[Tensor]):
     """Square crops of images.
 
-    A ticket ``t`` names the crop: epoch ``t // epoch_size``, sample ``t % epoch_size`` of it, of
-    image ``sample % len(source)``. A random crop is a function of the seed and the ticket alone. A
+    Sample id ``t`` is the crop of epoch ``t // epoch_size``, sample ``t % epoch_size`` of it, from
+    image ``sample % len(source)``. A random crop is a function of the seed and the id alone. A
     centre crop (the shorter side scaled to ``image_size``, bicubic with antialiasing, then cut) is
-    the same in every epoch. In the place of an image that can't be read stands another one, drawn
-    from the seed and the ticket, or, for centre crops, from the seed and the sample.
+    the same in every epoch. An image that can't be read is replaced by another one, drawn from the
+    seed and the sample id or, for centre crops, from the seed and the sample.
 
     Args:
         source: the images.
@@ -90,45 +90,45 @@ class ImageCrops(Dataset[Tensor]):
         """Return the number of samples per epoch."""
         return self.epoch_size
 
-    def source_index(self, ticket: int) -> int:
-        """Return the number of a ticket's image in the source."""
-        return ticket % self.epoch_size % len(self.source)
+    def source_index(self, sample_id: int) -> int:
+        """Return the index of a sample's image in the source."""
+        return sample_id % self.epoch_size % len(self.source)
 
-    def __getitem__(self, ticket: int) -> Tensor:
+    def __getitem__(self, sample_id: int) -> Tensor:
         """Return one crop, ``[3, image_size, image_size]``, uint8.
 
         Raises:
             SingerError: neither its image nor one of 20 others can be read.
         """
-        return self._crop(ticket, [])
+        return self._crop(sample_id, [])
 
-    def batch(self, tickets: Iterable[int]) -> Batch:
-        """Return the crops of some tickets.
+    def batch(self, sample_ids: Iterable[int]) -> Batch:
+        """Return the batch of the given sample ids.
 
         Raises:
             SingerError: neither an image nor one of 20 others can be read.
         """
-        numbers = torch.tensor(list(tickets), dtype=torch.int64)
+        numbers = torch.tensor(list(sample_ids), dtype=torch.int64)
         images = torch.empty(len(numbers), 3, self.image_size, self.image_size, dtype=torch.uint8)
         unreadable: list[str] = []
-        for image, ticket in zip(images, numbers.tolist(), strict=True):
-            image.copy_(self._crop(ticket, unreadable))
+        for image, sample_id in zip(images, numbers.tolist(), strict=True):
+            image.copy_(self._crop(sample_id, unreadable))
         return Batch(images, numbers, list(dict.fromkeys(unreadable)))
 
-    def __getitems__(self, tickets: list[int]) -> Batch | SingerError:
+    def __getitems__(self, sample_ids: list[int]) -> Batch | SingerError:
         """Return a batch to the loader, or the error for :class:`BatchLoader` to raise.
 
         One raised in a worker would reach the main process inside the text of its traceback.
         """
         try:
-            return self.batch(tickets)
+            return self.batch(sample_ids)
         except SingerError as error:
             return error
 
-    def _crop(self, ticket: int, unreadable: list[str]) -> Tensor:
+    def _crop(self, sample_id: int, unreadable: list[str]) -> Tensor:
         """Return a crop, and add the names of the images that could not be read on the way."""
-        key = ticket % self.epoch_size if self._is_fixed else ticket
-        for index in self._candidates(ticket, key):
+        key = sample_id % self.epoch_size if self._is_fixed else sample_id
+        for index in self._candidates(sample_id, key):
             try:
                 image = self.source.read(index)
             except SingerError as error:
@@ -142,10 +142,10 @@ class ImageCrops(Dataset[Tensor]):
             f"last: {reason}"
         )
 
-    def _candidates(self, ticket: int, key: int) -> Iterator[int]:
-        yield self.source_index(ticket)
+    def _candidates(self, sample_id: int, key: int) -> Iterator[int]:
+        yield self.source_index(sample_id)
         draws = np.random.default_rng([self.seed, key]).integers(
-            len(self.source), size=_REPLACEMENTS
+            len(self.source), size=_MAX_REPLACEMENTS
         )
         yield from draws.tolist()
 
@@ -154,11 +154,11 @@ def _without_key(error: SingerError) -> str:
     return str(error).removeprefix("data.source: ")
 
 
-class EpochBatches(Sampler[list[int]]):
-    """The tickets of every batch of one process, a fresh order every epoch.
+class EpochBatchSampler(Sampler[list[int]]):
+    """Sample ids of each micro-batch of one process, reshuffled every epoch.
 
     The order of an epoch is a function of the seed and the epoch alone. Optimiser step ``i`` of it
-    takes the tickets ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
+    takes the sample ids ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
     processes there are: each takes an equal, contiguous share, in ``grad_accum_steps`` equal parts,
     one after the other. What is left at the end of the order and fills no step is not used.
 
@@ -166,7 +166,7 @@ class EpochBatches(Sampler[list[int]]):
         epoch_size: samples per epoch.
         seed: of the order.
         batch_size: samples per optimiser step, over all processes.
-        grad_accum_steps: parts of a process's share.
+        grad_accum_steps: micro-batches in which a process takes its local batch.
         process_index: this process, from 0.
         num_processes: how many there are.
 
@@ -197,7 +197,7 @@ class EpochBatches(Sampler[list[int]]):
         self.batch_size = batch_size
         self.grad_accum_steps = grad_accum_steps
         self.process_index = process_index
-        self.share = batch_size // num_processes
+        self.local_batch_size = batch_size // num_processes
         self.epoch = 0
         self.step = 0
 
@@ -207,7 +207,7 @@ class EpochBatches(Sampler[list[int]]):
         return self.epoch_size // self.batch_size
 
     def order(self, epoch: int) -> Tensor:
-        """Return all tickets of an epoch, ``[epoch_size]``, int64, in their order."""
+        """Return all sample ids of an epoch, ``[epoch_size]``, int64, in their order."""
         generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + epoch)
         return torch.randperm(self.epoch_size, generator=generator) + epoch * self.epoch_size
 
@@ -230,34 +230,36 @@ class EpochBatches(Sampler[list[int]]):
         self.step = step
 
     def __len__(self) -> int:
-        """Return the number of batches, parts of a share, from there to the end of the epoch."""
+        """Return the number of micro-batches from the current step to the end of the epoch."""
         return (self.steps_per_epoch - self.step) * self.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Draw the tickets of one batch after the other."""
-        return self._draw(self.epoch, self.step)  # the place is taken now, not at the first batch
+        """Yield the sample ids of each micro-batch."""
+        return self._draw(
+            self.epoch, self.step
+        )  # a generator would read them at the first batch only
 
     def _draw(self, epoch: int, step: int) -> Iterator[list[int]]:
         order = self.order(epoch)
         for later in range(step, self.steps_per_epoch):
-            first = later * self.batch_size + self.process_index * self.share
-            share = order[first : first + self.share]
-            for part in share.chunk(self.grad_accum_steps):
-                yield part.tolist()
+            first = later * self.batch_size + self.process_index * self.local_batch_size
+            local_batch = order[first : first + self.local_batch_size]
+            for micro_batch in local_batch.chunk(self.grad_accum_steps):
+                yield micro_batch.tolist()
 
 
 class BatchLoader(DataLoader[Batch]):
     """A loader of :class:`Batch`; an error in a worker reaches the main process as it was raised.
 
-    ``dataset`` is the :class:`ImageCrops`, ``batch_sampler`` the :class:`EpochBatches`, whose
+    ``dataset`` is the :class:`CropDataset`, ``batch_sampler`` the :class:`EpochBatchSampler`, whose
     ``seek`` sets where the next iteration starts.
 
     Raises:
         SingerError: while iterating: neither an image nor one of 20 others can be read.
     """
 
-    dataset: ImageCrops
-    batch_sampler: EpochBatches
+    dataset: CropDataset
+    batch_sampler: EpochBatchSampler
 
     def __iter__(self) -> Iterator[Batch]:
         """Start at the sampler's place."""
@@ -273,13 +275,13 @@ class BatchLoader(DataLoader[Batch]):
             yield batch
 
 
-def _as_it_is(batch: Batch | SingerError) -> Batch | SingerError:
-    """Collate nothing: the dataset makes whole batches."""
+def _identity_collate(batch: Batch | SingerError) -> Batch | SingerError:
+    """Return the batch unchanged: the dataset collates."""
     return batch
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Keep a worker at work when a signal goes to all processes of a run.
+def _ignore_signals(worker: int) -> None:
+    """Ignore signals that are sent to the whole process group (``worker_init_fn``).
 
     Ctrl-C, a scheduler and torchrun signal the whole process group. The trainer must be able to
     finish its step and save; it then ends its workers by SIGTERM, which from it is obeyed. Workers
@@ -293,10 +295,10 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_with_the_trainer() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -332,7 +334,7 @@ def check_readable(source: ImageSource, title: str) -> None:
     Raises:
         SingerError: none can.
     """
-    tried = min(len(source), _FIRST_LOOK)
+    tried = min(len(source), _MAX_IMAGES_TRIED)
     first = ""
     for index in range(tried):
         try:
@@ -365,7 +367,7 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
     check_batch(config, num_processes)
     train, workers = config.train, config.data.num_workers
     source = open_source(config.data)
-    crops = ImageCrops(source, config.image_size, config.data, train.seed)
+    crops = CropDataset(source, config.image_size, config.data, train.seed)
     if len(crops) < len(source):  # the images beyond would never be seen
         raise SingerError(
             f"data.epoch_size: got {len(crops)}, expected at least {len(source)}, the number of "
@@ -379,7 +381,7 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
     check_readable(source, config.data.source)
     return BatchLoader(
         crops,
-        batch_sampler=EpochBatches(
+        batch_sampler=EpochBatchSampler(
             len(crops),
             train.seed,
             train.batch_size,
@@ -387,17 +389,17 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
             process_index,
             num_processes,
         ),
-        collate_fn=_as_it_is,
+        collate_fn=_identity_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or every epoch would draw from the global one
     )
 
 
-def calibration_images(crops: ImageCrops, count: int) -> Tensor:
-    """Return the crops of the tickets 0 to ``count - 1``, ``[count, 3, H, W]``, uint8.
+def calibration_images(crops: CropDataset, count: int) -> Tensor:
+    """Return the crops of the samples 0 to ``count - 1``, ``[count, 3, H, W]``, uint8.
 
     They are the same in every process, and do not depend on the batch size.
 
@@ -444,8 +446,8 @@ class UnreadableLimit:
 
     def error(self) -> SingerError:
         """Return the error that stops a run whose limit is exceeded."""
-        shown = ", ".join(self.names[:_NAMES_SHOWN])
-        more = ", …" if len(self._names) > _NAMES_SHOWN else ""
+        shown = ", ".join(self.names[:_MAX_NAMES_SHOWN])
+        more = ", …" if len(self._names) > _MAX_NAMES_SHOWN else ""
         return SingerError(
             f"data.source: {len(self._names)} of {self.total} images can't be read, and "
             f"data.max_unreadable={self.share} allows {self.allowed}: {shown}{more}; remove or "

@@ -81,7 +81,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _decoding_errors(name: str) -> Iterator[None]:
     """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError."""
     try:
         yield
@@ -96,7 +96,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _decode(file: str | BinaryIO, name: str) -> Image.Image:
-    with _naming(name), Image.open(file) as image:
+    with _decoding_errors(name), Image.open(file) as image:
         if image.mode.startswith("I;16"):  # Pillow would clip at 255
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
@@ -139,7 +139,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Say where an image stands, in a way that finds it again."""
+        """Return the location of an image: a path, ``tar:member``, or dataset and row."""
 
 
 def _pack(names: Sequence[str]) -> np.ndarray:
@@ -164,8 +164,8 @@ class ImageFiles(ImageSource):
 
     def __init__(self, paths: Sequence[str | Path], keep: bool = False) -> None:
         self._paths = _pack([str(path) for path in paths])
-        self._keep = keep
-        self._kept: dict[int, Image.Image] = {}
+        self._cache_decoded = keep
+        self._decoded: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -173,11 +173,11 @@ class ImageFiles(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         """Decode one file. Do not alter the image: it may be kept."""
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._decoded:
+            return self._decoded[index]
         image = read_image(self.name(index))
-        if self._keep:
-            self._kept[index] = image
+        if self._cache_decoded:
+            self._decoded[index] = image
         return image
 
     def name(self, index: int) -> str:
@@ -198,7 +198,7 @@ def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, i
         start: where it begins in the outermost file.
 
     Raises:
-        tarfile.TarError: the file is no such tar, is damaged, or holds a sparse image.
+        tarfile.TarError: the file is no such tar, is corrupt, or holds a sparse image.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
@@ -236,7 +236,7 @@ class TarImages(ImageSource):
         tars: the tar files.
 
     Raises:
-        SingerError: a file is no uncompressed tar or is damaged, or no tar holds an image.
+        SingerError: a file is no uncompressed tar or is corrupt, or no tar holds an image.
     """
 
     def __init__(self, tars: Sequence[str | Path]) -> None:
@@ -270,7 +270,7 @@ class TarImages(ImageSource):
         """Decode one image, as :func:`read_image` does."""
         tar, position, size = self._places[index].tolist()
         name = self.name(index)
-        with _naming(name), open(self._tars[tar], "rb") as file:
+        with _decoding_errors(name), open(self._tars[tar], "rb") as file:
             file.seek(position)
             return _decode(io.BytesIO(file.read(size)), name)
 
@@ -332,7 +332,7 @@ class HuggingFaceImages(ImageSource):
     def read(self, index: int) -> Image.Image:
         """Decode the image of one row, as :func:`read_image` does."""
         name = self.name(index)
-        with _naming(name):
+        with _decoding_errors(name):
             image = self._rows[index][self._key]
             if image is None:
                 raise ValueError("the row holds none")

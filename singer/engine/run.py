@@ -203,7 +203,7 @@ def _cached_tokens(
         identity,
         len(dataset.source),
         compute,
-        batch_size=loader.batch_sampler.share // config.train.grad_accum_steps,
+        batch_size=loader.batch_sampler.local_batch_size // config.train.grad_accum_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         wait=UnboundedBarrier(accelerator),

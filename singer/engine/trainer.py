@@ -207,7 +207,7 @@ class Trainer:
                 )
             images = batch.images.to(self.accelerator.device, non_blocking=True)
             with torch.no_grad(), self.accelerator.autocast():
-                teacher = self.teacher_tokens(images, batch.tickets)
+                teacher = self.teacher_tokens(images, batch.sample_ids)
             self._is_mid_step = True
             for student in self.students:
                 student.backward(images, teacher, part)

@@ -31,9 +31,9 @@ from singer.features.shards import (
     KEY,
     Shard,
     ShardWriter,
-    check_identity,
+    check_fingerprint,
     checksums,
-    damaged,
+    corrupt,
     tensor_bytes,
     unreadable,
     writing,
@@ -97,7 +97,7 @@ class _Layout:
     """Where a cache's images lie, and what their tokens are made from."""
 
     folder: Path
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     num_images: int
     images_per_shard: int
 
@@ -119,7 +119,7 @@ class _Layout:
         return sorted(set(range(self.num_shards)).difference(self.present()))
 
     def open(self, shard: int) -> Shard:
-        return Shard(self.path(shard), self.identity, self.images(shard))
+        return Shard(self.path(shard), self.fingerprint, self.images(shard))
 
     def check(self) -> bool:
         """Check what is there against this run, and return whether nothing is missing."""
@@ -137,24 +137,24 @@ class _Layout:
         except OSError as error:
             raise unreadable(path, error) from error
         except ValueError as error:
-            raise damaged(path, error) from error
+            raise corrupt(path, error) from error
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise SingerError(f"{KEY}: {path} is no token cache's; name another folder")
-        check_identity(path, manifest.get("identity"), self.identity)
+        check_fingerprint(path, manifest.get("identity"), self.fingerprint)
         sizes = manifest.get("bytes")
         if not isinstance(sizes, dict):
-            raise damaged(path, "it lists no shards")
+            raise corrupt(path, "it lists no shards")
         for shard in self.present():
             file = self.path(shard)
             if (size := file.stat().st_size) != sizes.get(file.name):
-                raise damaged(file, f"{size} bytes, the manifest says {sizes.get(file.name)}")
+                raise corrupt(file, f"{size} bytes, the manifest says {sizes.get(file.name)}")
         return True
 
     def write_manifest(self) -> None:
         paths = [self.path(shard) for shard in range(self.num_shards)]
         manifest = {
             "format": _FORMAT,
-            "identity": self.identity,
+            "identity": self.fingerprint,
             "bytes": {path.name: path.stat().st_size for path in paths},
         }
         text = json.dumps(manifest, indent=2) + "\n"
@@ -171,7 +171,7 @@ class _Layout:
     ) -> None:
         """Compute a shard, and put it in its place once it is complete."""
         images = self.images(shard)
-        with ShardWriter(self.path(shard), self.identity, images) as writer:
+        with ShardWriter(self.path(shard), self.fingerprint, images) as writer:
             for first in range(0, len(images), batch_size):
                 batch = list(images[first : first + batch_size])
                 writer.append(_to_disk(compute(batch), batch))
@@ -214,7 +214,7 @@ class TokenCache:
         for shard in self._shards:
             if shard.shapes != self._shapes:
                 reason = f"its blocks' tokens are {shard.shapes}, the others' {self._shapes}"
-                raise damaged(shard.path, reason)
+                raise corrupt(shard.path, reason)
         self.folder = layout.folder
         self.num_images = layout.num_images
         self.layers = list(self._shapes)
@@ -226,7 +226,7 @@ class TokenCache:
     def open_or_build(
         cls,
         folder: Path,
-        identity: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         num_images: int,
         compute: Callable[[list[int]], Mapping[int, Tensor]],
         *,
@@ -244,7 +244,7 @@ class TokenCache:
 
         Args:
             folder: where it is, or will be.
-            identity: what the tokens depend on, in JSON's types: the teacher's name and
+            fingerprint: what the tokens depend on, in JSON's types: the teacher's name and
                 :func:`weights_digest`, the blocks, the image size, the images.
             num_images: how many images there are.
             compute: indices of b images to the tokens of their fixed crops: block to
@@ -260,18 +260,24 @@ class TokenCache:
             The complete cache.
 
         Raises:
-            SingerError: what is there was made from something else, is damaged, or is still being
+            SingerError: what is there was made from something else, is corrupt, or is still being
                 filled by another run; a file can't be read or written; or a token is not finite,
                 or no bfloat16 (the image's index is named). Complete shards stay.
-            ValueError: a number is below 1, ``identity`` does not fit into JSON, or ``compute``
+            ValueError: a number is below 1, ``fingerprint`` does not fit into JSON, or ``compute``
                 gives other shapes than it should.
         """
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        known = {**identity, "num_images": num_images, "images_per_shard": IMAGES_PER_SHARD}
-        known = json.loads(json.dumps(known, allow_nan=False))  # as it will be read back
-        layout = _Layout(Path(folder).absolute(), known, num_images, IMAGES_PER_SHARD)
+        fingerprint = {
+            **fingerprint,
+            "num_images": num_images,
+            "images_per_shard": IMAGES_PER_SHARD,
+        }
+        fingerprint = json.loads(
+            json.dumps(fingerprint, allow_nan=False)
+        )  # as it will be read back
+        layout = _Layout(Path(folder).absolute(), fingerprint, num_images, IMAGES_PER_SHARD)
         with writing(layout.folder):
             layout.folder.mkdir(parents=True, exist_ok=True)
         is_builder = not layout.check() and process_index == 0
@@ -308,18 +314,18 @@ class TokenCache:
         for image in images:
             if not 0 <= image < self.num_images:
                 raise IndexError(f"indices: got {image}, expected 0 to {self.num_images - 1}")
-        places = [divmod(image, self._layout.images_per_shard) for image in images]
-        for shard, row in places:
+        locations = [divmod(image, self._layout.images_per_shard) for image in images]
+        for shard, row in locations:
             self._shards[shard].prefetch(row)
-        found: dict[int, Tensor] = {}
+        tokens_by_layer: dict[int, Tensor] = {}
         for layer, shape in self._shapes.items():
             tokens = torch.empty(len(images), *shape, dtype=torch.bfloat16)
             expected = torch.empty(len(images), dtype=torch.int64)
-            for position, (shard, row) in enumerate(places):
+            for position, (shard, row) in enumerate(locations):
                 tokens[position] = self._shards[shard].tokens[layer][row]
                 expected[position] = self._shards[shard].checksums[layer][row]
             for position in (checksums(tokens) != expected).nonzero().flatten().tolist():
-                path = self._shards[places[position][0]].path
-                raise damaged(path, f"image {images[position]} has lost its checksum")
-            found[layer] = tokens
-        return found
+                path = self._shards[locations[position][0]].path
+                raise corrupt(path, f"image {images[position]} has lost its checksum")
+            tokens_by_layer[layer] = tokens
+        return tokens_by_layer

@@ -66,38 +66,38 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> SingerError:
-    """Return the error of a file that the system does not let us read."""
+    """Return the error of a file that can't be read."""
     return SingerError(f"{KEY}: {path} can't be read: {error.strerror or error}")
 
 
-def damaged(path: Path, reason: object) -> SingerError:
-    """Return the error of a file that does not hold what was written."""
+def corrupt(path: Path, reason: object) -> SingerError:
+    """Return the error of a corrupt file."""
     return SingerError(
         f"{KEY}: {path} is damaged ({' '.join(str(reason).split())}); delete this file, and the "
         f"next run makes it again"
     )
 
 
-def check_identity(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
+def check_fingerprint(path: Path, actual: Any, expected: Mapping[str, Any]) -> None:
     """Check that a file was made from what this run would make it from.
 
     Args:
         path: the file.
-        found: what it says it was made from, as JSON gives it.
+        actual: what it says it was made from, as JSON gives it.
         expected: what this run has, likewise.
 
     Raises:
         SingerError: they differ; every field that does is named, with both values.
     """
-    if found == expected:
+    if actual == expected:
         return
-    if not isinstance(found, dict):
-        raise damaged(path, "it does not say what it was made from")
+    if not isinstance(actual, dict):
+        raise corrupt(path, "it does not say what it was made from")
     absent = object()
     fields = [
-        f"{field} {reprlib.repr(found.get(field))} (this run: {reprlib.repr(expected.get(field))})"
-        for field in sorted(found.keys() | expected.keys())
-        if found.get(field, absent) != expected.get(field, absent)
+        f"{field} {reprlib.repr(actual.get(field))} (this run: {reprlib.repr(expected.get(field))})"
+        for field in sorted(actual.keys() | expected.keys())
+        if actual.get(field, absent) != expected.get(field, absent)
     ]
     raise SingerError(
         f"{KEY}: {path.parent} was made from something else, and is left untouched: "
@@ -122,7 +122,7 @@ class Shard:
 
     Args:
         path: the file.
-        identity: what it must have been made from.
+        fingerprint: what the tokens must have been computed from.
         images: the n images that it must hold.
 
     Attributes:
@@ -135,12 +135,12 @@ class Shard:
             else.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], images: range) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], images: range) -> None:
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:  # it checks header and length
                 metadata = file.metadata() or {}
-                check_identity(path, json.loads(metadata.get("identity", "null")), identity)
+                check_fingerprint(path, json.loads(metadata.get("identity", "null")), fingerprint)
                 names = [name.partition(".") for name in file.keys()]  # noqa: SIM118  (no mapping)
                 layers = sorted(int(layer) for name, _, layer in names if name == "tokens")
                 self.tokens = {layer: file.get_tensor(f"tokens.{layer}") for layer in layers}
@@ -150,14 +150,14 @@ class Shard:
         except OSError as error:
             raise unreadable(path, error) from error
         except (SafetensorError, ValueError) as error:
-            raise damaged(path, error) from error
+            raise corrupt(path, error) from error
         if not layers or metadata.get("first_image") != str(images.start):
-            raise damaged(path, f"not the tokens of image {images.start} and on")
+            raise corrupt(path, f"not the tokens of image {images.start} and on")
         for layer in layers:
             tokens, sums = self.tokens[layer], self.checksums[layer]
             kinds = (tokens.dtype, tokens.ndim, len(tokens), sums.dtype, tuple(sums.shape))
             if kinds != (torch.bfloat16, 3, len(images), torch.int64, (len(images),)):
-                raise damaged(path, f"block {layer}: not the tokens of {len(images)} images")
+                raise corrupt(path, f"block {layer}: not the tokens of {len(images)} images")
 
     @property
     def shapes(self) -> dict[int, tuple[int, ...]]:
@@ -183,19 +183,19 @@ class ShardWriter:
 
     Args:
         path: the shard; it exists once the block has ended without an error.
-        identity: what it is made from, in JSON's types.
+        fingerprint: what it is made from, in JSON's types.
         images: the n images that it will hold; all are appended within the block.
 
     Raises:
         SingerError: by any method: the file can't be written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], images: range) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], images: range) -> None:
         self.path = path
         self._stack = ExitStack()
         self._metadata = {
             "format": "pt",
-            "identity": json.dumps(identity),
+            "identity": json.dumps(fingerprint),
             "first_image": str(images.start),
         }
         self._num_images = len(images)

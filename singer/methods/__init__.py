@@ -20,7 +20,7 @@ A method of your own is a subclass of :class:`Distiller` and one line that regis
                 (self.projected_student(layer, student), self.aligned_teacher(layer, teacher))
                 for layer in self.layers
             ]
-            kd = sum(kd_loss(found, self.scale * expected) for found, expected in pairs)
+            kd = sum(kd_loss(student, self.scale * teacher) for student, teacher in pairs)
             return {"loss": kd, "kd": kd}
 
 

@@ -1,4 +1,4 @@
-"""A method's options as a section of the configuration, read off its constructor."""
+"""Configuration section of a method, derived from its constructor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic import BaseModel, create_model
 from singer.errors import SingerError
 from singer.methods.base import Distiller
 
-_GIVEN = ("teacher", "student", "layers", "images", "seed")
-"""What the trainer gives to every method; the rest are options."""
+_RUN_ARGUMENTS = ("teacher", "student", "layers", "images", "seed")
+"""Constructor arguments that the run passes to every method; the rest are options."""
 
 
 def _parameters(method: type[Distiller]) -> dict[str, tuple[Any, Any]]:
     """Return each parameter's type hint and default; ``**kwargs`` stand for the parent's."""
-    found: dict[str, tuple[Any, Any]] = {}
+    collected: dict[str, tuple[Any, Any]] = {}
     for owner in method.__mro__:
         constructor = vars(owner).get("__init__")
         if constructor is None:
@@ -29,10 +29,10 @@ def _parameters(method: type[Distiller]) -> dict[str, tuple[Any, Any]]:
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 hint = hints.get(parameter.name, parameter.empty)
-                found.setdefault(parameter.name, (hint, parameter.default))
+                collected.setdefault(parameter.name, (hint, parameter.default))
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return found
+    return collected
 
 
 @functools.cache
@@ -61,16 +61,16 @@ def derive_options(name: str, method: type[Distiller], base: type[BaseModel]) ->
         parameters = _parameters(method)
     except NameError as error:  # a hint imported for type checkers alone
         raise SingerError(f"{what} has a type hint that can't be read: {error}") from error
-    for given in _GIVEN:
-        if given not in parameters:
+    for argument in _RUN_ARGUMENTS:
+        if argument not in parameters:
             raise SingerError(
-                f"{what} takes no {given!r}; let its __init__ take **kwargs and hand them on"
+                f"{what} takes no {argument!r}; let its __init__ take **kwargs and hand them on"
             )
     fields: dict[str, Any] = {"name": (typing.Literal[name], name)}
     for key, (hint, default) in parameters.items():
         if key == "layers":
             hint = base.model_fields["layers"].annotation
-        elif key in _GIVEN:
+        elif key in _RUN_ARGUMENTS:
             continue
         elif key in fields or hint is inspect.Parameter.empty:
             reason = "is taken: rename it" if key in fields else "has no type hint"

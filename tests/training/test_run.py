@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from singer.config.schema import load_config, method_config, parse_config
-from singer.data.loader import ImageCrops, create_loader
+from singer.data.loader import CropDataset, create_loader
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
 from singer.engine.run_dir import RunDir
@@ -155,19 +155,19 @@ def test_teacher_stays_and_everything_trainable_moves(make_config):
 
 
 def test_every_epoch_draws_every_image_in_a_new_order(make_config, monkeypatch):
-    tickets = []
-    original = ImageCrops.batch
+    sample_ids = []
+    original = CropDataset.batch
 
     def record(self, numbers):
-        tickets.extend(numbers)
+        sample_ids.extend(numbers)
         return original(self, numbers)
 
-    monkeypatch.setattr(ImageCrops, "batch", record)
+    monkeypatch.setattr(CropDataset, "batch", record)
     config = make_config(train={"steps": 6})
     _distill(config)
-    assert sorted(tickets[-24:-12]) == list(range(12))
-    assert sorted(tickets[-12:]) == list(range(12, 24))
-    assert [ticket - 12 for ticket in tickets[-12:]] != tickets[-24:-12]
+    assert sorted(sample_ids[-24:-12]) == list(range(12))
+    assert sorted(sample_ids[-12:]) == list(range(12, 24))
+    assert [sample_id - 12 for sample_id in sample_ids[-12:]] != sample_ids[-24:-12]
 
 
 def test_how_often_it_logs_or_saves_changes_no_weight(make_config, tmp_path):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from singer.config.schema import parse_config
-from singer.data.loader import ImageCrops, create_loader
+from singer.data.loader import CropDataset, create_loader
 from singer.engine import run as training
 from singer.engine.student import StudentTrainer
 from singer.engine.trainer import Trainer
@@ -335,16 +335,16 @@ def test_a_cache_needs_every_image(cached, image_folder):
 
 def test_filling_a_cache_heeds_a_signal(cached, monkeypatch):
     calls = []
-    original = ImageCrops.batch
+    original = CropDataset.batch
 
-    def batch(self, tickets):
+    def batch(self, sample_ids):
         calls.append(1)
         if len(calls) == 4:  # after the calibration, and the look at a first image
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, tickets)
+        return original(self, sample_ids)
 
     config = cached("run", train={"grad_accum_steps": 4})  # an image at a time
-    monkeypatch.setattr(ImageCrops, "batch", batch)
+    monkeypatch.setattr(CropDataset, "batch", batch)
     with pytest.raises(StoppedError, match=r"by SIGTERM while teacher\.cache was filled"):
         training.train(config, QUIET)
     assert len(calls) == 4

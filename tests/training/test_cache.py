@@ -25,7 +25,7 @@ from singer.features.cache import MANIFEST, TokenCache
 
 IMAGES, TOKENS, DIM = 11, 5, 6  # of 4 images a shard: the last one is not full
 LAYERS = (2, 3)
-IDENTITY = {"teacher": "vit", "weights": "0123", "layers": list(LAYERS), "image_size": 224}
+FINGERPRINT = {"teacher": "vit", "weights": "0123", "layers": list(LAYERS), "image_size": 224}
 
 torch.set_num_threads(1)
 
@@ -61,9 +61,9 @@ class Teacher:
         return sorted(image for batch in self.asked for image in batch)
 
 
-def build(folder, compute=None, identity=IDENTITY, images=IMAGES, **options):
+def build(folder, compute=None, fingerprint=FINGERPRINT, images=IMAGES, **options):
     return TokenCache.open_or_build(
-        folder, identity, images, compute or Teacher(), **{"batch_size": 3, **options}
+        folder, fingerprint, images, compute or Teacher(), **{"batch_size": 3, **options}
     )
 
 
@@ -133,7 +133,7 @@ def test_files_are_safetensors_with_a_manifest(built):
     paths = shard_paths(built.folder)
     assert [path.name for path in paths] == [f"tokens-0000{i}.safetensors" for i in (0, 1, 2)]
     manifest = json.loads((built.folder / MANIFEST).read_text())
-    assert manifest["identity"] == {**IDENTITY, "num_images": IMAGES, "images_per_shard": 4}
+    assert manifest["identity"] == {**FINGERPRINT, "num_images": IMAGES, "images_per_shard": 4}
     assert manifest["bytes"] == {path.name: path.stat().st_size for path in paths}
     assert int.from_bytes(paths[2].read_bytes()[:8], "little") % 8 == 0  # the tensors are aligned
     last = load_file(paths[2])
@@ -238,27 +238,27 @@ def test_error_of_the_teacher_is_passed_on_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"identity": {**IDENTITY, "image_size": 126}}, r"image_size 224 \(this run: 126\)"),
-        ({"identity": {**IDENTITY, "layers": [3]}}, r"layers \[2, 3\] \(this run: \[3\]\)"),
-        ({"identity": {**IDENTITY, "crop": 0.9}}, r"crop None \(this run: 0\.9\)"),
+        ({"fingerprint": {**FINGERPRINT, "image_size": 126}}, r"image_size 224 \(this run: 126\)"),
+        ({"fingerprint": {**FINGERPRINT, "layers": [3]}}, r"layers \[2, 3\] \(this run: \[3\]\)"),
+        ({"fingerprint": {**FINGERPRINT, "crop": 0.9}}, r"crop None \(this run: 0\.9\)"),
         (
-            {"identity": {**IDENTITY, "teacher": "eva", "weights": "9"}},
+            {"fingerprint": {**FINGERPRINT, "teacher": "eva", "weights": "9"}},
             r"teacher 'vit' \(this run: 'eva'\), weights '0123' \(this run: '9'\)",
         ),
         ({"images": 12}, r"num_images 11 \(this run: 12\)"),
     ],
 )
 @pytest.mark.parametrize("has_manifest", [True, False])
-def test_other_identity_is_refused(tmp_path, options, message, has_manifest):
+def test_other_fingerprint_is_refused(tmp_path, options, message, has_manifest):
     build(tmp_path)
     if not has_manifest:  # as in an interrupted build
         (tmp_path / MANIFEST).unlink()
     refuse(rf"{tmp_path} was made from something else.*: {message}; name an", tmp_path, **options)
 
 
-def test_equal_identity_in_other_types_is_accepted(tmp_path):
+def test_equal_fingerprint_in_other_types_is_accepted(tmp_path):
     build(tmp_path)
-    build(tmp_path, never, identity={**IDENTITY, "layers": tuple(LAYERS)})
+    build(tmp_path, never, fingerprint={**FINGERPRINT, "layers": tuple(LAYERS)})
 
 
 def spoil(path, change):
@@ -276,7 +276,7 @@ def spoil(path, change):
     ids=["cut", "empty", "longer", "header"],
 )
 @pytest.mark.parametrize("has_manifest", [True, False])
-def test_damaged_shard_is_named(tmp_path, change, has_manifest):
+def test_corrupt_shard_is_named(tmp_path, change, has_manifest):
     build(tmp_path)
     if not has_manifest:
         (tmp_path / MANIFEST).unlink()

@@ -15,8 +15,8 @@ from torchvision.transforms import v2 as transforms
 from singer.config.schema import PHOTOS, DataConfig
 from singer.data.loader import (
     BatchLoader,
-    EpochBatches,
-    ImageCrops,
+    CropDataset,
+    EpochBatchSampler,
     UnreadableLimit,
     calibration_images,
     check_batch,
@@ -28,7 +28,7 @@ from singer.errors import SingerError
 
 def _crops(folder, seed=0, **options):
     data = DataConfig(source=str(folder), **options)
-    return ImageCrops(open_source(data), 32, data, seed)
+    return CropDataset(open_source(data), 32, data, seed)
 
 
 def _assert_equal(one, other):
@@ -39,7 +39,7 @@ def _assert_same_batches(one, other):
     assert len(one) == len(other) > 0
     for left, right in zip(one, other, strict=True):
         _assert_equal(left.images, right.images)
-        _assert_equal(left.tickets, right.tickets)
+        _assert_equal(left.sample_ids, right.sample_ids)
         assert left.unreadable == right.unreadable
 
 
@@ -77,8 +77,8 @@ def test_a_batch_holds_its_tickets_crops(image_folder):
     crops = _crops(image_folder)
     batch = crops.batch([13, 2, 7])
     assert batch.images.dtype == torch.uint8
-    assert batch.tickets.dtype == torch.int64
-    assert batch.tickets.tolist() == [13, 2, 7]
+    assert batch.sample_ids.dtype == torch.int64
+    assert batch.sample_ids.tolist() == [13, 2, 7]
     assert batch.unreadable == []
     _assert_equal(batch.images, torch.stack([crops[13], crops[2], crops[7]]))
 
@@ -86,7 +86,7 @@ def test_a_batch_holds_its_tickets_crops(image_folder):
 def test_an_epoch_can_take_several_crops_of_each_image(image_folder):
     crops = _crops(image_folder, epoch_size=30, crop_scale=(0.2, 0.3))
     assert len(crops) == 30
-    indices = [crops.source_index(ticket) for ticket in range(60)]
+    indices = [crops.source_index(sample_id) for sample_id in range(60)]
     assert indices == [sample % 12 for sample in range(30)] * 2
     assert not torch.equal(crops[1], crops[13])  # the same image
 
@@ -100,8 +100,8 @@ def test_centre_crops_stay_as_they_are(image_folder):
             transforms.functional.resize(image, [32], interpolation=bicubic), [32, 32]
         )
     )
-    for ticket in (5, 17, 24 + 5, 7 * 24 + 17):
-        _assert_equal(crops[ticket], expected)
+    for sample_id in (5, 17, 24 + 5, 7 * 24 + 17):
+        _assert_equal(crops[sample_id], expected)
 
 
 def test_centre_crops_show_the_middle_unmirrored(tmp_path):
@@ -115,7 +115,7 @@ def test_centre_crops_show_the_middle_unmirrored(tmp_path):
 
 def test_photographs_travel_to_a_spawned_worker(image_folder):
     source = ImageFiles(photo_paths([("sklearn", "flower.jpg")]), keep=True)
-    crops = ImageCrops(source, 32, DataConfig(source=PHOTOS, epoch_size=4), seed=0)
+    crops = CropDataset(source, 32, DataConfig(source=PHOTOS, epoch_size=4), seed=0)
     first = crops[3]
     _assert_equal(pickle.loads(pickle.dumps(crops))[3], first)
 
@@ -133,13 +133,13 @@ def _joined(batches):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    sampler = EpochBatches(12, 0, 4)
+    sampler = EpochBatchSampler(12, 0, 4)
     first, second = _epoch(sampler, 0), _epoch(sampler, 1)
     assert sorted(_joined(first)) == list(range(12))
     assert sorted(_joined(second)) == list(range(12, 24))
-    assert _joined(first) != [ticket - 12 for ticket in _joined(second)]
+    assert _joined(first) != [sample_id - 12 for sample_id in _joined(second)]
     assert _epoch(sampler, 0) == first
-    assert _epoch(EpochBatches(12, 1, 4), 0) != first
+    assert _epoch(EpochBatchSampler(12, 1, 4), 0) != first
     assert _joined(first) == sampler.order(0).tolist()
 
 
@@ -148,9 +148,9 @@ def test_every_epoch_is_a_permutation_of_its_own():
 )
 def test_steps_do_not_depend_on_processes_or_accumulation(processes, grad_accum_steps):
     size, batch = 32, 6
-    order = EpochBatches(size, 7, batch).order(2).tolist()
+    order = EpochBatchSampler(size, 7, batch).order(2).tolist()
     samplers = [
-        EpochBatches(size, 7, batch, grad_accum_steps, index, processes)
+        EpochBatchSampler(size, 7, batch, grad_accum_steps, index, processes)
         for index in range(processes)
     ]
     parts = [_epoch(sampler, epoch=2) for sampler in samplers]
@@ -166,7 +166,7 @@ def test_steps_do_not_depend_on_processes_or_accumulation(processes, grad_accum_
 
 
 def test_seeking_is_leaving_steps_out():
-    sampler = EpochBatches(26, 3, 8, grad_accum_steps=2)
+    sampler = EpochBatchSampler(26, 3, 8, grad_accum_steps=2)
     assert sampler.steps_per_epoch == 3
     whole = _epoch(sampler, 4)
     for step in range(4):
@@ -182,14 +182,14 @@ def test_seeking_is_leaving_steps_out():
 @pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, -1), (0, 4)])
 def test_seeking_outside_is_refused(epoch, step):
     with pytest.raises(ValueError, match=f"got {epoch}, {step}, expected .* 0 to 3"):
-        EpochBatches(26, 3, 8).seek(epoch, step)
+        EpochBatchSampler(26, 3, 8).seek(epoch, step)
 
 
 def test_batches_that_can_not_be_shared_are_refused():
     with pytest.raises(ValueError, match=r"batch_size: got 8, expected a multiple of .* = 6"):
-        EpochBatches(26, 3, 8, grad_accum_steps=3, num_processes=2)
+        EpochBatchSampler(26, 3, 8, grad_accum_steps=3, num_processes=2)
     with pytest.raises(ValueError, match="process_index: got 2, expected 0 to 1"):
-        EpochBatches(26, 3, 8, process_index=2, num_processes=2)
+        EpochBatchSampler(26, 3, 8, process_index=2, num_processes=2)
 
 
 # Loader
@@ -226,7 +226,7 @@ def test_processes_share_the_batches_of_one(make_config):
     shares = [list(create_loader(make_config(train={"batch_size": 6}), k, 2)) for k in (0, 1)]
     for batch, *parts in zip(whole, *shares, strict=True):
         _assert_equal(batch.images, torch.cat([part.images for part in parts]))
-        _assert_equal(batch.tickets, torch.cat([part.tickets for part in parts]))
+        _assert_equal(batch.sample_ids, torch.cat([part.sample_ids for part in parts]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -317,11 +317,11 @@ def test_an_unreadable_image_is_replaced_and_named(tmp_path):
     crops = _crops(tmp_path, epoch_size=12)
     batch = crops.batch(range(12))
     shown = [set((image // 10).flatten().tolist()) for image in batch.images]
-    for ticket in (0, 1, 3, 5, 6, 7, 9, 11):
-        assert shown[ticket] == {ticket % 6}
-    for ticket in (2, 4, 8, 10):
-        assert len(shown[ticket]) == 1
-        assert shown[ticket] <= {0, 1, 3, 5}
+    for sample_id in (0, 1, 3, 5, 6, 7, 9, 11):
+        assert shown[sample_id] == {sample_id % 6}
+    for sample_id in (2, 4, 8, 10):
+        assert len(shown[sample_id]) == 1
+        assert shown[sample_id] <= {0, 1, 3, 5}
     assert batch.unreadable == [str(tmp_path / "2.png"), str(tmp_path / "4.png")]  # each once
     _assert_same_batches([_crops(tmp_path, epoch_size=12).batch(range(12))], [batch])
     assert crops.batch([1, 3]).unreadable == []
