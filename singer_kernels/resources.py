@@ -33,7 +33,7 @@ from singer_kernels.backends.triton import (
     losses,
     ops,
     outlier,
-    refine_stage,
+    refine,
 )
 from singer_kernels.backends.triton import (
     launch as triton_launch,
@@ -45,7 +45,7 @@ RANKS = (16, 32, 64, 128, 256)
 
 _KERNELS = {
     name: (module, kernel)
-    for module in (refine_stage, outlier, gram_tile, gram_rows, gram_pairs, losses, backward)
+    for module in (refine, outlier, gram_tile, gram_rows, gram_pairs, losses, backward)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }

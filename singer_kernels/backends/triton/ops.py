@@ -30,7 +30,7 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
     from singer_kernels.backends.triton.gram_tile import GramInputs, row_norms
     from singer_kernels.backends.triton.losses import sum_losses
     from singer_kernels.backends.triton.outlier import run_outlier
-    from singer_kernels.backends.triton.refine_stage import run_refine
+    from singer_kernels.backends.triton.refine import run_refine
 
     prefix, (width, rank) = x.num_prefix_tokens, x.down.shape
     arch = launch.architecture(x.teacher.device)
