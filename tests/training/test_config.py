@@ -1,6 +1,5 @@
 """Reading and checking a run's configuration."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from singer.config.schema import (
     to_yaml,
 )
 from singer.errors import SingerError
-from singer.methods import METHODS
 
 
 def _write(tmp_path, values):
@@ -147,10 +145,58 @@ def test_missing_file_is_named(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("options", [method_config(name) for name in ("singer", "fitnet", "vitkd")])
-def test_defaults_are_those_of_the_method(options):
-    fields = options.model_fields
-    signature = inspect.signature(METHODS[fields["name"].annotation.__args__[0]]).parameters
-    for name, field in fields.items():
-        if name != "name":
-            assert field.default == signature[name].default, name
+DEFAULTS = {
+    "singer": {
+        "layers": None,
+        "variant": "paper",
+        "rank": 64,
+        "quantile": 0.97,
+        "kd_weight": 1.0,
+        "outlier_weight": 0.01,
+        "info_weight": 1.0,
+        "linearization": "mlp",
+        "selection": None,
+        "threshold": 0.05,
+        "backend": None,
+    },
+    "fitnet": {"layers": None, "kd_weight": 1.0, "backend": None},
+    "vitkd": {
+        "layers": None,
+        "kd_weight": 1.0,
+        "generation_weight": 1.0,
+        "mask_ratio": 0.5,
+        "backend": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_built_in_methods(name):
+    fields = dict(method_config(name).model_fields)
+    assert fields.pop("name").default == name
+    assert {key: field.default for key, field in fields.items()} == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("singer", "rank", 0),
+        ("singer", "quantile", -0.1),
+        ("singer", "quantile", 1.1),
+        ("singer", "kd_weight", -1),
+        ("singer", "outlier_weight", -1),
+        ("singer", "info_weight", -1),
+        ("singer", "threshold", 0),
+        ("singer", "variant", "other"),
+        ("singer", "linearization", "other"),
+        ("singer", "selection", "other"),
+        ("fitnet", "kd_weight", -1),
+        ("vitkd", "kd_weight", -1),
+        ("vitkd", "generation_weight", -1),
+        ("vitkd", "mask_ratio", 0),
+        ("vitkd", "mask_ratio", 1),
+    ],
+)
+def test_bounds_of_the_built_in_methods(name, key, value):
+    with pytest.raises(ValidationError, match=key):
+        method_config(name).model_validate({"name": name, key: value})
