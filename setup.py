@@ -1,4 +1,4 @@
-"""Adds the compiled extension to what pyproject.toml says; see build_backend/."""
+"""Add the compiled extension to the package of pyproject.toml; see build_backend/."""
 
 from setuptools import setup
 from singer_build.command import Build, BuildKernels, Distribution

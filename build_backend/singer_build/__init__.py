@@ -1,1 +1,1 @@
-"""Builds the compiled part of singer_kernels: what is there, what to build, how; the command."""
+"""Build the C++ and CUDA extension of singer_kernels."""

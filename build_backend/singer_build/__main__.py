@@ -1,7 +1,7 @@
-"""``PYTHONPATH=build_backend python -m singer_build``: compile beside the sources.
+"""``PYTHONPATH=build_backend python -m singer_build``: compile in the source tree.
 
-For work on ``csrc/``: without setuptools, without installing. ``SINGER_BUILD_EXT`` and the other
-variables hold as in an installation, but nothing falls back on less.
+For development of ``csrc/``, without setuptools or an installation. ``SINGER_BUILD_EXT`` and the
+other variables apply as in an installation, but a failed build does not fall back.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import tempfile
 from pathlib import Path
 
 from singer_build import compiling
-from singer_build.decision import VARIABLE, ImpossibleError, decide
-from singer_build.discovery import look_around
+from singer_build.plan import VARIABLE, BuildNotPossible, plan_build
+from singer_build.toolchain import detect_toolchain
 
 ROOT = Path(__file__).parents[2]
 
 
 def main() -> str | None:
-    """Build; return what went wrong, or None."""
+    """Build; return the error message, or None."""
     requested = os.environ.get(VARIABLE) or "auto"
-    found = look_around(ROOT)
+    toolchain = detect_toolchain(ROOT)
     try:
-        plan = decide(found, requested)
+        plan = plan_build(toolchain, requested)
         if plan.kind == "none":
             return plan.reason
         with tempfile.TemporaryDirectory() as folder:
-            built = compiling.build(ROOT, Path(folder), found, plan.kind)
+            built = compiling.build(ROOT, Path(folder), toolchain, plan.kind)
             for path in built.files:
                 shutil.move(path, ROOT / "singer_kernels" / path.name)
-    except (ImpossibleError, compiling.CompileError) as error:
+    except (BuildNotPossible, compiling.CompileError) as error:
         return str(error)
     reason = "; ".join(filter(None, [plan.reason, built.reason]))
     record = {"requested": requested, "built": plan.kind, "reason": reason}

@@ -1,7 +1,7 @@
-"""The project's build backend: setuptools' own; ``setup.py`` adds the compiled extension to it.
+"""PEP 517 build backend: setuptools', unchanged.
 
-It lives in the project so that ``setup.py`` can import the modules beside it, in a build that is
-isolated and in one that isn't.
+Being in the project it puts ``build_backend/`` on ``sys.path``, so that ``setup.py`` can import
+``singer_build`` in isolated and other builds alike.
 """
 
 from setuptools.build_meta import (

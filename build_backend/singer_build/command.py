@@ -1,4 +1,4 @@
-"""The command that setuptools runs while it builds, and how the wheel is named after it."""
+"""The setuptools command that compiles the extension, and the wheel's platform tag."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from setuptools.command.build import build
 from setuptools.errors import SetupError
 
 from singer_build import compiling
-from singer_build.decision import VARIABLE, Found, ImpossibleError, Kind, Plan, decide
-from singer_build.discovery import look_around
+from singer_build.plan import VARIABLE, BuildNotPossible, Kind, Plan, Toolchain, plan_build
+from singer_build.toolchain import detect_toolchain
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "singer_kernels"
@@ -23,8 +23,8 @@ RECORD = "_install.json"
 
 
 @functools.cache
-def _found() -> Found:
-    return look_around(ROOT)
+def _toolchain() -> Toolchain:
+    return detect_toolchain(ROOT)
 
 
 def _requested() -> str:
@@ -32,23 +32,23 @@ def _requested() -> str:
 
 
 class Distribution(setuptools.Distribution):
-    """A distribution whose wheel is bound to a platform exactly if something is to be compiled."""
+    """A distribution whose wheel has a platform tag only if something is compiled."""
 
     def has_ext_modules(self) -> bool:
-        """Tell whether something is to be compiled."""
+        """Return whether anything is to be compiled."""
         try:
-            return decide(_found(), _requested()).kind != "none"
-        except ImpossibleError:
-            return True  # the command that builds says so; an sdist needs no compiler
+            return plan_build(_toolchain(), _requested()).kind != "none"
+        except BuildNotPossible:
+            return True  # BuildKernels reports it; an sdist needs no compiler
 
 
 def _compile(plan: Plan, requested: str, temp: Path) -> tuple[Plan, tuple[Path, ...]]:
-    """Carry out a plan; under auto, what fails falls back on less."""
+    """Compile; under ``auto`` a failed build falls back from cuda to cpu to none."""
     kinds: list[Kind] = ["cuda", "cpu"] if plan.kind == "cuda" else ["cpu"]
     reasons = [plan.reason] if plan.reason else []
     for kind in kinds:
         try:
-            built = compiling.build(ROOT, temp, _found(), kind)
+            built = compiling.build(ROOT, temp, _toolchain(), kind)
         except compiling.CompileError as error:
             if requested != "auto":
                 raise SetupError(f"{VARIABLE}: got {requested!r}, which failed: {error}") from error
@@ -59,20 +59,20 @@ def _compile(plan: Plan, requested: str, temp: Path) -> tuple[Plan, tuple[Path, 
 
 
 class BuildKernels(setuptools.Command):
-    """Compile the extension, or leave it out, and record which and why in the package."""
+    """Compile the extension if possible; record the result and reason in the package."""
 
     description = "compile the C++ and CUDA part of singer_kernels"
     user_options: ClassVar[list[Any]] = []
     editable_mode = False
 
     def initialize_options(self) -> None:
-        """Set what ``finalize_options`` fills in."""
+        """Declare the options."""
         self.build_lib: str | None = None
         self.build_temp: str | None = None
         self.written: list[str] = []
 
     def finalize_options(self) -> None:
-        """Take the folders of the command build."""
+        """Take the directories from the ``build`` command."""
         self.set_undefined_options(
             "build", ("build_lib", "build_lib"), ("build_temp", "build_temp")
         )
@@ -81,11 +81,11 @@ class BuildKernels(setuptools.Command):
         return (ROOT if self.editable_mode else Path(self.build_lib or "").absolute()) / PACKAGE
 
     def run(self) -> None:
-        """Build into the wheel's folder, or beside the sources for an editable install."""
+        """Build into the wheel, or into the source tree for an editable install."""
         requested = _requested()
         try:
-            plan = decide(_found(), requested)
-        except ImpossibleError as error:
+            plan = plan_build(_toolchain(), requested)
+        except BuildNotPossible as error:
             raise SetupError(str(error)) from error
         files: tuple[Path, ...] = ()
         if plan.kind != "none":
@@ -104,15 +104,15 @@ class BuildKernels(setuptools.Command):
         print(f"{PACKAGE} extension: built {plan.kind} (requested {requested}){note}", flush=True)
 
     def get_source_files(self) -> list[str]:
-        """Return nothing: MANIFEST.in names the sources."""
+        """Return no files: MANIFEST.in lists the sources."""
         return []
 
     def get_outputs(self) -> list[str]:
-        """Return the files written, as paths in the wheel's folder."""
+        """Return the paths of the built files in the wheel's directory."""
         return [str(Path(self.build_lib or "", PACKAGE, name)) for name in self.written]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Return where those files lie if the install is editable."""
+        """Map the built files to the source tree, for an editable install."""
         if not self.editable_mode:
             return {}
         names = [str(Path(PACKAGE, name)) for name in self.written]
@@ -120,6 +120,6 @@ class BuildKernels(setuptools.Command):
 
 
 class Build(build):
-    """The command build, with the extension's."""
+    """The ``build`` command, with ``build_kernels`` added."""
 
     sub_commands: ClassVar[list[Any]] = [*build.sub_commands, ("build_kernels", None)]

@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from singer_build.decision import Found, Kind
-from singer_build.discovery import BUILD_INFO, nvcc_output, sources
+from singer_build.plan import Kind, Toolchain
+from singer_build.toolchain import BUILD_INFO, nvcc_output, sources
 
 STANDARD = "c++17"
 TARGET_ABI = "0x020a000000000000"  # torch 2.10
@@ -36,7 +36,7 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class Built:
-    """The files built, and in one line what else failed (empty: nothing)."""
+    """The built files, and one line on what else failed (empty if nothing did)."""
 
     files: tuple[Path, ...]
     reason: str = ""
@@ -126,10 +126,10 @@ def _macro(name: str, value: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Toolchain:
+class _Builder:
     root: Path
     temp: Path
-    found: Found
+    toolchain: Toolchain
     cuda: bool
 
     def __post_init__(self) -> None:
@@ -137,11 +137,11 @@ class _Toolchain:
 
     @property
     def compiler(self) -> list[str]:
-        return shlex.split(self.found.compiler or "c++")
+        return shlex.split(self.toolchain.compiler or "c++")
 
     @property
     def torch(self) -> Path:
-        return Path(self.found.torch_folder or "")
+        return Path(self.toolchain.torch_folder or "")
 
     def includes(self) -> list[str]:
         return ["-Icsrc", "-isystem", str(self.torch / "include")]
@@ -150,7 +150,9 @@ class _Toolchain:
         return [*COMMON_FLAGS, *CXX_FLAGS, *(["-DSINGER_CUDA"] if self.cuda else [])]
 
     def nvcc_flags(self) -> list[str]:
-        known = re.findall(r"compute_(\w+)", nvcc_output(self.found.nvcc or "", "--list-gpu-arch"))
+        known = re.findall(
+            r"compute_(\w+)", nvcc_output(self.toolchain.nvcc or "", "--list-gpu-arch")
+        )
         wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         host = ",".join(flag for flag in CXX_FLAGS if flag != "-O3")
         return [
@@ -161,10 +163,16 @@ class _Toolchain:
 
     def linker(self) -> list[str]:
         """Return the command that links a shared library, which refuses what it can't resolve."""
-        if self.found.platform == "darwin":
+        if self.toolchain.platform == "darwin":
             return [*self.compiler, "-shared", "-undefined", "dynamic_lookup"]
         if self.cuda:
-            driver = [self.found.nvcc or "nvcc", "-ccbin", self.compiler[-1], "-cudart", "static"]
+            driver = [
+                self.toolchain.nvcc or "nvcc",
+                "-ccbin",
+                self.compiler[-1],
+                "-cudart",
+                "static",
+            ]
             return [*driver, "-shared", "-Xlinker", "-z,defs", "-Xlinker", "--exclude-libs,ALL"]
         return [*self.compiler, "-shared", "-Wl,-z,defs"]
 
@@ -175,7 +183,7 @@ class _Toolchain:
             objects.append(str(target))
             tool, flags = self.compiler, self.cxx_flags()
             if source.suffix == ".cu":
-                tool = [self.found.nvcc or "nvcc", "-ccbin", self.compiler[-1]]
+                tool = [self.toolchain.nvcc or "nvcc", "-ccbin", self.compiler[-1]]
                 flags = self.nvcc_flags()
             commands.append(
                 [*tool, *flags, *self.includes(), "-c", source.as_posix(), "-o", str(target)]
@@ -194,24 +202,24 @@ class _Toolchain:
         return sources(self.root, ".cu") if self.cuda else []
 
     def build_info(self) -> Path:
-        """Build the module that tells how the other was built."""
+        """Build ``_build``, which reports how the library was built."""
         flags = [*self.cxx_flags(), *(["nvcc:", *self.nvcc_flags()] if self.cuda else [])]
         codes = re.findall(r",code=(\w+)", " ".join(flags))
         macros = [
             _macro("SINGER_FLAGS", " ".join(flags)),
             _macro("SINGER_STANDARD", STANDARD),
-            _macro("SINGER_TORCH_VERSION", self.found.torch or ""),
+            _macro("SINGER_TORCH_VERSION", self.toolchain.torch or ""),
             _macro("SINGER_TARGET_ABI", TARGET_ABI),
             _macro("SINGER_BUILD_HASH", build_hash(self.root, flags)),
         ]
         if self.cuda:
-            macros.append(_macro("SINGER_CUDA_VERSION", self.found.nvcc_version or ""))
+            macros.append(_macro("SINGER_CUDA_VERSION", self.toolchain.nvcc_version or ""))
             macros.append(_macro("SINGER_CUDA_ARCHITECTURES", " ".join(codes)))
         paths = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         python = [option for path in paths for option in ("-isystem", path)]
         module = self.temp / f"_build{sysconfig.get_config_var('EXT_SUFFIX')}"
         options = [f"-std={STANDARD}", "-O1", "-fvisibility=hidden", "-fPIC", "-shared"]
-        if self.found.platform == "darwin":
+        if self.toolchain.platform == "darwin":
             options += ["-undefined", "dynamic_lookup"]
         source = (BUILD_INFO / "build_info.cpp").as_posix()
         command = [*self.compiler, *options, *macros, *python, *self.includes()]
@@ -219,13 +227,13 @@ class _Toolchain:
         return module
 
 
-def build(root: Path, temp: Path, found: Found, kind: Kind) -> Built:
+def build(root: Path, temp: Path, toolchain: Toolchain, kind: Kind) -> Built:
     """Compile and link.
 
     Args:
-        root: the project's folder.
-        temp: where the objects and the files built go.
-        found: what there is to build with.
+        root: the project's directory.
+        temp: directory of the object files and results.
+        toolchain: the detected build tools.
         kind: ``cpu`` or ``cuda``.
 
     Returns:
@@ -235,9 +243,9 @@ def build(root: Path, temp: Path, found: Found, kind: Kind) -> Built:
     Raises:
         CompileError: the library can't be built.
     """
-    tools = _Toolchain(root, temp / kind, found, kind == "cuda")
+    builder = _Builder(root, temp / kind, toolchain, kind == "cuda")
     results: list[Path | CompileError] = []
-    steps: list[Callable[[], Path]] = [tools.build_ops, tools.build_info]
+    steps: list[Callable[[], Path]] = [builder.build_ops, builder.build_info]
     with ThreadPoolExecutor(len(steps) if _jobs() > 1 else 1) as pool:
         for future in [pool.submit(step) for step in steps]:
             try:

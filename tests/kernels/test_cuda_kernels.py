@@ -20,7 +20,7 @@ from singer_kernels import backends, extension, fused_losses
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
-from singer_build.discovery import find_nvcc
+from singer_build.toolchain import find_nvcc
 
 NVCC = find_nvcc()
 TRITON = importlib.util.find_spec("triton")  # it has one of its own

@@ -16,10 +16,10 @@ from singer_kernels import extension, info
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from singer_build import compiling, discovery
-from singer_build.decision import Found, ImpossibleError, Plan, decide
+from singer_build import compiling, toolchain
+from singer_build.plan import BuildNotPossible, Plan, Toolchain, plan_build
 
-CPU_TORCH = Found(torch="2.13.0+cpu", torch_folder="/t", compiler="g++", cuda_sources=True)
+CPU_TORCH = Toolchain(torch="2.13.0+cpu", torch_folder="/t", compiler="g++", cuda_sources=True)
 CUDA_TORCH = replace(CPU_TORCH, torch="2.15.0+cu132", torch_cuda="13.2")
 EVERYTHING = replace(CUDA_TORCH, nvcc="/c/nvcc", nvcc_version="13.0")
 
@@ -50,7 +50,7 @@ NO_CUDA_CAN_BE_BUILT = [
 
 
 @pytest.mark.parametrize(
-    "found",
+    "toolchain",
     [
         EVERYTHING,
         replace(EVERYTHING, torch="2.10.0a0+git123"),
@@ -59,81 +59,81 @@ NO_CUDA_CAN_BE_BUILT = [
         replace(EVERYTHING, platform="darwin"),
     ],
 )
-def test_everything_there_builds_cuda(found):
-    assert decide(found) == decide(found, "cuda") == Plan("cuda")
-    assert decide(found, "cpu") == Plan("cpu")
+def test_everything_there_builds_cuda(toolchain):
+    assert plan_build(toolchain) == plan_build(toolchain, "cuda") == Plan("cuda")
+    assert plan_build(toolchain, "cpu") == Plan("cpu")
 
 
-@pytest.mark.parametrize("found", [CPU_TORCH, NO_CUDA_SOURCES, replace(CPU_TORCH, nvcc="/n")])
-def test_cpu_is_everything_where_there_is_nothing_for_cuda(found):
-    assert decide(found) == Plan("cpu")
+@pytest.mark.parametrize("toolchain", [CPU_TORCH, NO_CUDA_SOURCES, replace(CPU_TORCH, nvcc="/n")])
+def test_cpu_is_everything_where_there_is_nothing_for_cuda(toolchain):
+    assert plan_build(toolchain) == Plan("cpu")
 
 
-@pytest.mark.parametrize("found", [CUDA_TORCH, OTHER_NVCC, MUTE_NVCC])
-def test_cpu_is_built_without_a_fitting_nvcc_and_the_reason_is_given(found):
-    (reason,) = [reason for other, reason in NO_CUDA_CAN_BE_BUILT if other is found]
-    assert decide(found) == Plan("cpu", f"without CUDA: {reason}")
+@pytest.mark.parametrize("toolchain", [CUDA_TORCH, OTHER_NVCC, MUTE_NVCC])
+def test_cpu_is_built_without_a_fitting_nvcc_and_the_reason_is_given(toolchain):
+    (reason,) = [reason for other, reason in NO_CUDA_CAN_BE_BUILT if other is toolchain]
+    assert plan_build(toolchain) == Plan("cpu", f"without CUDA: {reason}")
 
 
-@pytest.mark.parametrize(("found", "reason"), NOTHING_CAN_BE_BUILT)
-def test_nothing_is_built_where_nothing_can_be(found, reason):
-    plan = decide(found)
+@pytest.mark.parametrize(("toolchain", "reason"), NOTHING_CAN_BE_BUILT)
+def test_nothing_is_built_where_nothing_can_be(toolchain, reason):
+    plan = plan_build(toolchain)
     assert plan.kind == "none"
     assert reason in plan.reason
     assert "\n" not in plan.reason
 
 
-@pytest.mark.parametrize("found", [EVERYTHING, NO_TORCH, WINDOWS])
-def test_nothing_is_built_if_nothing_is_asked_for(found):
-    assert decide(found, "0") == Plan("none", "SINGER_BUILD_EXT=0")
+@pytest.mark.parametrize("toolchain", [EVERYTHING, NO_TORCH, WINDOWS])
+def test_nothing_is_built_if_nothing_is_asked_for(toolchain):
+    assert plan_build(toolchain, "0") == Plan("none", "SINGER_BUILD_EXT=0")
 
 
 @pytest.mark.parametrize(
-    ("found", "requested", "reason"),
+    ("toolchain", "requested", "reason"),
     [
-        *((found, "cpu", reason) for found, reason in NOTHING_CAN_BE_BUILT),
-        *((found, "cuda", reason) for found, reason in NOTHING_CAN_BE_BUILT),
-        *((found, "cuda", reason) for found, reason in NO_CUDA_CAN_BE_BUILT),
+        *((toolchain, "cpu", reason) for toolchain, reason in NOTHING_CAN_BE_BUILT),
+        *((toolchain, "cuda", reason) for toolchain, reason in NOTHING_CAN_BE_BUILT),
+        *((toolchain, "cuda", reason) for toolchain, reason in NO_CUDA_CAN_BE_BUILT),
     ],
 )
-def test_what_is_asked_for_and_impossible_fails_with_the_reason(found, requested, reason):
-    with pytest.raises(ImpossibleError) as raised:
-        decide(found, requested)
+def test_what_is_asked_for_and_impossible_fails_with_the_reason(toolchain, requested, reason):
+    with pytest.raises(BuildNotPossible) as raised:
+        plan_build(toolchain, requested)
     assert f"SINGER_BUILD_EXT: got {requested!r}" in str(raised.value)
     assert reason in str(raised.value)
 
 
-@pytest.mark.parametrize("found", [EVERYTHING, NO_TORCH])
+@pytest.mark.parametrize("toolchain", [EVERYTHING, NO_TORCH])
 @pytest.mark.parametrize("requested", ["1", "gpu", "CPU", ""])
-def test_an_unknown_request_fails(found, requested):
-    with pytest.raises(ImpossibleError, match=f"got {requested!r}, expected auto, 0, cpu, cuda"):
-        decide(found, requested)
+def test_an_unknown_request_fails(toolchain, requested):
+    with pytest.raises(BuildNotPossible, match=f"got {requested!r}, expected auto, 0, cpu, cuda"):
+        plan_build(toolchain, requested)
 
 
 def test_torch_is_found_without_importing_it(tmp_path):
     folder = tmp_path / "torch"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-    assert discovery.torch_folder([str(tmp_path)]) == folder
-    assert discovery.torch_folder([str(tmp_path / "nowhere")]) is None
-    assert discovery.torch_versions(folder) == discovery.torch_versions(None) == (None, None)
+    assert toolchain.torch_folder([str(tmp_path)]) == folder
+    assert toolchain.torch_folder([str(tmp_path / "nowhere")]) is None
+    assert toolchain.torch_versions(folder) == toolchain.torch_versions(None) == (None, None)
     (folder / "version.py").write_text(
         "from typing import Optional\n__version__ = '2.12.0+cu130'\ncuda: Optional[str] = '13.0'\n"
     )
-    assert discovery.torch_versions(folder) == ("2.12.0+cu130", "13.0")
+    assert toolchain.torch_versions(folder) == ("2.12.0+cu130", "13.0")
 
 
 def test_the_torch_in_use_is_the_one_found():
-    folder = discovery.torch_folder(discovery.search_path())
+    folder = toolchain.torch_folder(toolchain.search_path())
     assert folder == Path(torch.__file__).parent
-    assert discovery.torch_versions(folder) == (str(torch.__version__), torch.version.cuda)
+    assert toolchain.torch_versions(folder) == (str(torch.__version__), torch.version.cuda)
 
 
 def test_a_compiler_that_is_named_but_missing_is_not_replaced(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++ -m64")
-    assert discovery.find_compiler() is None
+    assert toolchain.find_compiler() is None
     monkeypatch.setenv("CXX", f"{sys.executable} -m64")
-    assert discovery.find_compiler() == f"{sys.executable} -m64"
+    assert toolchain.find_compiler() == f"{sys.executable} -m64"
 
 
 def test_nvcc_is_found_by_the_environment_first(monkeypatch, tmp_path):
@@ -144,10 +144,10 @@ def test_nvcc_is_found_by_the_environment_first(monkeypatch, tmp_path):
         nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "path"))
-    assert discovery.find_nvcc() == str(tmp_path / "home/bin/nvcc")
-    assert discovery.look_around(tmp_path).nvcc_version == "13.0"
+    assert toolchain.find_nvcc() == str(tmp_path / "home/bin/nvcc")
+    assert toolchain.detect_toolchain(tmp_path).nvcc_version == "13.0"
     monkeypatch.delenv("CUDA_HOME")
-    assert discovery.find_nvcc() == str(tmp_path / "path/bin/nvcc")
+    assert toolchain.find_nvcc() == str(tmp_path / "path/bin/nvcc")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the machine has to build with: torch, a C++ compiler, nvcc."""
+"""Detect the build tools: torch, a C++ compiler and nvcc."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from singer_build.decision import Found
+from singer_build.plan import Toolchain
 
 BUILD_INFO = Path("csrc", "python")  # the sources of singer_kernels._build, not of _ops
 
 
 def search_path() -> list[str]:
-    """Return ``sys.path``, then the site-packages of the environment that is installed into.
+    """Return ``sys.path``, then the site-packages of the target environment.
 
-    pip's isolated build hides the latter, and the torch that will run the extension with it. They
-    are searched, not put on ``sys.path``: no plug-in of setuptools that lies there joins the build.
+    pip's isolated build hides the latter, including the installed torch. They are only searched,
+    not added to ``sys.path``, so that setuptools plug-ins found there stay out of the build.
     """
     hidden = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     hidden += site.getsitepackages()
@@ -33,13 +33,13 @@ def search_path() -> list[str]:
 
 
 def torch_folder(path: list[str]) -> Path | None:
-    """Return the folder of the package torch, without importing it."""
+    """Return the directory of the torch package, without importing it."""
     spec = importlib.machinery.PathFinder.find_spec("torch", path)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def torch_versions(folder: Path | None) -> tuple[str | None, str | None]:
-    """Return torch's version and its CUDA version, out of its ``version.py``."""
+    """Return torch's version and CUDA version, parsed from its ``version.py``."""
     try:
         tree = ast.parse((folder / "version.py").read_text(encoding="utf-8")) if folder else None
     except (OSError, SyntaxError):
@@ -54,7 +54,7 @@ def torch_versions(folder: Path | None) -> tuple[str | None, str | None]:
 
 
 def find_compiler() -> str | None:
-    """Return the command of the C++ compiler: CXX if that is set, else c++ or g++."""
+    """Return the C++ compiler's command: CXX if set, else c++ or g++."""
     for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]:
         if shutil.which(shlex.split(command)[0]):
             return command
@@ -62,19 +62,19 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """Return the path of nvcc: by CUDA_HOME, CUDA_PATH, PATH, or where it is usually put."""
+    """Return the path of nvcc: from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     commands = [os.path.join(home, "bin", "nvcc") for home in [*homes, "/usr/local/cuda"]]
     commands.insert(len(homes), "nvcc")
     for command in commands:
-        found = shutil.which(command)
-        if found:
-            return found
+        path = shutil.which(command)
+        if path:
+            return path
     return None
 
 
 def nvcc_output(nvcc: str, option: str) -> str:
-    """Return what nvcc prints for an option; empty if it fails."""
+    """Return nvcc's output for an option; empty if it fails."""
     try:
         done = subprocess.run([nvcc, option], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -88,17 +88,17 @@ def sources(root: Path, suffix: str) -> list[Path]:
     return [path for path in paths if BUILD_INFO not in path.parents]
 
 
-def look_around(root: Path) -> Found:
-    """Return what there is to build with.
+def detect_toolchain(root: Path) -> Toolchain:
+    """Detect torch, the C++ compiler, nvcc and the sources.
 
     Args:
-        root: the project's folder.
+        root: the project's directory.
     """
     folder = torch_folder(search_path())
     version, cuda = torch_versions(folder)
     nvcc = find_nvcc()
     release = re.search(r"release (\d+\.\d+)", nvcc_output(nvcc, "--version")) if nvcc else None
-    return Found(
+    return Toolchain(
         torch=version,
         torch_folder=str(folder) if folder else None,
         torch_cuda=cuda,
