@@ -1,4 +1,4 @@
-// Stage `backward`: dH and V, and the rows of dS and of what the adapter's products take.
+// Stage `backward`: dS, dH and V, and the operands of the products that give dWd and dWu.
 #include "math/backward.h"
 
 #include "cuda/launch.h"
@@ -7,8 +7,8 @@
 namespace singer::cuda {
 namespace {
 
-// Scalars on the device, and what has no term is null.
-struct Upstream {
+// Scalars on the device; null for a loss that has no gradient.
+struct GradOutputs {
   Rows kd, outlier, info;
 };
 
@@ -19,78 +19,93 @@ SINGER_DEVICE T scalar(const Rows& rows) {
   return value[0];
 }
 
-// V = X H + c H and dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T. One patch to a warp.
+// V = X H + c H and dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T. One warp per patch.
+// hz = [H | Z] and grad_hz = X [H | Z]: [B, P, 2r]; residual = (F^ - S) Wu^T, grad_refined_up =
+// Y Wu^T, grad_h = dH and v = V: [B, P, r]; norms: [B, P]; thresholds: [B];
+// outlier_weight and grad_outputs: [].
 template <typename T>
-__global__ void columns_kernel(const T* columns, Rows gram_columns, Rows residual,
-                               Rows through_up, const T* norms, const T* thresholds,
-                               const T* outlier_weight, Upstream upstream, Output d_hidden,
-                               Output turned, int64_t images, int64_t tokens, int64_t patches,
-                               int64_t width, int64_t rank) {
+__global__ void backward_rows_kernel(const T* hz, Rows grad_hz, Rows residual,
+                                     Rows grad_refined_up, const T* norms, const T* thresholds,
+                                     const T* outlier_weight, GradOutputs grad_outputs,
+                                     Output grad_h, Output v, int64_t images, int64_t tokens,
+                                     int64_t patches, int64_t width, int64_t rank) {
   const int64_t patch = warp_index();
   if (patch >= images * patches) return;
-  T coefficient = 0, d_info = 0, alpha = 0;
-  if (upstream.outlier.data != nullptr) {
-    const T weight = *outlier_weight * scalar<T>(upstream.outlier);
+  // 1. The factors of the three losses: c, dInfo and a.
+  T coefficient = 0, grad_info = 0, alpha = 0;
+  if (grad_outputs.outlier.data != nullptr) {
+    const T weight = *outlier_weight * scalar<T>(grad_outputs.outlier);
     coefficient = outlier_coefficient(norms[patch], thresholds[patch / patches], weight);
   }
-  if (upstream.info.data != nullptr) d_info = scalar<T>(upstream.info);
-  if (upstream.kd.data != nullptr) {
-    alpha = kd_scale(images, tokens, width, scalar<T>(upstream.kd));
+  if (grad_outputs.info.data != nullptr) grad_info = scalar<T>(grad_outputs.info);
+  if (grad_outputs.kd.data != nullptr) {
+    alpha = kd_scale(images, tokens, width, scalar<T>(grad_outputs.kd));
   }
+  // 2. Sum the terms of every element of [V | dH].
   for (int64_t k = threadIdx.x % kLanes; k < 2 * rank; k += kLanes) {
-    const bool is_latent = k >= rank;
-    const int64_t place = patch * rank + k - (is_latent ? rank : 0);
-    T value[1] = {coefficient * columns[patch * 2 * rank + k]};
+    const bool is_z = k >= rank;
+    const int64_t index = patch * rank + k - (is_z ? rank : 0);
+    T value[1] = {coefficient * hz[patch * 2 * rank + k]};
     T term[1];
-    if (upstream.info.data != nullptr) {
-      load(gram_columns, patch * 2 * rank + k, term);
-      value[0] += d_info * term[0];
+    if (grad_outputs.info.data != nullptr) {
+      load(grad_hz, patch * 2 * rank + k, term);
+      value[0] += grad_info * term[0];
     }
-    if (is_latent && residual.data != nullptr) {
-      load(residual, place, term);
+    if (is_z && residual.data != nullptr) {
+      load(residual, index, term);
       value[0] += alpha * term[0];
     }
-    if (is_latent && through_up.data != nullptr) {
-      load(through_up, place, term);
+    if (is_z && grad_refined_up.data != nullptr) {
+      load(grad_refined_up, index, term);
       value[0] += term[0];
     }
-    const Output out = is_latent ? d_hidden : turned;  // a reference would put both in memory
-    if (out.data != nullptr) store(value, out, place);
+    // 3. Columns 0 to r - 1 are V, the others dH.
+    const Output out = is_z ? grad_h : v;  // by value: a reference would put both in local memory
+    if (out.data != nullptr) store(value, out, index);
   }
 }
 
-// dS = a (S - F^) and, of the patches, F^ and Y - dS as the products take them. One token to a warp.
+// dS = a (S - F^), and the right factors of V^T F^ and H^T (Y - dS), whose sum is dWu. One warp per
+// token. teacher, student, delta = H Wu, grad_refined = Y and grad_student = dS: [B, T, D];
+// refined = F^ and grad_delta = Y - dS, of the patches: [B, P, D].
 template <typename T>
-__global__ void tokens_kernel(Rows teacher, Rows student, const T* delta, Rows d_refined, Rows d_kd,
-                              Output d_student, Output refined, Output dense, int64_t images,
-                              int64_t tokens, int64_t prefix, int64_t width, bool aligned) {
+__global__ void backward_tokens_kernel(Rows teacher, Rows student, const T* delta,
+                                       Rows grad_refined, Rows grad_kd, Output grad_student,
+                                       Output refined, Output grad_delta, int64_t images,
+                                       int64_t tokens, int64_t prefix, int64_t width,
+                                       bool aligned) {
   const int64_t row = warp_index();
   if (row >= images * tokens) return;
   const int64_t image = row / tokens, token = row % tokens;
   const int64_t patch = image * (tokens - prefix) + token - prefix;
   const bool is_patch = token >= prefix;
   const T alpha =
-      d_kd.data == nullptr ? T(0) : kd_scale(images, tokens, width, scalar<T>(d_kd));
+      grad_kd.data == nullptr ? T(0) : kd_scale(images, tokens, width, scalar<T>(grad_kd));
   for_row(width, aligned, [&](int64_t d, auto size) {
     constexpr int kCount = decltype(size)::value;
-    T whole[kCount], added[kCount] = {}, pulled[kCount] = {};
-    load(teacher, row * width + d, whole);
+    // 1. F^ = F + H Wu on the patches, F on the prefix.
+    T refined_values[kCount], added[kCount] = {}, grad_student_values[kCount] = {};
+    load(teacher, row * width + d, refined_values);
     if (is_patch) load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float},
                        row * width + d, added);
-    for (int i = 0; i < kCount; ++i) whole[i] += added[i];
-    if (d_kd.data != nullptr) {
+    for (int i = 0; i < kCount; ++i) refined_values[i] += added[i];
+    // 2. dS, on all tokens.
+    if (grad_kd.data != nullptr) {
       T own[kCount];
       load(student, row * width + d, own);
-      for (int i = 0; i < kCount; ++i) pulled[i] = student_gradient(own[i], whole[i], alpha);
-      if (d_student.data != nullptr) store(pulled, d_student, row * width + d);
+      for (int i = 0; i < kCount; ++i) {
+        grad_student_values[i] = student_gradient(own[i], refined_values[i], alpha);
+      }
+      if (grad_student.data != nullptr) store(grad_student_values, grad_student, row * width + d);
     }
+    // 3. F^ and Y - dS, of the patches.
     if (!is_patch) return;
-    if (refined.data != nullptr) store(whole, refined, patch * width + d);
-    if (dense.data == nullptr) return;
-    T back[kCount] = {};
-    if (d_refined.data != nullptr) load(d_refined, row * width + d, back);
-    for (int i = 0; i < kCount; ++i) back[i] -= pulled[i];
-    store(back, dense, patch * width + d);
+    if (refined.data != nullptr) store(refined_values, refined, patch * width + d);
+    if (grad_delta.data == nullptr) return;
+    T grad_values[kCount] = {};
+    if (grad_refined.data != nullptr) load(grad_refined, row * width + d, grad_values);
+    for (int i = 0; i < kCount; ++i) grad_values[i] -= grad_student_values[i];
+    store(grad_values, grad_delta, patch * width + d);
   });
 }
 
@@ -101,121 +116,126 @@ const T* data_or_null(const Optional& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
-struct ColumnsCall {
-  Tensor columns;
-  Optional gram_columns, residual, through_up, norms, threshold, outlier_weight, d_kd, d_outlier,
-      d_info, d_hidden, turned;
+struct BackwardRowsParams {
+  Tensor hz;
+  Optional grad_hz, residual, grad_refined_up, norms, threshold, outlier_weight, grad_kd,
+      grad_outlier, grad_info, grad_h, v;
   int64_t tokens, width;
 };
 
 template <typename T>
-void run_columns(const ColumnsCall& call) {
-  const int64_t images = call.columns.size(0), patches = call.columns.size(1);
-  const Upstream upstream{rows_or_null(call.d_kd), rows_or_null(call.d_outlier),
-                          rows_or_null(call.d_info)};
-  launch<columns_kernel<T>>(images * patches, call.columns,
-         static_cast<const T*>(call.columns.const_data_ptr()), rows_or_null(call.gram_columns),
-         rows_or_null(call.residual), rows_or_null(call.through_up), data_or_null<T>(call.norms),
-         data_or_null<T>(call.threshold), data_or_null<T>(call.outlier_weight), upstream,
-         output_or_null(call.d_hidden), output_or_null(call.turned), images, call.tokens, patches,
-         call.width, call.columns.size(2) / 2);
+void run_backward_rows(const BackwardRowsParams& params) {
+  const int64_t images = params.hz.size(0), patches = params.hz.size(1);
+  const GradOutputs grad_outputs{rows_or_null(params.grad_kd), rows_or_null(params.grad_outlier),
+                                 rows_or_null(params.grad_info)};
+  launch<backward_rows_kernel<T>>(images * patches, params.hz,
+         static_cast<const T*>(params.hz.const_data_ptr()), rows_or_null(params.grad_hz),
+         rows_or_null(params.residual), rows_or_null(params.grad_refined_up),
+         data_or_null<T>(params.norms),
+         data_or_null<T>(params.threshold), data_or_null<T>(params.outlier_weight), grad_outputs,
+         output_or_null(params.grad_h), output_or_null(params.v), images, params.tokens, patches,
+         params.width, params.hz.size(2) / 2);
 }
 
-void columns(Tensor columns, Optional gram_columns, Optional residual, Optional through_up,
-             Optional norms, Optional threshold, Optional outlier_weight, Optional d_kd,
-             Optional d_outlier, Optional d_info, Optional d_hidden, Optional turned,
-             int64_t tokens, int64_t width) {
-  check_tensor("columns", columns, 3, columns);
-  const auto shape = shape_of(columns);
-  const ScalarType acc = acc_of("columns", columns);
-  STD_TORCH_CHECK(shape[2] % 2 == 0, "columns: got shape ", shape_text(shape),
+void backward_rows(Tensor hz, Optional grad_hz, Optional residual, Optional grad_refined_up,
+                   Optional norms, Optional threshold, Optional outlier_weight, Optional grad_kd,
+                   Optional grad_outlier, Optional grad_info, Optional grad_h, Optional v,
+                   int64_t tokens, int64_t width) {
+  check_tensor("hz", hz, 3, hz);
+  const auto shape = shape_of(hz);
+  const ScalarType acc = acc_of("hz", hz);
+  STD_TORCH_CHECK(shape[2] % 2 == 0, "hz: got shape ", shape_text(shape),
                   ", expected [B, P, 2r]");
   STD_TORCH_CHECK(tokens >= shape[1], "tokens: got ", tokens, ", expected at least ", shape[1]);
   STD_TORCH_CHECK(width > 0, "width: got ", width, ", expected at least 1");
-  const std::vector<int64_t> half{shape[0], shape[1], shape[2] / 2};
+  const std::vector<int64_t> low_rank{shape[0], shape[1], shape[2] / 2};
   const auto need = [&](const char* name, const Optional& tensor, const Optional& with,
                         const std::vector<int64_t>& expected, std::optional<ScalarType> dtype) {
     STD_TORCH_CHECK(!with.has_value() || tensor.has_value(), name,
                     ": got None, expected a tensor");
-    check_dense(name, tensor, expected, columns, dtype);
+    check_dense(name, tensor, expected, hz, dtype);
   };
-  check_dense("columns", columns, shape, columns);
-  need("gram_columns", gram_columns, d_info, shape, std::nullopt);
-  need("residual", residual, std::nullopt, half, std::nullopt);
-  need("d_kd", d_kd, residual, {}, std::nullopt);
-  need("through_up", through_up, std::nullopt, half, std::nullopt);
-  need("norms", norms, d_outlier, {shape[0], shape[1]}, acc);
-  need("threshold", threshold, d_outlier, {shape[0]}, acc);
-  need("outlier_weight", outlier_weight, d_outlier, {}, acc);
-  need("d_outlier", d_outlier, std::nullopt, {}, std::nullopt);
-  need("d_info", d_info, std::nullopt, {}, std::nullopt);
-  need("d_hidden", d_hidden, std::nullopt, half, std::nullopt);
-  need("turned", turned, std::nullopt, half, std::nullopt);
-  check_apart({{"d_hidden", d_hidden}, {"turned", turned}},
-              {{"columns", columns},
-               {"gram_columns", gram_columns},
+  check_dense("hz", hz, shape, hz);
+  need("grad_hz", grad_hz, grad_info, shape, std::nullopt);
+  need("residual", residual, std::nullopt, low_rank, std::nullopt);
+  need("grad_kd", grad_kd, residual, {}, std::nullopt);
+  need("grad_refined_up", grad_refined_up, std::nullopt, low_rank, std::nullopt);
+  need("norms", norms, grad_outlier, {shape[0], shape[1]}, acc);
+  need("threshold", threshold, grad_outlier, {shape[0]}, acc);
+  need("outlier_weight", outlier_weight, grad_outlier, {}, acc);
+  need("grad_outlier", grad_outlier, std::nullopt, {}, std::nullopt);
+  need("grad_info", grad_info, std::nullopt, {}, std::nullopt);
+  need("grad_h", grad_h, std::nullopt, low_rank, std::nullopt);
+  need("v", v, std::nullopt, low_rank, std::nullopt);
+  check_apart({{"grad_h", grad_h}, {"v", v}},
+              {{"hz", hz},
+               {"grad_hz", grad_hz},
                {"residual", residual},
-               {"through_up", through_up},
+               {"grad_refined_up", grad_refined_up},
                {"norms", norms},
                {"threshold", threshold},
                {"outlier_weight", outlier_weight},
-               {"d_kd", d_kd},
-               {"d_outlier", d_outlier},
-               {"d_info", d_info}});
-  const ColumnsCall call{columns,        gram_columns, residual,  through_up, norms,
-                         threshold,      outlier_weight, d_kd,    d_outlier,  d_info,
-                         d_hidden,       turned,       tokens,    width};
-  SINGER_BY_DTYPE(acc, run_columns, call);
+               {"grad_kd", grad_kd},
+               {"grad_outlier", grad_outlier},
+               {"grad_info", grad_info}});
+  const BackwardRowsParams params{hz,     grad_hz,   residual,       grad_refined_up,
+                                  norms,  threshold, outlier_weight, grad_kd,
+                                  grad_outlier, grad_info, grad_h,   v,
+                                  tokens, width};
+  SINGER_BY_DTYPE(acc, run_backward_rows, params);
 }
 
 template <typename T>
-void run_tokens(const Tensor& teacher, const Optional& student, const Tensor& delta,
-                const Optional& d_refined, const Optional& d_kd, const Optional& d_student,
-                const Optional& refined, const Optional& dense, int64_t prefix) {
+void run_backward_tokens(const Tensor& teacher, const Optional& student, const Tensor& delta,
+                         const Optional& grad_refined, const Optional& grad_kd,
+                         const Optional& grad_student,
+                         const Optional& refined, const Optional& grad_delta, int64_t prefix) {
   const int64_t images = teacher.size(0), tokens = teacher.size(1), width = teacher.size(2);
-  const Rows own = rows_or_null(student), back = rows_or_null(d_refined);
-  const Output to_student = output_or_null(d_student), to_refined = output_or_null(refined),
-               to_dense = output_or_null(dense);
-  launch<tokens_kernel<T>>(images * tokens, teacher, Rows::of(teacher), own,
-         static_cast<const T*>(delta.const_data_ptr()), back, rows_or_null(d_kd), to_student,
-         to_refined, to_dense, images, tokens, prefix, width,
-         is_aligned(width, {teacher.const_data_ptr(), delta.const_data_ptr(), own.data, back.data,
-                            to_student.data, to_refined.data, to_dense.data}));
+  const Rows own = rows_or_null(student), grad_in = rows_or_null(grad_refined);
+  const Output to_grad_student = output_or_null(grad_student), to_refined = output_or_null(refined),
+               to_grad_delta = output_or_null(grad_delta);
+  launch<backward_tokens_kernel<T>>(images * tokens, teacher, Rows::of(teacher), own,
+         static_cast<const T*>(delta.const_data_ptr()), grad_in, rows_or_null(grad_kd),
+         to_grad_student, to_refined, to_grad_delta, images, tokens, prefix, width,
+         is_aligned(width, {teacher.const_data_ptr(), delta.const_data_ptr(), own.data,
+                            grad_in.data, to_grad_student.data, to_refined.data,
+                            to_grad_delta.data}));
 }
 
-void tokens(Tensor teacher, Optional student, Tensor delta, Optional d_refined, Optional d_kd,
-            Optional d_student, Optional refined, Optional dense, int64_t prefix) {
+void backward_tokens(Tensor teacher, Optional student, Tensor delta, Optional grad_refined,
+                     Optional grad_kd, Optional grad_student, Optional refined,
+                     Optional grad_delta, int64_t prefix) {
   check_tokens("teacher", teacher, prefix);
   const auto shape = shape_of(teacher);
   const std::vector<int64_t> patches{shape[0], shape[1] - prefix, shape[2]};
   const ScalarType acc = acc_of("delta", delta);
-  STD_TORCH_CHECK(!d_student.has_value() || d_kd.has_value(),
-                  "d_kd: got None, expected a tensor with d_student");
-  STD_TORCH_CHECK(!d_kd.has_value() || student.has_value(),
-                  "student: got None, expected a tensor with d_kd");
+  STD_TORCH_CHECK(!grad_student.has_value() || grad_kd.has_value(),
+                  "grad_kd: got None, expected a tensor with grad_student");
+  STD_TORCH_CHECK(!grad_kd.has_value() || student.has_value(),
+                  "student: got None, expected a tensor with grad_kd");
   check_dense("teacher", teacher, shape, teacher);
   check_dense("student", student, shape, teacher);
   check_dense("delta", delta, shape, teacher);
-  check_dense("d_refined", d_refined, shape, teacher);
-  check_dense("d_kd", d_kd, {}, teacher);
-  check_dense("d_student", d_student, shape, teacher);
+  check_dense("grad_refined", grad_refined, shape, teacher);
+  check_dense("grad_kd", grad_kd, {}, teacher);
+  check_dense("grad_student", grad_student, shape, teacher);
   check_dense("refined", refined, patches, teacher);
-  check_dense("dense", dense, patches, teacher);
-  check_apart({{"d_student", d_student}, {"refined", refined}, {"dense", dense}},
+  check_dense("grad_delta", grad_delta, patches, teacher);
+  check_apart({{"grad_student", grad_student}, {"refined", refined}, {"grad_delta", grad_delta}},
               {{"teacher", teacher},
                {"student", student},
                {"delta", delta},
-               {"d_refined", d_refined},
-               {"d_kd", d_kd}});
-  SINGER_BY_DTYPE(acc, run_tokens, teacher, student, delta, d_refined, d_kd, d_student, refined,
-                  dense, prefix);
+               {"grad_refined", grad_refined},
+               {"grad_kd", grad_kd}});
+  SINGER_BY_DTYPE(acc, run_backward_tokens, teacher, student, delta, grad_refined, grad_kd,
+                  grad_student, refined, grad_delta, prefix);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(singer_kernels, SINGER_KEY, library) {
-  library.impl("cuda_backward_columns", TORCH_BOX(&columns));
-  library.impl("cuda_backward_tokens", TORCH_BOX(&tokens));
+  library.impl("cuda_backward_columns", TORCH_BOX(&backward_rows));
+  library.impl("cuda_backward_tokens", TORCH_BOX(&backward_tokens));
 }
 
 }  // namespace singer::cuda

@@ -1,4 +1,4 @@
-// Stage `gram`: E from both Gram matrices, and X C from the product of E with scaled columns.
+// Stage `gram`: E from both Gram matrices, and X C from the product E diag(1/n) C.
 #include "math/gram.h"
 
 #include "cuda/launch.h"
@@ -6,14 +6,17 @@
 namespace singer::cuda {
 namespace {
 
-// E = G - G_R, and the row's sums of E^2, E G and E G_R. One row of a matrix to a warp.
+// E = G - G_R, and per row the sums of E^2, E * G and E * G_R. One warp per row of a matrix.
+// cosines = G, targets = G_R and differences = E: [B, P, P]; squares, row_dots = rowsum(E * G) and
+// target_row_dots = rowsum(E * G_R): [B, P].
 template <typename T>
-__global__ void difference_kernel(Rows cosines, Rows targets, Output differences, T* squares_out,
-                                  T* slopes, T* target_slopes, int64_t count, int64_t patches,
-                                  bool aligned) {
+__global__ void gram_difference_kernel(Rows cosines, Rows targets, Output differences,
+                                       T* squares_out, T* row_dots, T* target_row_dots,
+                                       int64_t count, int64_t patches, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
-  T squares = 0, slope = 0, target_slope = 0;
+  // 1. E, and this lane's part of the sums.
+  T squares = 0, row_dot = 0, target_row_dot = 0;
   for_row(patches, aligned, [&](int64_t j, auto size) {
     constexpr int kCount = decltype(size)::value;
     T cosine[kCount], target[kCount];
@@ -22,53 +25,58 @@ __global__ void difference_kernel(Rows cosines, Rows targets, Output differences
     for (int i = 0; i < kCount; ++i) {
       const T difference = cosine[i] - target[i];
       squares += difference * difference;
-      slope += difference * cosine[i];
-      target_slope += difference * target[i];
+      row_dot += difference * cosine[i];
+      target_row_dot += difference * target[i];
       cosine[i] = difference;
     }
     if (differences.data != nullptr) store(cosine, differences, row * patches + j);
   });
+  // 2. The sums of the row.
   squares = warp_sum(squares);
-  slope = warp_sum(slope);
-  target_slope = warp_sum(target_slope);
+  row_dot = warp_sum(row_dot);
+  target_row_dot = warp_sum(target_row_dot);
   if (!is_first_lane()) return;
   squares_out[row] = squares;
-  slopes[row] = slope;
-  target_slopes[row] = target_slope;
+  row_dots[row] = row_dot;
+  target_row_dots[row] = target_row_dot;
 }
 
-// out = C / n, row by row. One row to a warp.
+// out = diag(1/n) C. One warp per row. factor = C and out: [B, P, m]; norms = n: [B, P].
 template <typename T>
-__global__ void scale_kernel(Rows columns, const T* norms, Output out, int64_t count, int64_t width,
-                             bool aligned) {
+__global__ void gram_scale_kernel(Rows factor, const T* norms, Output out, int64_t count,
+                                  int64_t width, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
   const T inverse = reciprocal_norm(norms[row]);
   for_row(width, aligned, [&](int64_t d, auto size) {
     T values[decltype(size)::value];
-    load(columns, row * width + d, values);
+    load(factor, row * width + d, values);
     for (T& value : values) value *= inverse;
     store(values, out, row * width + d);
   });
 }
 
-// out = X C, from E diag(1/n) C: see gram_gradient. One row to a warp. `tokens` and `prefix` say
-// where the rows of C lie.
+// out = X C, from E diag(1/n) C: see singer::gram_gradient. One warp per row.
+// product = E diag(1/n) C and out: [B, P, m]; factor = C: [B, prefix + P, m]; norms, row_dots:
+// [B, P].
 template <typename T>
-__global__ void gradient_kernel(Rows turned, Rows columns, const T* norms, const T* slopes,
+__global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, const T* row_dots,
                                 double scale, Output out, int64_t count, int64_t patches,
                                 int64_t prefix, int64_t width, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
-  const T inverse = reciprocal_norm(norms[row]), radial = radial_weight(norms[row], slopes[row]);
-  const int64_t column_row = row / patches * (patches + prefix) + prefix + row % patches;
+  const T inverse = reciprocal_norm(norms[row]);
+  const T norm_grad_coef = radial_weight(norms[row], row_dots[row]);
+  // 1. The row of C: it has `prefix` more rows per image than the product.
+  const int64_t factor_row = row / patches * (patches + prefix) + prefix + row % patches;
+  // 2. Scale the product and subtract the gradient through the norms.
   for_row(width, aligned, [&](int64_t d, auto size) {
     constexpr int kCount = decltype(size)::value;
     T values[kCount], own[kCount];
-    load(turned, row * width + d, values);
-    load(columns, column_row * width + d, own);
+    load(product, row * width + d, values);
+    load(factor, factor_row * width + d, own);
     for (int i = 0; i < kCount; ++i) {
-      values[i] = gram_gradient(values[i], own[i], inverse, radial, static_cast<T>(scale));
+      values[i] = gram_gradient(values[i], own[i], inverse, norm_grad_coef, static_cast<T>(scale));
     }
     store(values, out, row * width + d);
   });
@@ -82,16 +90,16 @@ T* data_of(const Tensor& tensor) {
 template <typename T>
 void run_difference(const Tensor& cosines, const Tensor& targets,
                     const std::optional<Tensor>& differences, const Tensor& squares,
-                    const Tensor& slopes, const Tensor& target_slopes) {
+                    const Tensor& row_dots, const Tensor& target_row_dots) {
   const int64_t patches = cosines.size(2), count = cosines.size(0) * patches;
   const Output out = output_or_null(differences);
-  launch<difference_kernel<T>>(count, cosines, Rows::of(cosines), Rows::of(targets), out,
-         data_of<T>(squares), data_of<T>(slopes), data_of<T>(target_slopes), count, patches,
+  launch<gram_difference_kernel<T>>(count, cosines, Rows::of(cosines), Rows::of(targets), out,
+         data_of<T>(squares), data_of<T>(row_dots), data_of<T>(target_row_dots), count, patches,
          is_aligned(patches, {cosines.const_data_ptr(), targets.const_data_ptr(), out.data}));
 }
 
 void difference(Tensor cosines, Tensor targets, std::optional<Tensor> differences, Tensor squares,
-                Tensor slopes, Tensor target_slopes) {
+                Tensor row_dots, Tensor target_row_dots) {
   check_tensor("cosines", cosines, 3, cosines);
   const auto shape = shape_of(cosines);
   const ScalarType acc = acc_of("squares", squares);
@@ -101,64 +109,64 @@ void difference(Tensor cosines, Tensor targets, std::optional<Tensor> difference
   check_dense("targets", targets, shape, cosines);
   check_dense("differences", differences, shape, cosines);
   check_dense("squares", squares, {shape[0], shape[1]}, cosines, acc);
-  check_dense("slopes", slopes, {shape[0], shape[1]}, cosines, acc);
-  check_dense("target_slopes", target_slopes, {shape[0], shape[1]}, cosines, acc);
+  check_dense("row_dots", row_dots, {shape[0], shape[1]}, cosines, acc);
+  check_dense("target_row_dots", target_row_dots, {shape[0], shape[1]}, cosines, acc);
   check_apart({{"differences", differences},
                {"squares", squares},
-               {"slopes", slopes},
-               {"target_slopes", target_slopes}},
+               {"row_dots", row_dots},
+               {"target_row_dots", target_row_dots}},
               {{"cosines", cosines}, {"targets", targets}});
-  SINGER_BY_DTYPE(acc, run_difference, cosines, targets, differences, squares, slopes,
-                  target_slopes);
+  SINGER_BY_DTYPE(acc, run_difference, cosines, targets, differences, squares, row_dots,
+                  target_row_dots);
 }
 
 template <typename T>
-void run_scale(const Tensor& columns, const Tensor& norms, const Tensor& out) {
-  const int64_t width = columns.size(2), count = columns.size(0) * columns.size(1);
-  launch<scale_kernel<T>>(count, columns, Rows::of(columns),
+void run_scale(const Tensor& factor, const Tensor& norms, const Tensor& out) {
+  const int64_t width = factor.size(2), count = factor.size(0) * factor.size(1);
+  launch<gram_scale_kernel<T>>(count, factor, Rows::of(factor),
          static_cast<const T*>(norms.const_data_ptr()), Output::of(out), count, width,
-         is_aligned(width, {columns.const_data_ptr(), out.const_data_ptr()}));
+         is_aligned(width, {factor.const_data_ptr(), out.const_data_ptr()}));
 }
 
-void scale(Tensor columns, Tensor norms, Tensor out) {
-  check_tensor("columns", columns, 3, columns);
-  const auto shape = shape_of(columns);
+void scale(Tensor factor, Tensor norms, Tensor out) {
+  check_tensor("factor", factor, 3, factor);
+  const auto shape = shape_of(factor);
   const ScalarType acc = acc_of("norms", norms);
-  check_dense("columns", columns, shape, columns);
-  check_dense("norms", norms, {shape[0], shape[1]}, columns);
-  check_dense("out", out, shape, columns);
-  check_apart({{"out", out}}, {{"columns", columns}, {"norms", norms}});
-  SINGER_BY_DTYPE(acc, run_scale, columns, norms, out);
+  check_dense("factor", factor, shape, factor);
+  check_dense("norms", norms, {shape[0], shape[1]}, factor);
+  check_dense("out", out, shape, factor);
+  check_apart({{"out", out}}, {{"factor", factor}, {"norms", norms}});
+  SINGER_BY_DTYPE(acc, run_scale, factor, norms, out);
 }
 
 template <typename T>
-void run_gradient(const Tensor& turned, const Tensor& columns, const Tensor& norms,
-                  const Tensor& slopes, double factor, const Tensor& out, int64_t prefix) {
-  const int64_t patches = turned.size(1), width = turned.size(2);
-  const int64_t count = turned.size(0) * patches;
-  launch<gradient_kernel<T>>(count, turned, Rows::of(turned), Rows::of(columns),
+void run_gradient(const Tensor& product, const Tensor& factor, const Tensor& norms,
+                  const Tensor& row_dots, double scale, const Tensor& out, int64_t prefix) {
+  const int64_t patches = product.size(1), width = product.size(2);
+  const int64_t count = product.size(0) * patches;
+  launch<gram_gradient_kernel<T>>(count, product, Rows::of(product), Rows::of(factor),
          static_cast<const T*>(norms.const_data_ptr()),
-         static_cast<const T*>(slopes.const_data_ptr()), factor, Output::of(out), count, patches,
+         static_cast<const T*>(row_dots.const_data_ptr()), scale, Output::of(out), count, patches,
          prefix, width,
-         is_aligned(width, {turned.const_data_ptr(), columns.const_data_ptr(),
+         is_aligned(width, {product.const_data_ptr(), factor.const_data_ptr(),
                             out.const_data_ptr()}));
 }
 
-void gradient(Tensor turned, Tensor columns, Tensor norms, Tensor slopes, double factor, Tensor out,
-              int64_t prefix) {
-  check_tensor("turned", turned, 3, turned);
-  const auto shape = shape_of(turned);
+void gradient(Tensor product, Tensor factor, Tensor norms, Tensor row_dots, double scale,
+              Tensor out, int64_t prefix) {
+  check_tensor("product", product, 3, product);
+  const auto shape = shape_of(product);
   const ScalarType acc = acc_of("norms", norms);
   STD_TORCH_CHECK(prefix >= 0 && prefix < (int64_t{1} << 31), "num_prefix_tokens: got ", prefix,
                   ", expected 0 or more");
-  check_dense("turned", turned, shape, turned);
-  check_dense("columns", columns, {shape[0], shape[1] + prefix, shape[2]}, turned);
-  check_dense("norms", norms, {shape[0], shape[1]}, turned);
-  check_dense("slopes", slopes, {shape[0], shape[1]}, turned, acc);
-  check_dense("out", out, shape, turned);
+  check_dense("product", product, shape, product);
+  check_dense("factor", factor, {shape[0], shape[1] + prefix, shape[2]}, product);
+  check_dense("norms", norms, {shape[0], shape[1]}, product);
+  check_dense("row_dots", row_dots, {shape[0], shape[1]}, product, acc);
+  check_dense("out", out, shape, product);
   check_apart({{"out", out}},
-              {{"turned", turned}, {"columns", columns}, {"norms", norms}, {"slopes", slopes}});
-  SINGER_BY_DTYPE(acc, run_gradient, turned, columns, norms, slopes, factor, out, prefix);
+              {{"product", product}, {"factor", factor}, {"norms", norms}, {"row_dots", row_dots}});
+  SINGER_BY_DTYPE(acc, run_gradient, product, factor, norms, row_dots, scale, out, prefix);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// What the kernels share: warps, rows of any dtype, launches.
+// Device functions, launches and argument checks shared by the CUDA kernels.
 //
-// A kernel gives one row to each warp. Compiled with SINGER_EMULATED, for tests without a GPU, it is
-// plain C++: a warp has one lane, and a launch is a loop.
+// Each warp processes one row. With SINGER_EMULATED, for tests without a GPU, the kernels compile
+// as plain C++: a warp has one lane, and a launch is a loop.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ static Index blockIdx, blockDim, threadIdx;
 #include <cuda_fp16.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Of the CUDA part of torch, which the library must load without.
+// Defined by torch's CUDA library; weak, so that the extension loads without it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
     int32_t device_index, void** stream);
 #endif
@@ -37,12 +37,13 @@ constexpr int kLanes = 32;
 #define SINGER_DEVICE __device__ __forceinline__
 #define SINGER_KEY CUDA
 #endif
-constexpr int kWarps = 4;  // a block's
+constexpr int kWarps = 4;  // per block
 constexpr int kThreads = kLanes * kWarps;
 
-// The numbers of a 16-byte load of the narrowest dtype.
+// Elements per vectorised access: 16 bytes of a 16-bit dtype.
 constexpr int kVector = 8;
 
+// An input of any supported dtype.
 struct Rows {
   const void* data;
   ScalarType dtype;
@@ -50,6 +51,7 @@ struct Rows {
   static Rows of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 };
 
+// An output of any supported dtype.
 struct Output {
   void* data;
   ScalarType dtype;
@@ -57,7 +59,7 @@ struct Output {
   static Output of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
 };
 
-// What a launch hands a kernel of an optional tensor: null if there is none.
+// Kernel argument of an optional tensor; its data is null if there is none.
 inline Rows rows_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Rows::of(*tensor) : Rows{nullptr, ScalarType::Float};
 }
@@ -91,10 +93,10 @@ struct alignas(kBytes) Chunk {
   unsigned char bytes[kBytes];
 };
 
-// kCount numbers from `offset` on; with more than one, the address is a multiple of 16 bytes.
+// Load kCount elements from `offset` on, as T; if kCount > 1 the address is 16-byte aligned.
 template <int kCount, typename T>
 SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
-  constexpr int kWide = kCount == 1 ? 1 : 2;  // numbers of 8 bytes in one load
+  constexpr int kWide = kCount == 1 ? 1 : 2;  // 8-byte elements per load
   if (rows.dtype == ScalarType::Double) {
     const auto* from = reinterpret_cast<const Chunk<8 * kWide>*>(
         static_cast<const double*>(rows.data) + offset);
@@ -124,6 +126,7 @@ SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
   }
 }
 
+// Store kCount elements, rounded to the output's dtype; alignment as in load.
 template <int kCount, typename T>
 SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offset) {
   if (out.dtype == ScalarType::Double) {
@@ -158,8 +161,8 @@ SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offse
   }
 }
 
-// Calls `body(position, count)` for all positions of a row, this lane's share of them: by vectors
-// where every row begins on a border of them, else one by one.
+// Call `body(position, count)` for this lane's positions of a row: kVector elements at a time if
+// every row is 16-byte aligned, else one at a time.
 template <typename Body>
 SINGER_DEVICE void for_row(int64_t width, bool is_aligned, const Body& body) {
   const int lane = threadIdx.x % kLanes;
@@ -172,7 +175,7 @@ SINGER_DEVICE void for_row(int64_t width, bool is_aligned, const Body& body) {
   }
 }
 
-// The sum over a warp's lanes, in each, always in one order.
+// Sum over the warp's lanes, returned in every lane, in a fixed order (deterministic).
 template <typename T>
 SINGER_DEVICE T warp_sum(T value) {
 #ifndef SINGER_EMULATED
@@ -200,14 +203,14 @@ SINGER_DEVICE int64_t warp_index() {
 
 SINGER_DEVICE bool is_first_lane() { return threadIdx.x % kLanes == 0; }
 
-// Whether rows of that width can be read by vectors, in all these tensors.
+// Return whether rows of that width can be accessed as vectors in all these tensors.
 inline bool is_aligned(int64_t width, std::initializer_list<const void*> starts) {
   bool result = width % kVector == 0;
   for (const void* start : starts) result &= reinterpret_cast<uintptr_t>(start) % 16 == 0;
   return result;
 }
 
-// Launches a kernel with one warp for each of `count` rows, on the current stream of the device.
+// Launch a kernel with one warp per row, for `count` rows, on the device's current stream.
 template <auto kKernel, typename... Arguments>
 void launch(int64_t count, const Tensor& like, const Arguments&... arguments) {
   const Kernel& kernel = Registered<kKernel>::entry;
@@ -234,7 +237,7 @@ void launch(int64_t count, const Tensor& like, const Arguments&... arguments) {
 #endif
 }
 
-// Contiguous, of that shape, on the device of `like`, and of that dtype if one is given.
+// Check for a contiguous tensor of that shape (and dtype, if given) on the device of `like`.
 inline void check_dense(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
                         const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
   check_shape(name, tensor, shape, like);
@@ -248,7 +251,7 @@ inline void check_dense(const char* name, const std::optional<Tensor>& tensor,
   if (tensor.has_value()) check_dense(name, *tensor, shape, like, dtype);
 }
 
-// A tensor of a call, if there is one.
+// An argument's name and its tensor, null if there is none.
 struct Named {
   const char* name;
   const Tensor* tensor;
@@ -258,7 +261,7 @@ struct Named {
       : name(name), tensor(tensor.has_value() ? &*tensor : nullptr) {}
 };
 
-// Outputs that share no memory with any other tensor of the call; all are contiguous.
+// Check that no output overlaps another tensor of the call in memory; all are contiguous.
 inline void check_apart(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
   struct Range {
     const char* name;
@@ -270,7 +273,7 @@ inline void check_apart(std::initializer_list<Named> outputs, std::initializer_l
     ranges.push_back({named.name, begin,
                       begin + named.tensor->numel() * named.tensor->element_size()});
   };
-  for (const Named& named : outputs) {  // memory that is shared until it is written is parted here
+  for (const Named& named : outputs) {  // mutable_data_ptr resolves copy-on-write first
     if (named.tensor != nullptr) add(named, named.tensor->mutable_data_ptr());
   }
   const size_t written = ranges.size();
@@ -286,7 +289,7 @@ inline void check_apart(std::initializer_list<Named> outputs, std::initializer_l
   }
 }
 
-// `float` or `double` kernels, by the accumulation dtype.
+// Call run<float> or run<double>, by the accumulation dtype.
 #define SINGER_BY_DTYPE(acc, run, ...) \
   ((acc) == ScalarType::Double ? run<double>(__VA_ARGS__) : run<float>(__VA_ARGS__))
 

@@ -1,4 +1,4 @@
-// Stage `outlier`: each image's quantile by bitwise selection, and its share of the loss.
+// Stage `outlier`: each image's quantile by bitwise selection, and its sums for the loss.
 #include "math/outlier.h"
 
 #include "cuda/launch.h"
@@ -6,10 +6,12 @@
 namespace singer::cuda {
 namespace {
 
-// One image to a warp.
+// q, the sum of (n - q)^2 over the outliers and their count, per image. One warp per image.
+// all_norms = n: [B, P]; thresholds = q, squares, counts: [B].
 template <typename T>
 __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out, T* counts,
-                               int64_t images, int64_t patches, int64_t rank_below, double share) {
+                               int64_t images, int64_t patches, int64_t rank_below,
+                               double fraction) {
   const int64_t image = warp_index();
   if (image >= images) return;
   const T* norms = all_norms + image * patches;
@@ -17,6 +19,7 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   const auto for_each = [&](auto body) {
     for (int64_t i = lane; i < patches; i += kLanes) body(norms[i]);
   };
+  // 1. The norm of that rank: bitwise selection.
   int64_t nans = 0;
   for_each([&](T norm) { nans += norm != norm; });
   const Key<T> low = kth_smallest<T>(rank_below, [&](Key<T> key) {
@@ -24,18 +27,20 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
     for_each([&](T norm) { count += norm_key(norm) < key; });
     return warp_sum(count);
   });
-  int64_t through = 0;
+  // 2. The next larger norm, and q between both; NaN if any norm is.
+  int64_t count_through = 0;
   Key<T> next = last_key<T>();
   for_each([&](T norm) {
     const Key<T> key = norm_key(norm);
-    through += key <= low;
+    count_through += key <= low;
     if (key > low && key < next) next = key;
   });
-  through = warp_sum(through);
+  count_through = warp_sum(count_through);
   next = warp_min(next);
-  const Key<T> high = share > 0 && through <= rank_below + 1 ? next : low;
-  T threshold = interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(share));
+  const Key<T> high = fraction > 0 && count_through <= rank_below + 1 ? next : low;
+  T threshold = interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(fraction));
   if (warp_sum(nans) > 0) threshold = bits_as<T>(last_key<T>());
+  // 3. Sum and count the outliers.
   T squares = 0;
   int64_t count = 0;
   for_each([&](T norm) {

@@ -1,14 +1,15 @@
-// Stage `refine`: what follows the products H = F Wd and H Wu, and rows divided by their norms.
+// Stage `refine`: F^, its norms and the KD sums, from F and delta = H Wu; row normalisation.
 #include "cuda/launch.h"
 #include "math/gram.h"
 
 namespace singer::cuda {
 namespace {
 
-// F^ = F + H Wu on the patches; norms, F^ - S of the patches, and the sum of its squares. One token
-// to a warp.
+// F^ = F + H Wu on the patches, their norms, F^ - S, and per token the sum of (F^ - S)^2. One warp
+// per token. teacher, student, delta, refined = F^: [B, T, D]; kd_partials: [B, T]; norms: [B, P];
+// rows = F^ / n and differences = F^ - S: [B, P, D]. Null outputs are skipped.
 template <typename T>
-__global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* norms, T* kd_parts,
+__global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* norms, T* kd_partials,
                               Output refined, Output rows, Output differences, int64_t count,
                               int64_t tokens,
                               int64_t prefix, int64_t width, bool aligned) {
@@ -17,66 +18,72 @@ __global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* nor
   const int64_t image = row / tokens, token = row % tokens, patches = tokens - prefix;
   const int64_t patch = image * patches + token - prefix;
   const bool is_patch = token >= prefix;
+  // 1. F^ and F^ - S, and this lane's part of both sums of squares.
   T squares = 0, distance = 0;
   for_row(width, aligned, [&](int64_t d, auto size) {
     constexpr int kCount = decltype(size)::value;
-    T plain[kCount], target[kCount], added[kCount] = {};
-    load(teacher, row * width + d, plain);
-    load(student, row * width + d, target);
+    T refined_values[kCount], difference[kCount], added[kCount] = {};
+    load(teacher, row * width + d, refined_values);
+    load(student, row * width + d, difference);
     if (is_patch) load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float},
                        row * width + d, added);
-    T chunk_squares = 0, chunk_distance = 0;  // fewer roundings than one sum has
+    T chunk_squares = 0, chunk_distance = 0;  // fewer roundings than one running sum
     for (int i = 0; i < kCount; ++i) {
-      plain[i] += added[i];
-      chunk_squares += plain[i] * plain[i];
-      target[i] = plain[i] - target[i];
-      chunk_distance += target[i] * target[i];
+      refined_values[i] += added[i];
+      chunk_squares += refined_values[i] * refined_values[i];
+      difference[i] = refined_values[i] - difference[i];
+      chunk_distance += difference[i] * difference[i];
     }
-    if (differences.data != nullptr && is_patch) store(target, differences, patch * width + d);
+    if (differences.data != nullptr && is_patch) store(difference, differences, patch * width + d);
     squares += chunk_squares;
     distance += chunk_distance;
-    if (refined.data != nullptr) store(plain, refined, row * width + d);
+    if (refined.data != nullptr) store(refined_values, refined, row * width + d);
   });
+  // 2. The norm and the KD sum of the token.
   squares = warp_sum(squares);
   distance = warp_sum(distance);
   const T norm = std::sqrt(squares);
   if (is_first_lane()) {
-    kd_parts[row] = distance;
+    kd_partials[row] = distance;
     if (is_patch) norms[patch] = norm;
   }
+  // 3. F^ / n, for the Gram products; F and delta are read again, from the cache.
   if (rows.data == nullptr || !is_patch) return;
   const T inverse = reciprocal_norm(norm);
-  for_row(width, aligned, [&](int64_t d, auto size) {  // from the cache
+  for_row(width, aligned, [&](int64_t d, auto size) {
     constexpr int kCount = decltype(size)::value;
-    T plain[kCount], added[kCount];
-    load(teacher, row * width + d, plain);
+    T refined_values[kCount], added[kCount];
+    load(teacher, row * width + d, refined_values);
     load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float}, row * width + d,
          added);
-    for (int i = 0; i < kCount; ++i) plain[i] = (plain[i] + added[i]) * inverse;
-    store(plain, rows, patch * width + d);
+    for (int i = 0; i < kCount; ++i) refined_values[i] = (refined_values[i] + added[i]) * inverse;
+    store(refined_values, rows, patch * width + d);
   });
 }
 
-// A patch divided by its norm. One patch to a warp.
+// Norms n and rows x / n of the patches. One warp per patch. tokens: [B, T, D]; norms: [B, P];
+// rows: [B, P, D].
 template <typename T>
-__global__ void normalize_kernel(Rows given, T* norms, Output rows, int64_t count, int64_t patches,
+__global__ void normalize_kernel(Rows tokens, T* norms, Output rows, int64_t count, int64_t patches,
                                  int64_t prefix, int64_t width, bool aligned) {
   const int64_t patch = warp_index();
   if (patch >= count) return;
   const int64_t row = patch / patches * (patches + prefix) + prefix + patch % patches;
+  // 1. The norm.
   T squares = 0;
   for_row(width, aligned, [&](int64_t d, auto size) {
     T values[decltype(size)::value];
-    load(given, row * width + d, values);
+    load(tokens, row * width + d, values);
     T chunk_squares = 0;
     for (const T value : values) chunk_squares += value * value;
     squares += chunk_squares;
   });
+  // 2. Divide by it.
   const T norm = std::sqrt(warp_sum(squares)), inverse = reciprocal_norm(norm);
   if (is_first_lane()) norms[patch] = norm;
   for_row(width, aligned, [&](int64_t d, auto size) {
     T values[decltype(size)::value];
-    load(given, row * width + d, values);
+    load(tokens, row * width + d, values);
     for (T& value : values) value *= inverse;
     store(values, rows, patch * width + d);
   });
@@ -84,23 +91,24 @@ __global__ void normalize_kernel(Rows given, T* norms, Output rows, int64_t coun
 
 template <typename T>
 void run_refine(const Tensor& teacher, const Tensor& student, const Tensor& delta, int64_t prefix,
-                const Tensor& norms, const Tensor& kd_parts, const std::optional<Tensor>& refined,
-                const std::optional<Tensor>& rows, const std::optional<Tensor>& differences) {
+                const Tensor& norms, const Tensor& kd_partials,
+                const std::optional<Tensor>& refined, const std::optional<Tensor>& rows,
+                const std::optional<Tensor>& differences) {
   const int64_t tokens = teacher.size(1), width = teacher.size(2);
   const int64_t count = teacher.size(0) * tokens;
   const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows),
                to_differences = output_or_null(differences);
   launch<refine_kernel<T>>(count, teacher, Rows::of(teacher), Rows::of(student),
          static_cast<const T*>(delta.const_data_ptr()), static_cast<T*>(norms.mutable_data_ptr()),
-         static_cast<T*>(kd_parts.mutable_data_ptr()), to_refined, to_rows, to_differences, count, tokens,
-         prefix, width,
+         static_cast<T*>(kd_partials.mutable_data_ptr()), to_refined, to_rows,
+         to_differences, count, tokens, prefix, width,
          is_aligned(width, {teacher.const_data_ptr(), student.const_data_ptr(),
                             delta.const_data_ptr(), to_refined.data, to_rows.data,
                             to_differences.data}));
 }
 
 void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor norms,
-            Tensor kd_parts, std::optional<Tensor> refined, std::optional<Tensor> rows,
+            Tensor kd_partials, std::optional<Tensor> refined, std::optional<Tensor> rows,
             std::optional<Tensor> differences) {
   check_tokens("teacher", teacher, prefix);
   const auto shape = shape_of(teacher);
@@ -109,18 +117,18 @@ void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor
   check_dense("student", student, shape, teacher);
   check_dense("delta", delta, shape, teacher);
   check_dense("norms", norms, {shape[0], shape[1] - prefix}, teacher, acc);
-  check_dense("kd_parts", kd_parts, {shape[0], shape[1]}, teacher, acc);
+  check_dense("kd_partials", kd_partials, {shape[0], shape[1]}, teacher, acc);
   check_dense("refined", refined, shape, teacher);
   check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, teacher);
   check_dense("differences", differences, {shape[0], shape[1] - prefix, shape[2]}, teacher);
   check_apart({{"norms", norms},
-               {"kd_parts", kd_parts},
+               {"kd_partials", kd_partials},
                {"refined", refined},
                {"rows", rows},
                {"differences", differences}},
               {{"teacher", teacher}, {"student", student}, {"delta", delta}});
-  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_parts, refined, rows,
-                  differences);
+  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_partials, refined,
+                  rows, differences);
 }
 
 template <typename T>
@@ -146,7 +154,7 @@ void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
 }  // namespace
 
 #ifndef SINGER_EMULATED
-// Whether the current stream can be asked for; for introspection.
+// Return whether torch's CUDA library provides the current stream; for introspection.
 extern "C" __attribute__((visibility("default"))) bool singer_has_cuda_stream() {
   return aoti_torch_get_current_cuda_stream != nullptr;
 }

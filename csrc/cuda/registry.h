@@ -1,14 +1,13 @@
-// Every kernel that can be launched, by name: for introspection.
+// A list of all kernels that can be launched, by name, for introspection.
 //
-// `launch` takes a kernel as its template argument alone, and so has an entry made of it when the
-// library is loaded: one, however often it is launched.
+// Each instantiation of `launch<kernel>` adds one static entry when the library is loaded.
 #pragma once
 
 #include <string>
 
 namespace singer::cuda {
 
-// An entry of the list; it lives as long as the library.
+// A list entry, with static lifetime.
 struct Kernel {
   static const Kernel* first;
 
@@ -16,7 +15,7 @@ struct Kernel {
   std::string name;  // such as refine_kernel<float>
   const Kernel* next;
 
-  // `text` is what the compiler calls a function with that kernel as its template argument.
+  // `text` is the __PRETTY_FUNCTION__ of a function with that kernel as its template argument.
   Kernel(const void* function, const std::string& text) : function(function), next(first) {
     const size_t begin = text.rfind("::") + 2;
     name = text.substr(begin, text.rfind(']') - begin);

@@ -1,4 +1,4 @@
-// What each kernel takes of a device; singer_kernels/extension.py asks for it.
+// Resources of each kernel on a device, read by singer_kernels/extension.py.
 #include "cuda/launch.h"
 
 namespace singer::cuda {
@@ -7,14 +7,14 @@ const Kernel* Kernel::first = nullptr;
 
 namespace {
 
-// In the order of singer_kernels.extension.KernelUsage.
+// Fields in the order of singer_kernels.extension.KernelUsage.
 struct Usage {
-  int32_t registers;   // of a thread
-  int32_t local;       // bytes of a thread's own memory: what is spilled, and arrays
-  int32_t shared;      // bytes of a block
-  int32_t blocks;      // that a multiprocessor holds at once
-  int32_t warps;       // of those blocks
-  int32_t most_warps;  // that it holds of any kernel
+  int32_t registers;  // per thread
+  int32_t local;      // bytes per thread: spilled registers and local arrays
+  int32_t shared;     // bytes per block
+  int32_t blocks;     // resident per multiprocessor
+  int32_t warps;      // of those blocks
+  int32_t max_warps;  // that a multiprocessor can hold
 };
 
 const Kernel* kernel_at(int32_t index) {
@@ -24,7 +24,7 @@ const Kernel* kernel_at(int32_t index) {
 }
 
 #ifndef SINGER_EMULATED
-// Makes a device the thread's current one; the one before is so again at the end.
+// Set the thread's current device for this scope.
 class OnDevice {
  public:
   explicit OnDevice(int device) : error(cudaGetDevice(&before_)) {
@@ -45,13 +45,13 @@ cudaError_t read_usage(const void* function, int device, Usage& usage) {
   const OnDevice current(device);
   if (current.error != cudaSuccess) return current.error;
   cudaFuncAttributes attributes;
-  int blocks = 0, most_threads = 0;
+  int blocks = 0, max_threads = 0;
   cudaError_t error = cudaFuncGetAttributes(&attributes, function);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, 0);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most_threads, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+    error = cudaDeviceGetAttribute(&max_threads, cudaDevAttrMaxThreadsPerMultiProcessor, device);
   }
   if (error != cudaSuccess) return error;
   usage = {attributes.numRegs,
@@ -59,7 +59,7 @@ cudaError_t read_usage(const void* function, int device, Usage& usage) {
            static_cast<int32_t>(attributes.sharedSizeBytes),
            blocks,
            blocks * kWarps,
-           most_threads / kLanes};
+           max_threads / kLanes};
   return cudaSuccess;
 }
 #endif
@@ -68,13 +68,13 @@ cudaError_t read_usage(const void* function, int device, Usage& usage) {
 
 #define SINGER_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The kernel's name; null past the last.
+// Return the kernel's name; null past the last.
 SINGER_EXPORT const char* singer_cuda_kernel_name(int32_t index) {
   const Kernel* kernel = kernel_at(index);
   return kernel == nullptr ? nullptr : kernel->name.c_str();
 }
 
-// Writes what a kernel takes on a device, and returns null; or returns why it can't be told.
+// Write a kernel's resources on a device and return null, or return an error message.
 SINGER_EXPORT const char* singer_cuda_kernel_usage(int32_t index, int32_t device, Usage* usage) {
   const Kernel* kernel = kernel_at(index);
   if (kernel == nullptr) return "there is no such kernel";
@@ -83,7 +83,7 @@ SINGER_EXPORT const char* singer_cuda_kernel_usage(int32_t index, int32_t device
 #else
   const cudaError_t error = read_usage(kernel->function, device, *usage);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // the next launch is not to be blamed for it
+  cudaGetLastError();  // clear it: the next launch would report it
   return cudaGetErrorString(error);
 #endif
 }

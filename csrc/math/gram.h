@@ -1,4 +1,4 @@
-// Stage `gram`: cosines, their difference, and the gradient operator
+// Formulas of stage `gram`: row normalisation and the gradient operator
 // X = 4 / (B P^2) [diag(1/n) E diag(1/n) - diag(s / n^2)].
 #pragma once
 
@@ -6,27 +6,28 @@
 
 namespace singer {
 
-// The smallest divisor of a row (that of torch.nn.functional.normalize).
+// Smallest denominator of the row normalisation (that of torch.nn.functional.normalize).
 constexpr double kNormEps = 1e-12;
 
-// 1 / max(n, eps), and 0 where n = 0: the row is 0, and so is its gradient.
+// 1 / max(n, eps); 0 where n = 0, so that a zero row has gradient 0.
 template <typename T>
 SINGER_FN T reciprocal_norm(T norm) {
   const T divisor = norm < T(kNormEps) ? T(kNormEps) : norm;  // NaN stays NaN
   return norm == T(0) ? T(0) : T(1) / divisor;
 }
 
-// s / n^2; a row shorter than eps is divided by a constant and has no such term.
+// s / n^2, the gradient through the norm; 0 where n < eps, as the denominator is constant there.
 template <typename T>
-SINGER_FN T radial_weight(T norm, T slope) {
+SINGER_FN T radial_weight(T norm, T row_dot) {
   const T inverse = reciprocal_norm(norm);
-  return norm < T(kNormEps) ? T(0) : slope * inverse * inverse;
+  return norm < T(kNormEps) ? T(0) : row_dot * inverse * inverse;
 }
 
-// One entry of X C: `turned` is the row of E diag(1/n) C, `scale` 4 / (B P^2).
+// One entry of X C: `product` is that of E diag(1/n) C, `factor` that of C, `inverse` 1/n, `scale`
+// 4 / (B P^2).
 template <typename T>
-SINGER_FN T gram_gradient(T turned, T column, T inverse, T radial, T scale) {
-  return scale * (inverse * turned - radial * column);
+SINGER_FN T gram_gradient(T product, T factor, T inverse, T norm_grad_coef, T scale) {
+  return scale * (inverse * product - norm_grad_coef * factor);
 }
 
 }  // namespace singer

@@ -1,11 +1,11 @@
-// Stage `outlier`: a quantile by bitwise selection, and the coefficient of the gradient.
+// Formulas of stage `outlier`: the quantile by bitwise selection, and the gradient's coefficient.
 #pragma once
 
 #include "math/portable.h"
 
 namespace singer {
 
-// Norms are not negative, so that their bit patterns are ordered as they are, without the sign.
+// Sort key: norms are not negative, so their bit patterns without the sign bit have their order.
 template <typename T>
 struct KeyOf;
 
@@ -24,7 +24,7 @@ struct KeyOf<double> {
 template <typename T>
 using Key = typename KeyOf<T>::type;
 
-// The key of a NaN, and of what is no norm: after every other.
+// Sort key of NaN and padding: larger than any norm's.
 template <typename T>
 SINGER_FN Key<T> last_key() {
   return ~Key<T>(0) >> 1;
@@ -36,7 +36,7 @@ SINGER_FN Key<T> norm_key(T norm) {
 }
 
 // The k-th smallest key (from 0), built from its highest bit: the largest v with at most k keys
-// below v. `count_below(v)` returns how many keys are.
+// below v. `count_below(v)` counts the keys below v.
 template <typename T, typename CountBelow>
 SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
   Key<T> value = 0;
@@ -47,9 +47,9 @@ SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
   return value;
 }
 
-// gamma (P - 1) in whole and rest, rounded as torch.quantile rounds it in that dtype. The product
-// is taken in float64, where it is exact for float32: a compiler may fuse a float32 one with the
-// subtraction and so leave its rounding out.
+// Integer and fractional part of gamma (P - 1), rounded as torch.quantile rounds it in that dtype.
+// The product is computed in float64, exact for float32 operands: a float32 one might be fused with
+// the subtraction, which would skip its rounding.
 template <typename T>
 struct Rank {
   int64_t below;
@@ -63,20 +63,20 @@ struct Rank {
   }
 };
 
-// lerp(low, high, share), from the nearer end.
+// lerp(low, high, share), from the nearer end as torch.lerp does.
 template <typename T>
 SINGER_FN T interpolate(T low, T high, T share) {
   const T gap = high - low;
   return share < T(0.5) ? low + share * gap : high - gap * (T(1) - share);
 }
 
-// Whether n > q; what is not finite lies above any threshold.
+// Return whether n > q; NaN and Inf count as outliers.
 template <typename T>
 SINGER_FN bool is_outlier(T norm, T threshold) {
   return !(norm <= threshold && is_finite(norm));
 }
 
-// c = w (n - q)+ / n, with w = 2 / count times the upstream gradient.
+// c = w (n - q)+ / n, with w = 2 / count times grad_output.
 template <typename T>
 SINGER_FN T outlier_coefficient(T norm, T threshold, T weight) {
   if (norm == T(0) || !is_outlier(norm, threshold)) return T(0);

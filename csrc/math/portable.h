@@ -1,4 +1,4 @@
-// What the formulas need to be compiled for a CPU and for a GPU alike.
+// Helpers with which the formulas compile for both CPU and GPU.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// How the library _ops was built, for Python to report. The build passes it all as macros.
+// The module _build: how the library _ops was built. The build passes all values as macros.
 
 #include <pybind11/pybind11.h>
 

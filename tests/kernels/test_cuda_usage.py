@@ -74,12 +74,12 @@ def test_an_extension_that_is_off_has_no_kernels(monkeypatch, tmp_path):
 def test_the_usages_are_a_table(monkeypatch):
     usages = [
         extension.KernelUsage("refine_kernel<float>", 72, 0, 0, 7, 28, 64),
-        extension.KernelUsage("columns_kernel<double>", 121, 32, 49152, 16, 64, 64),
+        extension.KernelUsage("outlier_kernel<double>", 121, 32, 49152, 16, 64, 64),
     ]
     monkeypatch.setattr(extension, "cuda_usages", lambda device: (usages, ""))
     assert info._kernels(0) == [
         "cuda kernels              registers  local bytes  shared bytes  blocks  occupancy",
-        "  columns_kernel<double>        121           32         49152      16       100%",
+        "  outlier_kernel<double>        121           32         49152      16       100%",
         "  refine_kernel<float>           72            0             0       7        44%",
     ]
 

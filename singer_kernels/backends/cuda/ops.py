@@ -16,22 +16,22 @@ from singer_kernels.backends.operators import (
 
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
-    "Tensor(a!) norms, Tensor(b!) kd_parts, Tensor(c!)? refined, Tensor(d!)? rows, "
+    "Tensor(a!) norms, Tensor(b!) kd_partials, Tensor(c!)? refined, Tensor(d!)? rows, "
     "Tensor(e!)? differences) -> ()",
     "cuda_normalize(Tensor tokens, int num_prefix_tokens, Tensor(a!) norms, Tensor(b!) rows) -> ()",
     "cuda_outlier(Tensor norms, float quantile, Tensor(a!) threshold, Tensor(b!) squares, "
     "Tensor(c!) counts) -> ()",
     "cuda_gram_difference(Tensor cosines, Tensor targets, Tensor(a!)? differences, "
-    "Tensor(b!) squares, Tensor(c!) slopes, Tensor(d!) target_slopes) -> ()",
-    "cuda_gram_scale(Tensor columns, Tensor norms, Tensor(a!) out) -> ()",
-    "cuda_gram_gradient(Tensor turned, Tensor columns, Tensor norms, Tensor slopes, float scale, "
+    "Tensor(b!) squares, Tensor(c!) row_dots, Tensor(d!) target_row_dots) -> ()",
+    "cuda_gram_scale(Tensor factor, Tensor norms, Tensor(a!) out) -> ()",
+    "cuda_gram_gradient(Tensor product, Tensor factor, Tensor norms, Tensor row_dots, float scale, "
     "Tensor(a!) out, int num_prefix_tokens) -> ()",
-    "cuda_backward_columns(Tensor columns, Tensor? gram_columns, Tensor? residual, "
-    "Tensor? through_up, Tensor? norms, Tensor? threshold, Tensor? outlier_weight, Tensor? d_kd, "
-    "Tensor? d_outlier, Tensor? d_info, Tensor(a!)? d_hidden, Tensor(b!)? turned, int tokens, "
+    "cuda_backward_columns(Tensor hz, Tensor? grad_hz, Tensor? residual, "
+    "Tensor? grad_refined_up, Tensor? norms, Tensor? threshold, Tensor? outlier_weight, Tensor? grad_kd, "
+    "Tensor? grad_outlier, Tensor? grad_info, Tensor(a!)? grad_h, Tensor(b!)? v, int tokens, "
     "int width) -> ()",
-    "cuda_backward_tokens(Tensor teacher, Tensor? student, Tensor delta, Tensor? d_refined, "
-    "Tensor? d_kd, Tensor(a!)? d_student, Tensor(b!)? refined, Tensor(c!)? dense, "
+    "cuda_backward_tokens(Tensor teacher, Tensor? student, Tensor delta, Tensor? grad_refined, "
+    "Tensor? grad_kd, Tensor(a!)? grad_student, Tensor(b!)? refined, Tensor(c!)? grad_delta, "
     "int num_prefix_tokens) -> ()",
 )
 
