@@ -234,7 +234,7 @@ void backward_tokens(Tensor teacher, Optional student, Tensor delta, Optional gr
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(singer_kernels, SINGER_KEY, library) {
-  library.impl("cuda_backward_columns", TORCH_BOX(&backward_rows));
+  library.impl("cuda_backward_rows", TORCH_BOX(&backward_rows));
   library.impl("cuda_backward_tokens", TORCH_BOX(&backward_tokens));
 }
 

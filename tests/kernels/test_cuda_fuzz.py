@@ -78,7 +78,7 @@ CONTRACTS = {
         {"product": "BPD", "factor": "BQD", "norms": "BP", "row_dots": "BP", "out": "BPD"},
         ("norms", "row_dots"),
     ),
-    "backward_columns": Contract(
+    "backward_rows": Contract(
         {
             "hz": "BPC",
             "grad_hz": "BPC",
@@ -184,7 +184,7 @@ def faults(kernel, handed):
         found.add(main)
     if not 0 <= handed.get("quantile", 0) <= 1:
         found.add("quantile")
-    if kernel == "backward_columns":
+    if kernel == "backward_rows":
         found |= {"tokens"} if handed["tokens"] < sizes["P"] else set()
         found |= {"width"} if handed["width"] < 1 else set()
     for name, tensor in tensors.items():

@@ -234,7 +234,7 @@ def run_backward(
         if x.grad_refined is not None and needs_down:
             rows = precision.multiply(x.grad_refined.flatten(0, 1), up.mT)
             grad_refined_up = rows.view(images, tokens, rank)[:, prefix:].contiguous()
-        _kernel("backward_columns")(
+        _kernel("backward_rows")(
             x.hz,
             x.grad_hz if x.grad_info is not None else None,
             x.residual if x.grad_kd is not None and needs_down else None,
