@@ -28,8 +28,8 @@ _KERNELS = (
     "Tensor(a!) out, int num_prefix_tokens) -> ()",
     "cuda_backward_rows(Tensor hz, Tensor? grad_hz, Tensor? residual, "
     "Tensor? grad_refined_up, Tensor? norms, Tensor? threshold, Tensor? outlier_weight, "
-    "Tensor? grad_kd, Tensor? grad_outlier, Tensor? grad_info, Tensor(a!)? grad_h, Tensor(b!)? v, int tokens, "
-    "int width) -> ()",
+    "Tensor? grad_kd, Tensor? grad_outlier, Tensor? grad_info, Tensor(a!)? grad_h, "
+    "Tensor(b!)? v, int tokens, int width) -> ()",
     "cuda_backward_tokens(Tensor teacher, Tensor? student, Tensor delta, Tensor? grad_refined, "
     "Tensor? grad_kd, Tensor(a!)? grad_student, Tensor(b!)? refined, Tensor(c!)? grad_delta, "
     "int num_prefix_tokens) -> ()",
