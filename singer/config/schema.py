@@ -133,6 +133,10 @@ class MethodConfig(_Section):
             raise ValueError(f"expected one of {known}{did_you_mean(name, METHODS)}")
         return name
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle finds a class by its module and name; a derived section has no module.
+        return _check_method, (self.model_dump(),)
+
 
 def method_config(name: Any) -> type[MethodConfig]:
     """Return the section of a method, derived from its constructor."""

@@ -1,5 +1,6 @@
 """Reading and checking a run's configuration."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,12 @@ def test_defaults_of_the_built_in_methods(name):
     fields = dict(method_config(name).model_fields)
     assert fields.pop("name").default == name
     assert {key: field.default for key, field in fields.items()} == DEFAULTS[name]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_configuration_can_be_sent_to_another_process(values, name):
+    config = parse_config({**values, "method": {"name": name, "kd_weight": 2.0}})
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 @pytest.mark.parametrize(
