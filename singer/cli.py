@@ -98,14 +98,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     from singer.demo import DemoOptions, run_demo
 
-    options = DemoOptions(
-        steps=arguments.steps,
-        output=arguments.output,
-        seed=arguments.seed,
-        compare=arguments.compare,
-        teacher=arguments.teacher,
-    )
-    run_demo(options, Console())
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    run_demo(DemoOptions(**options), Console())
 
 
 def _missing_requirements() -> list[str]:

@@ -242,7 +242,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         for source, row in evaluate(result, crops).items():
             rows[f"{label} {source}"] = row
         drawn += _write_figures(result, photos)
-    RunDir.reopen(output).write_json("results.json", rows)
+    RunDir(output, reopen=True).write_json("results.json", rows)
     console.print(_table(rows, f"{_EVALUATION_CROPS} crops of {len(photos)} photographs held out"))
     console.print(f"figures and weights: {output}", **_PLAIN)
     for path in drawn:

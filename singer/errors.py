@@ -49,6 +49,16 @@ class StoppedError(Exception):
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def typed_line(error: BaseException) -> str:
+    """Return an error's type and message in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

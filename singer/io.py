@@ -8,6 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from singer.errors import SingerError
+
+
+@contextmanager
+def writing(path: Path, key: str = "output", advice: str = "") -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a ``SingerError`` that names the key and the path.
+
+    Args:
+        path: the file or directory that the block writes.
+        key: of the configuration.
+        advice: appended to the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise SingerError(f"{key}: {path} can't be written: {reason}{advice}") from error
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
-from singer.errors import SingerError, did_you_mean
+from singer.errors import SingerError, did_you_mean, one_line, typed_line
 from singer.methods import METHODS
 from singer.methods.options import derive_options
 
@@ -164,9 +165,9 @@ def _import_plugin(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:  # a module may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"can't be imported: {reason}; a plugin is a module that is installed or on PYTHONPATH"
+            f"can't be imported: {typed_line(error)}; a plugin is a module that is installed or on "
+            f"PYTHONPATH"
         ) from error
     return module
 
@@ -184,10 +185,10 @@ class DataConfig(_Section):
         crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
         epoch_size: samples per epoch; None: one per image. A larger number takes several random
             crops of each image; a smaller one is refused.
-        crop_scale: smallest and largest area of a random crop, as a share of the image.
+        crop_scale: smallest and largest area of a random crop, as a fraction of the image.
         hflip: probability of a horizontal flip.
-        max_unreadable: share of the images that may be unreadable: another one takes the place of
-            such an image, which is named in the log; when there are more, the run stops.
+        max_unreadable: fraction of the images that may be unreadable: such an image is named in the
+            log, and another one takes its place; when there are more, the run stops.
         num_workers: processes that load images; 0: the main one.
     """
 
@@ -225,8 +226,8 @@ class TrainConfig(_Section):
             outlier loss averages over each micro-batch's outliers; they have equally many, unless
             norms tie at the quantile.)
         lr: peak learning rate of AdamW.
-        min_lr: what the cosine schedule falls towards, as a share of ``lr``.
-        warmup: share of the steps in which the learning rate rises linearly from 0.
+        min_lr: what the cosine schedule falls towards, as a fraction of ``lr``.
+        warmup: fraction of the steps in which the learning rate rises linearly from 0.
         weight_decay: AdamW's.
         decay_norm_and_bias: also decay biases, norms, class token and position table, as the
             authors do.
@@ -393,16 +394,15 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise SingerError(f"configuration: {explained}") from error
 
 
-def _read_yaml(path: str | Path) -> DictConfig:
+@contextmanager
+def _naming(what: object) -> Iterator[None]:
+    """Turn an error of a file, YAML or OmegaConf into one line that names a file or override."""
     try:
-        values = OmegaConf.load(path)
+        yield
     except OSError as error:
-        raise SingerError(f"configuration: {path}: {error.strerror or error}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise SingerError(f"configuration: {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, DictConfig):
-        raise SingerError(f"configuration: {path}: expected keys and values at the top level")
-    return values
+        raise SingerError(f"configuration: {what}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise SingerError(f"configuration: {what}: {one_line(error)}") from error
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -422,25 +422,19 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     merged = OmegaConf.create()
     for path in paths:
-        values = _read_yaml(path)
-        try:
+        with _naming(path):
+            values = OmegaConf.load(path)
+            if not isinstance(values, DictConfig):
+                raise TypeError("expected keys and values at the top level")
             merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise SingerError(f"configuration: {path}: {reason}") from error
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise SingerError(f"configuration: got {override!r}, expected key=value")
-        try:
+        with _naming(repr(override)):
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise SingerError(f"configuration: {override!r}: {reason}") from error
-    try:
-        return parse_config(OmegaConf.to_container(merged, resolve=True))
-    except OmegaConfBaseException as error:
-        names = ", ".join(map(str, paths))
-        raise SingerError(f"configuration: {names}: {' '.join(str(error).split())}") from error
+    with _naming(", ".join(map(str, paths))):
+        container = OmegaConf.to_container(merged, resolve=True)
+    return parse_config(container)
 
 
 def to_yaml(config: Config) -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 from torchvision.transforms import v2 as transforms
 
 from singer.config.schema import Config, DataConfig
@@ -32,6 +32,8 @@ _MAX_IMAGES_TRIED = 1000
 """Images tried before the source is reported as unreadable."""
 
 _MAX_NAMES_SHOWN = 5
+
+_KEY = "data.source: "
 
 
 class Batch(NamedTuple):
@@ -133,7 +135,7 @@ class CropDataset(Dataset[Tensor]):
                 image = self.source.read(index)
             except SingerError as error:
                 unreadable.append(self.source.name(index))
-                reason = _without_key(error)
+                reason = str(error).removeprefix(_KEY)
                 continue
             with cpu_seed(self.seed * 0x9E3779B1 + key):
                 return self.transform(image)
@@ -150,16 +152,12 @@ class CropDataset(Dataset[Tensor]):
         yield from draws.tolist()
 
 
-def _without_key(error: SingerError) -> str:
-    return str(error).removeprefix("data.source: ")
-
-
 class EpochBatchSampler(Sampler[list[int]]):
     """Sample ids of each micro-batch of one process, reshuffled every epoch.
 
     The order of an epoch is a function of the seed and the epoch alone. Optimiser step ``i`` of it
     takes the sample ids ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
-    processes there are: each takes an equal, contiguous share, in ``grad_accum_steps`` equal parts,
+    processes there are: each takes an equal, contiguous slice, in ``grad_accum_steps`` equal parts,
     one after the other. What is left at the end of the order and fills no step is not used.
 
     Args:
@@ -235,9 +233,8 @@ class EpochBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample ids of each micro-batch."""
-        return self._draw(
-            self.epoch, self.step
-        )  # a generator would read them at the first batch only
+        # A generator function would read epoch and step at the first batch only.
+        return self._draw(self.epoch, self.step)
 
     def _draw(self, epoch: int, step: int) -> Iterator[list[int]]:
         order = self.order(epoch)
@@ -275,20 +272,12 @@ class BatchLoader(DataLoader[Batch]):
             yield batch
 
 
-def _identity_collate(batch: Batch | SingerError) -> Batch | SingerError:
-    """Return the batch unchanged: the dataset collates."""
-    return batch
-
-
 def _ignore_signals(worker: int) -> None:
-    """Ignore signals that are sent to the whole process group (``worker_init_fn``).
+    """Ignore the signals of Ctrl-C, a scheduler or torchrun (``worker_init_fn``).
 
-    Ctrl-C, a scheduler and torchrun signal the whole process group. The trainer must be able to
-    finish its step and save; it then ends its workers by SIGTERM, which from it is obeyed. Workers
-    whose trainer has gone end by themselves.
-
-    Args:
-        worker: its number; not used.
+    They reach the whole process group. The trainer must be able to finish its step and save; it
+    then ends its workers by SIGTERM, which from it is obeyed. Workers whose trainer has gone end by
+    themselves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
@@ -340,7 +329,7 @@ def check_readable(source: ImageSource, title: str) -> None:
         try:
             source.read(index)
         except SingerError as error:
-            first = first or _without_key(error)
+            first = first or str(error).removeprefix(_KEY)
         else:
             return
     raise SingerError(
@@ -389,7 +378,7 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
             process_index,
             num_processes,
         ),
-        collate_fn=_identity_collate,
+        collate_fn=default_convert,  # the dataset collates
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_signals,
@@ -398,35 +387,24 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
     )
 
 
-def calibration_images(crops: CropDataset, count: int) -> Tensor:
-    """Return the crops of the samples 0 to ``count - 1``, ``[count, 3, H, W]``, uint8.
-
-    They are the same in every process, and do not depend on the batch size.
-
-    Raises:
-        SingerError: neither an image nor one of 20 others can be read.
-    """
-    return crops.batch(range(count)).images
-
-
 class UnreadableLimit:
     """Counts the images of a source that can't be read, each once.
 
     Args:
         total: images in the source.
-        share: how many of them may be unreadable, as a share: ``data.max_unreadable``.
+        max_unreadable: fraction of them that may be unreadable.
         names: of those that are known already.
     """
 
-    def __init__(self, total: int, share: float, names: Iterable[str] = ()) -> None:
+    def __init__(self, total: int, max_unreadable: float, names: Iterable[str] = ()) -> None:
         self.total = total
-        self.share = share
+        self.max_unreadable = max_unreadable
         self._names = set(names)
 
     @property
     def allowed(self) -> int:
-        """How many may be unreadable: the share as it is written in decimals, rounded down."""
-        return math.floor(Fraction(repr(self.share)) * self.total)
+        """How many may be unreadable: the fraction as it is written in decimals, rounded down."""
+        return math.floor(Fraction(repr(self.max_unreadable)) * self.total)
 
     @property
     def names(self) -> list[str]:
@@ -450,6 +428,6 @@ class UnreadableLimit:
         more = ", …" if len(self._names) > _MAX_NAMES_SHOWN else ""
         return SingerError(
             f"data.source: {len(self._names)} of {self.total} images can't be read, and "
-            f"data.max_unreadable={self.share} allows {self.allowed}: {shown}{more}; remove or "
-            f"replace them, or raise data.max_unreadable"
+            f"data.max_unreadable={self.max_unreadable} allows {self.allowed}: {shown}{more}; "
+            f"remove or replace them, or raise data.max_unreadable"
         )

@@ -13,17 +13,17 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.readers import create_reader
 from timm.utils import natural_key
 
 from singer.config.schema import PHOTOS, DataConfig
-from singer.errors import DEMO_EXTRA_HINT, SingerError
+from singer.data.decoding import decoding_errors, read_image
+from singer.errors import DEMO_EXTRA_HINT, SingerError, one_line
 
 _logger = logging.getLogger("singer")
 
@@ -76,49 +76,6 @@ def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
     return paths
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _decoding_errors(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError."""
-    try:
-        yield
-    except SingerError:
-        raise
-    except Exception as error:
-        is_unknown = isinstance(error, UnidentifiedImageError)  # its text has an address in memory
-        reason = "in no known image format" if is_unknown else _reason(error)
-        raise SingerError(
-            f"data.source: {name} can't be read as an image ({reason}); remove or replace it"
-        ) from error
-
-
-def _decode(file: str | BinaryIO, name: str) -> Image.Image:
-    with _decoding_errors(name), Image.open(file) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip at 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise SingerError(
-                f"data.source: {name} holds {image.mode!r} pixels, which have no fixed range; "
-                f"convert it to 8 bits"
-            )
-        return image.convert("RGB")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Decode an image as 8-bit RGB; of 16-bit grey values the upper 8 bits are kept.
-
-    A rotation that the file's EXIF data asks for is not applied.
-
-    Raises:
-        SingerError: the file can't be read as an image, or its values have no fixed range (32-bit
-            integers, floats); the message names it.
-    """
-    return _decode(str(path), str(path))
-
-
 class ImageSource(ABC):
     """A numbered list of images. It can be pickled, for workers that are spawned."""
 
@@ -128,7 +85,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """Decode one image as 8-bit RGB, as :func:`read_image` does.
+        """Decode one image as 8-bit RGB, see :func:`singer.data.decoding.read_image`.
 
         Args:
             index: from 0 to the number of images less one.
@@ -251,7 +208,7 @@ class TarImages(ImageSource):
                     )
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise SingerError(
-                    f"data.source: {tar} can't be read as an uncompressed tar ({_reason(error)})"
+                    f"data.source: {tar} can't be read as an uncompressed tar ({one_line(error)})"
                 ) from error
             names += [name for name, _, _ in found]
             places += [(number, position, size) for _, position, size in found]
@@ -270,9 +227,9 @@ class TarImages(ImageSource):
         """Decode one image, as :func:`read_image` does."""
         tar, position, size = self._places[index].tolist()
         name = self.name(index)
-        with _decoding_errors(name), open(self._tars[tar], "rb") as file:
+        with decoding_errors(name), open(self._tars[tar], "rb") as file:
             file.seek(position)
-            return _decode(io.BytesIO(file.read(size)), name)
+            return read_image(io.BytesIO(file.read(size)), name)
 
     def name(self, index: int) -> str:
         """Return ``tar:member``."""
@@ -300,7 +257,7 @@ class HuggingFaceImages(ImageSource):
         except ImportError as error:
             raise SingerError(
                 f"data.source: {HUGGING_FACE}{dataset} needs the package datasets, which can't be "
-                f"imported ({_reason(error)}); pip install datasets"
+                f"imported ({one_line(error)}); pip install datasets"
             ) from error
         self._title = f"{HUGGING_FACE}{dataset}, split {split}"
         try:
@@ -308,7 +265,7 @@ class HuggingFaceImages(ImageSource):
         except Exception as error:  # of data files, hub and network: datasets has no common one
             raise SingerError(
                 f"data.source: {HUGGING_FACE}{dataset} can't be loaded with data.split={split!r} "
-                f"({_reason(error)})"
+                f"({one_line(error)})"
             ) from error
         if key not in rows.column_names:
             raise SingerError(
@@ -332,12 +289,12 @@ class HuggingFaceImages(ImageSource):
     def read(self, index: int) -> Image.Image:
         """Decode the image of one row, as :func:`read_image` does."""
         name = self.name(index)
-        with _decoding_errors(name):
+        with decoding_errors(name):
             image = self._rows[index][self._key]
             if image is None:
                 raise ValueError("the row holds none")
             encoded = image["bytes"]
-            return _decode(image["path"] if encoded is None else io.BytesIO(encoded), name)
+            return read_image(image["path"] if encoded is None else io.BytesIO(encoded), name)
 
     def name(self, index: int) -> str:
         """Return dataset, split and row."""
@@ -365,7 +322,7 @@ def _open_folder(folder: str) -> ImageSource:
     except ValueError as error:  # timm's order takes superscripts and the like for digits
         raise SingerError(
             f"data.source: {folder!r} has a file name that can't be put in order "
-            f"({_reason(error)}); rename it"
+            f"({one_line(error)}); rename it"
         ) from error
     if images:
         if tars:

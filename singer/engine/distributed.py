@@ -1,4 +1,4 @@
-"""Process groups: start-up, errors shared by all ranks, global means, signals, barriers."""
+"""Process groups: start-up, errors shared by all ranks, signals, barriers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,7 +26,6 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from torch import Tensor
 
 from singer.errors import SharedError, SingerError
 
@@ -226,25 +225,6 @@ def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
     raise TimeoutError(f"rank {rank} of {size}: the other processes did not come")
 
 
-def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
-    """Weight each rank's means so that their average over the ranks is the mean over all entries.
-
-    With c entries on this rank, C on all and W ranks, a mean m becomes m · c · W / C. Averaged over
-    the ranks, as DDP averages gradients, that is the sum over all entries divided by C.
-
-    Args:
-        means: scalars, differentiable.
-        counts: number of entries behind each, scalars; the mean of no entries must be 0.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return list(means)
-    own = torch.stack(list(counts)).to(means[0].dtype)
-    total = own.clone()
-    dist.all_reduce(total)
-    weights = own * dist.get_world_size() / total.clamp_min(1)
-    return [mean * weight for mean, weight in zip(means, weights, strict=True)]
-
-
 class PreemptionHandler:
     """Records SIGTERM and SIGUSR1, which schedulers send before preemption, and Ctrl-C (SIGINT).
 
@@ -273,12 +253,7 @@ class PreemptionHandler:
             print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
         self.signal = self.signal or signal.Signals(number).name
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 

@@ -30,7 +30,7 @@ from singer.engine.distributed import (
     create_run_store,
     launcher_holds_store,
 )
-from singer.errors import EXIT_PEER_LOST, SharedError, StoppedError
+from singer.errors import EXIT_PEER_LOST, SharedError, StoppedError, one_line, typed_line
 
 _logger = logging.getLogger("singer")
 
@@ -136,7 +136,7 @@ class PeerMonitor:
                     self.store.set("failed", message)
                     self._lost(message)
         except RuntimeError as error:  # torch's DistError: the process with the store is gone
-            self._lost(f"{_store_owner(self.size)} is gone ({_one_line(error)})")
+            self._lost(f"{_store_owner(self.size)} is gone ({one_line(error)[:300]})")
 
     def _monitor_store(self) -> None:
         heartbeats, since = 0, time.monotonic()
@@ -162,7 +162,7 @@ class PeerMonitor:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends; they then end, too."""
-        message = f"{self._name} failed: {type(error).__name__}: {_one_line(error)}"
+        message = f"{self._name} failed: {typed_line(error)[:300]}"
         self._close({"failed": message, f"done/{self.rank}": ""})
 
     def close(self) -> None:
@@ -188,10 +188,6 @@ class PeerMonitor:
 
 def _store_owner(size: int) -> str:
     return "the launcher on the first machine" if launcher_holds_store() else f"rank 0 of {size}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _is_failed_collective(error: BaseException) -> bool:

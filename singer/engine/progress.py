@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -94,7 +93,7 @@ class _ImagesPerSecond(ProgressColumn):
         return Text("" if speed is None else f"{speed * self.images_per_step:.1f} img/s")
 
 
-class TrainingProgress:
+class TrainingProgress(Progress):
     """A progress bar: step, losses, images per second, time left.
 
     Args:
@@ -107,7 +106,7 @@ class TrainingProgress:
     def __init__(
         self, console: Console | None, steps: int, images_per_step: int, done: int = 0
     ) -> None:
-        self._progress = Progress(
+        super().__init__(
             TextColumn("step"),
             MofNCompleteColumn(
                 table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
@@ -121,28 +120,16 @@ class TrainingProgress:
             console=console or Console(quiet=True),
             disable=console is None,
         )
-        self._task = self._progress.add_task("train", total=steps, completed=done, losses="")
-
-    def __enter__(self) -> TrainingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+        self._training = self.add_task("train", total=steps, completed=done, losses="")
 
     def step(self) -> None:
         """Advance by one step."""
-        self._progress.advance(self._task)
+        self.advance(self._training)
 
     def losses(self, losses: Mapping[str, float]) -> None:
         """Show the newest losses."""
         text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
-        self._progress.update(self._task, losses=text)
+        self.update(self._training, losses=text)
 
 
 def summary_table(title: str, rows: Mapping[str, str]) -> Table:

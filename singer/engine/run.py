@@ -18,7 +18,7 @@ from torch import Tensor
 
 from singer.config.changes import differences
 from singer.config.schema import Config, load_config
-from singer.data.loader import BatchLoader, calibration_images, create_loader
+from singer.data.loader import BatchLoader, create_loader
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
 from singer.engine.distributed import (
     PreemptionHandler,
@@ -133,7 +133,7 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
         config.teacher.options,
     )
     teacher.model.to(device)
-    images = calibration_images(loader.dataset, CALIBRATION_IMAGES).to(device)
+    images = loader.dataset.batch(range(CALIBRATION_IMAGES)).images.to(device)
     options = config.method.model_dump(exclude={"name"})
     methods = []
     for key, model, _ in config.student_specs():
@@ -152,12 +152,7 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
     return methods
 
 
-def _layers(methods: list[Distiller]) -> list[int]:
-    """Return the indices of the teacher's blocks that any of the methods reads."""
-    return sorted({layer for method in methods for layer in method.teacher_layers})
-
-
-def _cached_tokens(
+def _teacher_tokens(
     config: Config,
     methods: list[Distiller],
     loader: BatchLoader,
@@ -165,9 +160,11 @@ def _cached_tokens(
     accelerator: Accelerator,
     preemption: PreemptionHandler,
 ) -> TeacherTokens:
-    """Fill the configured cache, and return a function that reads the teacher's tokens from it."""
-    teacher, layers, dataset = methods[0].teacher, _layers(methods), loader.dataset
-    device = accelerator.device
+    """Return how to get the teacher's tokens: from the model, or from the cache, filled first."""
+    teacher, dataset, device = methods[0].teacher, loader.dataset, accelerator.device
+    layers = sorted({layer for method in methods for layer in method.teacher_layers})
+    if config.teacher.cache is None:
+        return lambda images, sample_ids: teacher.tokens(images, layers)
 
     def crops(indices: list[int]) -> Tensor:
         if preemption.signal is not None:  # complete shards stay
@@ -215,15 +212,6 @@ def _cached_tokens(
         return BlockTokens(tokens, calls)
 
     return read
-
-
-def _computed_tokens(methods: list[Distiller]) -> TeacherTokens:
-    teacher, layers = methods[0].teacher, _layers(methods)
-
-    def compute(images: Tensor, sample_ids: Tensor) -> BlockTokens:
-        return teacher.tokens(images, layers)
-
-    return compute
 
 
 def source_digest(loader: BatchLoader) -> str:
@@ -340,12 +328,7 @@ def _train(
         if step is not None:
             checkpoint = _read_checkpoint(store, step)
     methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device)
-    if config.teacher.cache is None:
-        tokens = _computed_tokens(methods)
-    else:
-        tokens = _cached_tokens(
-            config, methods, loader, identity["images"], accelerator, preemption
-        )
+    tokens = _teacher_tokens(config, methods, loader, identity["images"], accelerator, preemption)
     set_seed(config.train.seed, device_specific=True)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
     steps = config.train.steps or config.train.epochs * steps_per_epoch

@@ -6,9 +6,7 @@ import errno
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from singer.errors import SingerError
-from singer.io import atomic_write, stale_tmp
+from singer.io import atomic_write, stale_tmp, writing
 
 _logger = logging.getLogger("singer")
 
@@ -49,17 +47,8 @@ def check_new(path: str | Path, advice: str = "") -> Path:
     return path
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into a ``SingerError`` that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise SingerError(f"output: {path} can't be written: {error.strerror or error}") from error
-
-
 class RunDir:
-    """The directory of a run, or of one of its students, newly created.
+    """The directory of a run, or of one of its students.
 
     | file | content |
     |---|---|
@@ -74,33 +63,19 @@ class RunDir:
     | ``checkpoints/`` | checkpoints to resume from, see :mod:`singer.engine.checkpoints` |
 
     Args:
-        path: the directory.
+        path: the directory; created if it does not exist.
+        reopen: it may exist, as that of an interrupted run does.
 
     Raises:
         SingerError: it exists already, or can't be created.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = check_new(path)
-        self._create()
-
-    def _create(self) -> None:
+    def __init__(self, path: str | Path, *, reopen: bool = False) -> None:
+        self.path = Path(path) if reopen else check_new(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-
-    @classmethod
-    def reopen(cls, path: str | Path) -> RunDir:
-        """Open the directory of an interrupted run; create it if it does not exist.
-
-        Raises:
-            SingerError: it can't be created or written.
-        """
-        run_dir = cls.__new__(cls)
-        run_dir.path = Path(path)
-        run_dir._create()
-        for tmp_path in stale_tmp(run_dir.path):
+        for tmp_path in stale_tmp(self.path):
             tmp_path.unlink()
-        return run_dir
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically, in UTF-8, and return its path."""
@@ -167,13 +142,3 @@ class RunDir:
             return []
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
-
-    def remove(self) -> None:
-        """Remove the directory and everything in it."""
-        shutil.rmtree(self.path)
-
-    def figure_path(self, name: str) -> Path:
-        """Return the path of the figure ``name``, and create its directory."""
-        directory = self.path / "figures"
-        directory.mkdir(exist_ok=True)
-        return directory / f"{name}.png"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from singer.errors import SingerError
+from singer.errors import SingerError, one_line
 
 
 def _positions(optimizer: Optimizer, model: nn.Module) -> dict[str, int]:
@@ -75,26 +75,20 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise SingerError(f"checkpoint: {what} is of another model: {reason[:300]}") from error
+        reason = one_line(error)[:300]
+        raise SingerError(f"checkpoint: {what} is of another model: {reason}") from error
 
 
 def _device_generators(device: torch.device) -> Any:
     return None if device.type == "cpu" else getattr(torch, device.type)
 
 
-def _to_int64(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _bits(value: float | None) -> int:
+    return int(np.float64(value or 0.0).view(np.int64))
 
 
-def _float_bits(value: float | None) -> list[int]:
-    """Return whether the value is not None, and its float64 bits."""
-    number = 0.0 if value is None else value
-    return [int(value is not None), int(np.float64(number).view(np.int64))]
-
-
-def _float_of(present: int, bits: int) -> float | None:
-    return float(np.int64(bits).view(np.float64)) if present else None
+def _float(bits: int) -> float:
+    return float(np.int64(bits).view(np.float64))
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -109,8 +103,8 @@ def random_state(device: torch.device) -> Tensor:
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     parts = [
-        _to_int64([version, *words, *_float_bits(gauss)]),
-        _to_int64([*keys.tolist(), position, *_float_bits(cached if has_gauss else None)]),
+        torch.tensor([version, *words, gauss is not None, _bits(gauss)], dtype=torch.int64),
+        torch.tensor([*keys, position, has_gauss, _bits(cached)], dtype=torch.int64),
         torch.get_rng_state(),
     ]
     generators = _device_generators(device)
@@ -137,12 +131,10 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     python, numpy, cpu, own = state.split([*lengths, state.numel() - sum(lengths)])
     # Slices may start anywhere; a view as int64 wants a start that is a multiple of 8.
     version, *inner, present, bits = python.clone().view(torch.int64).tolist()
-    random.setstate((version, tuple(inner), _float_of(present, bits)))
+    random.setstate((version, tuple(inner), _float(bits) if present else None))
     *inner, position, present, bits = numpy.clone().view(torch.int64).tolist()
-    cached = _float_of(present, bits)
-    np.random.set_state(
-        ("MT19937", np.array(inner, dtype=np.uint32), position, present, cached or 0.0)
-    )
+    keys = np.array(inner, dtype=np.uint32)
+    np.random.set_state(("MT19937", keys, position, present, _float(bits)))
     torch.set_rng_state(cpu.clone())
     generators = _device_generators(device)
     if generators is not None:

@@ -171,7 +171,7 @@ class StudentTrainer:
             trackers: get the records too, under the student's name if there are several.
         """
         self._trackers = trackers
-        self.run_dir = RunDir.reopen(self.path)
+        self.run_dir = RunDir(self.path, reopen=True)
         self.run_dir.truncate_metrics(done)
         for name, report in self.method.reports().items():
             self.run_dir.write_json(f"{name}.json", report)
@@ -340,8 +340,5 @@ class StudentTrainer:
 
     def plot(self) -> None:
         """Plot the losses. Main rank only."""
-        if self.run_dir is None:
-            return
-        records = self.run_dir.read_metrics()
-        if records:
-            figures.plot_losses(records, self.run_dir.figure_path("losses"))
+        if self.run_dir is not None and (records := self.run_dir.read_metrics()):
+            figures.plot_losses(records, self.path / "figures" / "losses.png")

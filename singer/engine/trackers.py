@@ -9,8 +9,9 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from singer.engine.run_dir import TENSORBOARD, writing
-from singer.errors import SingerError, did_you_mean
+from singer.engine.run_dir import TENSORBOARD
+from singer.errors import SingerError, did_you_mean, typed_line
+from singer.io import writing
 
 _logger = logging.getLogger("singer")
 
@@ -80,8 +81,9 @@ class Trackers:
             tracker.start()
             tracker.store_init_configuration(dict(config))
         except Exception as error:  # each package raises errors of its own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SingerError(f"train.trackers: {name!r} can't be started: {reason}") from error
+            raise SingerError(
+                f"train.trackers: {name!r} can't be started: {typed_line(error)}"
+            ) from error
         return tracker
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

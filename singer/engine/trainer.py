@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ TeacherTokens = Callable[[Tensor, Tensor], BlockTokens]
 """Images ``[b, 3, H, W]`` on the device and their sample IDs ``[b]`` to the teacher's tokens."""
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains one or several students on one forward pass of the teacher per batch.
 
@@ -55,40 +58,28 @@ class Trainer:
         reopen: the output directory may exist already.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        students: list[StudentTrainer],
-        teacher_tokens: TeacherTokens,
-        loader: BatchLoader,
-        store: CheckpointStore,
-        preemption: PreemptionHandler,
-        console: Console,
-        *,
-        steps: int,
-        identity: dict[str, Any],
-        resumed: Checkpoint | None = None,
-        reopen: bool = False,
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.students = students
-        self.teacher_tokens = teacher_tokens
-        self.loader = loader
-        self.store = store
-        self.preemption = preemption
-        self.console = console
-        self.steps = steps
-        self.identity = identity
-        self.reopen = reopen
+    config: Config
+    accelerator: Accelerator
+    students: list[StudentTrainer]
+    teacher_tokens: TeacherTokens
+    loader: BatchLoader
+    store: CheckpointStore
+    preemption: PreemptionHandler
+    console: Console
+    steps: int
+    identity: dict[str, Any]
+    resumed: InitVar[Checkpoint | None] = None
+    reopen: bool = False
+
+    def __post_init__(self, resumed: Checkpoint | None) -> None:
         self.completed_steps = 0
         self.saved_step: int | None = None
         self._is_mid_step = False
         self._created_dir = False
         self._trackers: Trackers | None = None  # of the main rank
-        self._throughput = Throughput(config.train.batch_size, accelerator.device)
-        self.unreadable = UnreadableLimit(len(loader.dataset.source), config.data.max_unreadable)
+        self._throughput = Throughput(self.config.train.batch_size, self.accelerator.device)
+        num_images = len(self.loader.dataset.source)
+        self.unreadable = UnreadableLimit(num_images, self.config.data.max_unreadable)
         self._new_unreadable: list[str] = []
         if resumed is not None:
             self._resume(resumed)
@@ -135,7 +126,7 @@ class Trainer:
     def _open(self) -> None:
         output = Path(self.config.output)
         self._created_dir = not output.exists()
-        run_dir = RunDir.reopen(output) if self.reopen else RunDir(output)
+        run_dir = RunDir(output, reopen=self.reopen)
         register_output(self.config.output)
         try:
             run_dir.write_text(CONFIG, to_yaml(self.config))
@@ -147,7 +138,7 @@ class Trainer:
         except SingerError:
             self._close()
             if self._created_dir:
-                run_dir.remove()
+                shutil.rmtree(output)
             raise
 
     @run_on_main
@@ -190,7 +181,10 @@ class Trainer:
                 is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
                 if is_save or step % train.log_every == 0 or self._must_stop_now():
                     self._log_losses(progress)
-                    self._report_unreadable()
+                    if self._log_unreadable() and self.unreadable.exceeded:
+                        if self.saved_step != self.completed_steps:
+                            self._save()
+                        raise SharedError(str(self.unreadable.error()))
                     if is_save:
                         self._save()
                     self._stop_if_requested()
@@ -233,25 +227,15 @@ class Trainer:
             self._trackers.add(self.completed_steps, self._throughput.read(self.completed_steps))
             self._trackers.write()
 
-    def _take_unreadable(self) -> list[str]:
+    def _log_unreadable(self) -> bool:
+        """Log newly found unreadable images of all ranks; return whether there were any."""
         own, self._new_unreadable = self._new_unreadable, []
-        return own
-
-    def _name_unreadable(self, names: list[str]) -> None:
-        for name in self.unreadable.add(names):
+        if not self._on_any_rank(bool(own)):
+            return False
+        for name in self.unreadable.add(gather_object(own)):
             if self.accelerator.is_main_process:
                 _logger.warning("%s can't be read; another image takes its place", name)
-
-    def _report_unreadable(self) -> None:
-        """Log newly found unreadable images of all ranks; end the run if there are too many."""
-        own = self._take_unreadable()
-        if not self._on_any_rank(bool(own)):
-            return
-        self._name_unreadable(gather_object(own))
-        if self.unreadable.exceeded:
-            if self.saved_step != self.completed_steps:
-                self._save()
-            raise SharedError(str(self.unreadable.error()))
+        return True
 
     def _on_any_rank(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank."""
@@ -274,10 +258,10 @@ class Trainer:
             return  # the others may be at another step
         if self.completed_steps == 0:
             if self._created_dir:
-                RunDir.reopen(self.config.output).remove()
+                shutil.rmtree(self.config.output)
             return
         self._log_losses()
-        self._name_unreadable(self._take_unreadable())
+        self._log_unreadable()
         # In the middle of a step, weights or random generators may have advanced.
         if self.saved_step != self.completed_steps and not self._is_mid_step:
             self._save()
@@ -286,17 +270,13 @@ class Trainer:
         """Write a checkpoint and the weights; every rank calls it after the same step."""
         for student in self.students:
             student.check_finite(self.completed_steps)
-        states = self._random_states()
-        self._write_checkpoint(states)
+        device = self.accelerator.device
+        states = self.accelerator.gather(random_state(device).to(device)[None])  # [ranks, bytes]
+        self._write_checkpoint({f"rank{rank}": own for rank, own in enumerate(states.cpu())})
         self._export()
         for student in self.students:
             student.saved_step = self.completed_steps
         self.saved_step = self.completed_steps
-
-    def _random_states(self) -> dict[str, Tensor]:
-        own = random_state(self.accelerator.device).to(self.accelerator.device)
-        states = self.accelerator.gather(own[None])  # [processes, bytes]
-        return {f"rank{rank}": state for rank, state in enumerate(states.cpu())}
 
     @run_on_main
     def _write_checkpoint(self, random_states: dict[str, Tensor]) -> None:

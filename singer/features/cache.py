@@ -167,7 +167,6 @@ class _Layout:
         shard: int,
         compute: Callable[[list[int]], Mapping[int, Tensor]],
         batch_size: int,
-        progress: Callable[[int], None] | None,
     ) -> None:
         """Compute a shard, and put it in its place once it is complete."""
         images = self.images(shard)
@@ -175,8 +174,6 @@ class _Layout:
             for first in range(0, len(images), batch_size):
                 batch = list(images[first : first + batch_size])
                 writer.append(_to_disk(compute(batch), batch))
-                if progress is not None:
-                    progress(len(batch))
 
 
 @contextmanager
@@ -234,7 +231,6 @@ class TokenCache:
         process_index: int = 0,
         num_processes: int = 1,
         wait: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] | None = None,
     ) -> TokenCache:
         """Open a cache, after computing what is missing in it.
 
@@ -254,7 +250,6 @@ class TokenCache:
             num_processes: how many there are.
             wait: returns when every process has called it (a barrier). It is called twice,
                 whether or not anything is missing.
-            progress: called with the number of images that this process has just computed.
 
         Returns:
             The complete cache.
@@ -269,14 +264,9 @@ class TokenCache:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        fingerprint = {
-            **fingerprint,
-            "num_images": num_images,
-            "images_per_shard": IMAGES_PER_SHARD,
-        }
-        fingerprint = json.loads(
-            json.dumps(fingerprint, allow_nan=False)
-        )  # as it will be read back
+        sizes = {"num_images": num_images, "images_per_shard": IMAGES_PER_SHARD}
+        # As it will be read back.
+        fingerprint = json.loads(json.dumps({**fingerprint, **sizes}, allow_nan=False))
         layout = _Layout(Path(folder).absolute(), fingerprint, num_images, IMAGES_PER_SHARD)
         with writing(layout.folder):
             layout.folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +275,7 @@ class TokenCache:
             wait()
             for shard in layout.missing():
                 if shard % num_processes == process_index:
-                    layout.build(shard, compute, batch_size, progress)
+                    layout.build(shard, compute, batch_size)
             wait()
             if missing := layout.missing():
                 raise SingerError(

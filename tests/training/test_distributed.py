@@ -17,12 +17,12 @@ from singer.engine.distributed import (
     UnboundedBarrier,
     agree_on_group,
     create_accelerator,
-    global_means,
     run_on_all_ranks,
     run_on_main,
 )
 from singer.errors import SingerError
 from singer.methods import SiNGER
+from singer.methods.base import global_means
 
 
 def test_accumulation_by_accelerates_launcher_is_refused(monkeypatch):

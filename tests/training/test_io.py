@@ -2,9 +2,8 @@
 
 import pytest
 
-from singer.engine.run_dir import writing
 from singer.errors import SingerError
-from singer.io import atomic_write, stale_tmp
+from singer.io import atomic_write, stale_tmp, writing
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):

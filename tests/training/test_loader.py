@@ -18,7 +18,6 @@ from singer.data.loader import (
     CropDataset,
     EpochBatchSampler,
     UnreadableLimit,
-    calibration_images,
     check_batch,
     create_loader,
 )
@@ -301,10 +300,10 @@ def test_batch_larger_than_an_epoch_is_refused(make_config):
         create_loader(make_config(train={"batch_size": 13}))
 
 
-def test_calibration_images_are_the_first_tickets(image_folder):
+def test_a_batch_may_reach_into_the_next_epoch(image_folder):
     crops = _crops(image_folder)
-    _assert_equal(calibration_images(crops, 2), torch.stack([crops[0], crops[1]]))
-    assert calibration_images(crops, 14).shape == (14, 3, 32, 32)
+    images = crops.batch(range(14)).images
+    _assert_equal(images, torch.stack([crops[sample_id] for sample_id in range(14)]))
 
 
 # Unreadable images

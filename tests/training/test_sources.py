@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from singer.config.schema import PHOTOS, DataConfig
+from singer.data.decoding import read_image
 from singer.data.sources import (
     HELD_OUT_PHOTOS,
     TRAIN_PHOTOS,
@@ -20,7 +21,6 @@ from singer.data.sources import (
     TarImages,
     open_source,
     photo_paths,
-    read_image,
 )
 from singer.errors import SingerError
 
