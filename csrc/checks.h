@@ -1,4 +1,4 @@
-// Checks of what the operators are handed: every error names the argument.
+// Tensor helpers and argument checks of the operators; every error names the argument.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -40,7 +40,7 @@ inline bool is_supported(ScalarType dtype) {
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// By torch's own code: ScalarType is not convertible from every dtype.
+// From torch's dtype code: scalar_type() raises for dtypes that ScalarType lacks.
 inline bool has_supported_dtype(const Tensor& tensor) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
@@ -48,14 +48,14 @@ inline bool has_supported_dtype(const Tensor& tensor) {
          dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16();
 }
 
-// Where a schema says Tensor, torch lets None pass.
-inline void check_given(const char* name, const Tensor& tensor) {
+// torch accepts None for an argument of type Tensor.
+inline void check_defined(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.defined(), name, ": got None, expected a tensor");
 }
 
-// A dense floating tensor, each number on a border of its size, as the kernels read it.
+// Dense floating tensor whose pointer is aligned to its element size.
 inline void check_floating(const char* name, const Tensor& tensor) {
-  check_given(name, tensor);
+  check_defined(name, tensor);
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor");
@@ -66,7 +66,7 @@ inline void check_floating(const char* name, const Tensor& tensor) {
                   ", expected a multiple of ", tensor.element_size());
 }
 
-// Such a tensor on the device of `like` with that many dimensions.
+// Likewise, with that many dimensions, on the device of `like`.
 inline void check_tensor(const char* name, const Tensor& tensor, int64_t dims, const Tensor& like) {
   check_floating(name, tensor);
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": got ", tensor.dim(), " dimensions, expected ",
@@ -84,19 +84,15 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
                   shape_text(shape));
 }
 
-// What one kernel leaves for another: contiguous, and in one dtype.
-inline void check_kept(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
-                       ScalarType dtype, const Tensor& like) {
-  check_shape(name, tensor, shape, like);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected the accumulation dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
-inline void check_kept(const char* name, const std::optional<Tensor>& tensor,
-                       const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like,
-                       bool is_needed) {
-  STD_TORCH_CHECK(!is_needed || tensor.has_value(), name, ": got None, expected a tensor");
-  if (tensor.has_value()) check_kept(name, *tensor, shape, dtype, like);
+// Contiguous tensor of that shape and, if given, the accumulation dtype `acc`; or none.
+inline void check_dense(const char* name, const std::optional<Tensor>& tensor,
+                        const std::vector<int64_t>& shape, const Tensor& like,
+                        std::optional<ScalarType> acc = std::nullopt) {
+  if (!tensor.has_value()) return;
+  check_shape(name, *tensor, shape, like);
+  STD_TORCH_CHECK(tensor->is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(!acc.has_value() || tensor->scalar_type() == *acc, name,
+                  ": expected the accumulation dtype");
 }
 
 inline void check_acc(const char* name, ScalarType acc) {
@@ -104,7 +100,7 @@ inline void check_acc(const char* name, ScalarType acc) {
                   ": expected float32 or float64");
 }
 
-// The accumulation dtype, which that tensor has.
+// Return the tensor's dtype, which must be an accumulation dtype.
 inline ScalarType acc_of(const char* name, const Tensor& tensor) {
   check_floating(name, tensor);
   check_acc(name, tensor.scalar_type());
@@ -116,7 +112,7 @@ inline void check_product(const char* name, ScalarType product) {
                   ": expected float64, float32, bfloat16 or float16");
 }
 
-// [B, T, D] without a size 0, and at least one patch.
+// [B, T, D], not empty, with at least one patch.
 inline void check_tokens(const char* name, const Tensor& tokens, int64_t prefix) {
   check_tensor(name, tokens, 3, tokens);
   STD_TORCH_CHECK(tokens.numel() > 0, name, ": got the empty shape ",
@@ -129,6 +125,16 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
                          ScalarType dtype) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+}
+
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 }  // namespace singer

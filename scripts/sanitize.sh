@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the CPU operators, and the CUDA kernels as plain C++, with AddressSanitizer and
-# UndefinedBehaviorSanitizer, and runs their fuzz cases; those of the CPU in every vector width that
-# this processor has. Needs g++ and the packages of ".[test]" in the environment of `python`.
+# Build the CPU operators, and the CUDA kernels as plain C++, with AddressSanitizer and
+# UndefinedBehaviorSanitizer, and run their fuzz tests; those of the CPU with every instruction set
+# that this processor has. Needs g++ and the packages of ".[test]" in the environment of `python`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
@@ -20,24 +20,24 @@ report="
 from singer_kernels import extension
 reason = extension.load()
 assert reason is None, reason
-print(extension.vectors())"
+print(extension.cpu_capability())"
 
-sanitized() { # Python and torch free not everything they hold: leaks are not looked for
+sanitized() { # without leak detection: Python and torch do not free everything at exit
   ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$scratch \
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" "$@"
 }
 
 fuzz() { sanitized python -m pytest -q -m "" -p no:cacheprovider "$@"; }
 
-for vectors in baseline avx2 avx512; do
-  export SINGER_CPU_VECTORS=$vectors
-  echo "== $vectors"
-  if [ "$(sanitized python -c "$report")" != "$vectors" ]; then
-    echo "left out: the processor has none"
+for capability in baseline avx2 avx512; do
+  export SINGER_CPU_CAPABILITY=$capability
+  echo "== $capability"
+  if [ "$(sanitized python -c "$report")" != "$capability" ]; then
+    echo "skipped: this processor does not have it"
     continue
   fi
   fuzz tests/kernels/test_cpu_operators.py -k "raise or bit or group"
 done
-unset SINGER_CPU_VECTORS
+unset SINGER_CPU_CAPABILITY
 echo "== CUDA kernels"
 fuzz tests/kernels/test_cuda_fuzz.py -k "raise"

@@ -15,8 +15,8 @@ import torch
 LIBRARY = Path(__file__).parent / "_ops.so"
 RECORD = Path(__file__).parent / "_install.json"
 
-VECTORS_VARIABLE = "SINGER_CPU_VECTORS"
-VECTORS = ("baseline", "avx2", "avx512")
+CAPABILITY_VARIABLE = "SINGER_CPU_CAPABILITY"
+CAPABILITIES = ("baseline", "avx2", "avx512")
 
 
 class KernelUsage(NamedTuple):
@@ -65,10 +65,10 @@ def _why_missing() -> str:
 def _load() -> str | None:
     if not LIBRARY.is_file():
         return _why_missing()
-    wanted = os.environ.get(VECTORS_VARIABLE)
-    if wanted and wanted not in VECTORS:
-        expected = ", ".join(VECTORS)
-        return f"not loaded: {VECTORS_VARIABLE}: got {wanted!r}, expected one of {expected}"
+    requested = os.environ.get(CAPABILITY_VARIABLE)
+    if requested and requested not in CAPABILITIES:
+        expected = ", ".join(CAPABILITIES)
+        return f"not loaded: {CAPABILITY_VARIABLE}: got {requested!r}, expected one of {expected}"
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call,unused-ignore]
     except Exception as error:
@@ -102,18 +102,18 @@ def build_report() -> dict[str, str | None] | None:
         return None
 
 
-def vectors() -> str | None:
-    """Return the vectors that the CPU kernels use here: the widest that the processor has.
+def cpu_capability() -> str | None:
+    """Return the instruction set of the CPU kernels: the widest that the processor has.
 
-    ``SINGER_CPU_VECTORS`` set to a narrower one, before Python starts, takes that instead.
+    ``SINGER_CPU_CAPABILITY``, set to a narrower one before Python starts, selects that instead.
 
     Returns:
-        ``avx512``, ``avx2`` or ``baseline`` (those of every processor of the kind); None where the
-        extension can't be loaded.
+        ``avx512``, ``avx2`` or ``baseline`` (what every processor of the architecture has); None if
+        the extension can't be loaded.
     """
     if load() is not None:
         return None
-    name = ctypes.CDLL(str(LIBRARY)).singer_cpu_vectors
+    name = ctypes.CDLL(str(LIBRARY)).singer_cpu_capability
     name.restype = ctypes.c_char_p
     return str(name().decode())
 

@@ -33,7 +33,7 @@ def _device_name(device: torch.device) -> str:
 def _extension() -> list[str]:
     reason = extension.load()
     entries: dict[str, str | None] = {**extension.install_record()}
-    entries |= {"vectors": extension.vectors()} if reason is None else {}
+    entries |= {"cpu_capability": extension.cpu_capability()} if reason is None else {}
     entries |= extension.build_report() or {}
     lines = [f"extension       {'loaded' if reason is None else f'off: {reason}'}"]
     return lines + [f"  {name:<18}  {value or '-'}" for name, value in entries.items()]

@@ -104,8 +104,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         setting["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
         setting["tf32"] = torch.backends.cuda.matmul.allow_tf32
     else:
-        setting["vectors"] = {
+        setting["cpu_capability"] = {
             "torch": torch.backends.cpu.get_cpu_capability(),
-            "extension": extension.vectors(),
+            "extension": extension.cpu_capability(),
         }
     return setting

@@ -50,7 +50,7 @@ def setting_line(run: RunResults) -> str:
     )
     where = setting["device"]
     if setting["type"] == "cpu":
-        isa = setting["vectors"]["extension"] or "no"
+        isa = setting["cpu_capability"]["extension"] or "no"
         where += f", {setting['threads']} threads, {isa} kernels"
     if (busy := setting["busy_processors"]) is not None and busy > BUSY:
         where += f" (other processes kept {busy:.1f} processors busy)"

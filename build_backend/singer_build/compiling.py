@@ -1,8 +1,7 @@
-"""Compiles ``_ops`` and ``_build``. The compilers are called directly, without importing torch.
+"""Compile ``_ops`` and ``_build`` by calling the compilers directly, without importing torch.
 
-``torch.utils.cpp_extension`` adds options and libraries of its own; ``_ops`` links with none but
-those that every torch has, ``libtorch_cpu`` and ``libtorch``, by their stable ABI, so that one file
-serves every torch from 2.10 on.
+``_ops`` uses torch's stable ABI and links only ``libtorch_cpu`` and ``libtorch``, so one file works
+with every torch from 2.10 on. ``torch.utils.cpp_extension`` would add other options and libraries.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ STANDARD = "c++17"
 TARGET_ABI = "0x020a000000000000"  # torch 2.10
 CXX_FLAGS = ("-O3", "-fno-math-errno", "-fopenmp-simd", "-fvisibility=hidden", "-fPIC")
 COMMON_FLAGS = (f"-std={STANDARD}", f"-DTORCH_TARGET_VERSION={TARGET_ABI}")
-ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0")  # those that nvcc knows; the last also as PTX
-LIBRARY = "_ops.so"  # loaded by torch, not imported: no suffix of Python's ABI
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0")  # the default; the last also as PTX
+LIBRARY = "_ops.so"  # without Python's ABI suffix: loaded by torch, not imported
 
 
 class CompileError(Exception):
-    """A compiler failed; the message is its last line that names an error."""
+    """A compiler failed; the message is the last error line of its output."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """The built files, and one line on what else failed (empty if nothing did)."""
+    """The built files, and one line why a file is missing (empty if none is)."""
 
     files: tuple[Path, ...]
     reason: str = ""
@@ -44,9 +43,9 @@ class Built:
 
 def _last_error(output: str) -> str:
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"\b(error|undefined|cannot find)\b", line)]
-    telling = [line for line in telling if not line.startswith("collect2")] or lines
-    return telling[-1] if telling else "the compiler failed and said nothing"
+    errors = [line for line in lines if re.search(r"\b(error|undefined|cannot find)\b", line)]
+    errors = [line for line in errors if not line.startswith("collect2")] or lines
+    return errors[-1] if errors else "the compiler failed without output"
 
 
 def _run(command: list[str], root: Path) -> None:
@@ -80,14 +79,15 @@ def _run_all(commands: list[list[str]], root: Path) -> None:
 
 
 def gencode(requested: str, known: Iterable[str]) -> list[str]:
-    """Return nvcc's options for the architectures to compile for.
+    """Return nvcc's ``-gencode`` options.
 
     Args:
-        requested: the value of TORCH_CUDA_ARCH_LIST, such as ``8.0;9.0+PTX``; empty: the default.
-        known: what nvcc can compile for, such as ``90``, of which the default takes its part.
+        requested: the value of TORCH_CUDA_ARCH_LIST, such as ``8.0;9.0+PTX``; empty: those of
+            ``ARCHITECTURES`` that nvcc supports.
+        known: architectures that nvcc supports, such as ``90``.
 
     Raises:
-        CompileError: an entry is no architecture, or nvcc knows none of the default's.
+        CompileError: an entry is not an architecture, or nvcc supports none of the default.
     """
     entries = re.split(r"[;,\s]+", requested.strip("; ,\t"))
     if not requested:
@@ -110,7 +110,7 @@ def gencode(requested: str, known: Iterable[str]) -> list[str]:
 
 
 def build_hash(root: Path, flags: Iterable[str]) -> str:
-    """Return the SHA-256 over everything in ``csrc`` (names and bytes, sorted) and the flags."""
+    """Return the SHA-256 of all sources in ``csrc`` (names and bytes, sorted) and the flags."""
     digest = hashlib.sha256()
     for path in sorted((root / "csrc").rglob("*")):
         if path.suffix in {".cpp", ".h", ".cu", ".cuh"}:
@@ -162,7 +162,7 @@ class _Builder:
         ]
 
     def linker(self) -> list[str]:
-        """Return the command that links a shared library, which refuses what it can't resolve."""
+        """Return the command that links a shared library and fails on undefined symbols."""
         if self.toolchain.platform == "darwin":
             return [*self.compiler, "-shared", "-undefined", "dynamic_lookup"]
         if self.cuda:
@@ -192,8 +192,8 @@ class _Builder:
         library = self.temp / LIBRARY
         libraries = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
         if self.cuda:
-            # Nothing is taken from libtorch itself, but where torch has CUDA it brings that part,
-            # with the weak symbol that csrc/cuda/launch.h declares.
+            # libtorch has no symbols of its own, but loads torch's CUDA library, which defines the
+            # weak symbol in csrc/cuda/launch.h.
             libraries += ["-Xlinker", "--no-as-needed", "-ltorch"]
         _run([*self.linker(), *objects, "-o", str(library), *libraries], self.root)
         return library
@@ -202,7 +202,7 @@ class _Builder:
         return sources(self.root, ".cu") if self.cuda else []
 
     def build_info(self) -> Path:
-        """Build ``_build``, which reports how the library was built."""
+        """Compile ``_build``, the module that reports how the library was built."""
         flags = [*self.cxx_flags(), *(["nvcc:", *self.nvcc_flags()] if self.cuda else [])]
         codes = re.findall(r",code=(\w+)", " ".join(flags))
         macros = [
@@ -237,8 +237,8 @@ def build(root: Path, temp: Path, toolchain: Toolchain, kind: Kind) -> Built:
         kind: ``cpu`` or ``cuda``.
 
     Returns:
-        ``_ops.so`` and the module ``_build``; if the module alone fails (where Python's headers are
-        missing, say), the library without it, and why.
+        ``_ops.so`` and the module ``_build``; if only the module fails (for example without
+        Python's headers), the library alone, and the reason.
 
     Raises:
         CompileError: the library can't be built.

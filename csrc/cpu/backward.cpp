@@ -1,6 +1,7 @@
-// Stage `backward`: dS, and the sums over patches dWd = F^T dH, dWu = V^T F^ + H^T (Y - dS). First
-// dH and V, by rows; then all of width D, where a thread takes some columns of all patches, so that
-// nothing of that width is kept and sums have one order.
+// Stage `backward`: dS, and the sums over patches dWd = F^T dH and dWu = V^T F^ + H^T (Y - dS).
+//
+// First dH and V, by blocks of rows; then the rest, by slices of the width D. A thread takes a
+// slice of all patches: nothing of width D is stored, and the order of summation is fixed.
 #include "math/backward.h"
 
 #include "cpu/stages.h"
@@ -10,21 +11,21 @@ namespace singer::cpu {
 
 namespace {
 
-// Patches whose columns a thread works on at once.
-constexpr int64_t kPatchesAtOnce = 96;
+// Patches per step of a slice: with a slice's width, they stay in the cache.
+constexpr int64_t kSliceRows = 96;
 
-// Blocks of columns that a thread takes at once, at most: more make longer pieces of rows.
-constexpr int64_t kMostBlocks = 4;
+// Largest width of a slice, in panels: wider slices read longer pieces of rows.
+constexpr int64_t kMaxPanels = 4;
 
-// As many as let all threads end at about the same time.
-int64_t blocks_at_once(int64_t blocks) {
+// Return the widest slice, in panels, with which all threads end at about the same time.
+int64_t panels_per_slice(int64_t panels) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  int64_t best = 1, least = blocks + 1;
-  for (int64_t width = 1; width <= kMostBlocks; ++width) {
-    const int64_t longest = parts_of(parts_of(blocks, width), threads) * width;
-    if (longest <= least) {
+  int64_t best = 1, shortest = panels + 1;
+  for (int64_t width = 1; width <= kMaxPanels; ++width) {
+    const int64_t longest = ceil_div(ceil_div(panels, width), threads) * width;
+    if (longest <= shortest) {
       best = width;
-      least = longest;
+      shortest = longest;
     }
   }
   return best;
@@ -33,277 +34,292 @@ int64_t blocks_at_once(int64_t blocks) {
 template <typename T>
 class Backward {
  public:
-  explicit Backward(const BackwardCall<T>& call)
-      : call_(call),
-        sizes_(call.sizes),
+  explicit Backward(const BackwardParams<T>& params)
+      : params_(params),
+        sizes_(params.sizes),
         patches_(sizes_.images * sizes_.patches()),
-        has_kd_(call.d_kd != nullptr),
-        has_back_(call.d_refined.has_value()),
-        has_turned_(call.d_outlier != nullptr || call.d_info != nullptr),
-        needs_down_(call.d_down.has_value()),
-        needs_up_(call.d_up.has_value()),
-        needs_turned_(needs_up_ && has_turned_),
-        needs_pulled_(has_kd_ && (needs_up_ || call.d_student != nullptr)),
-        needs_refined_(needs_pulled_ || needs_turned_),
-        alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *call.d_kd) : T(0)),
-        is_student_direct_(call.d_student_dtype == dtype_of(scalar_type<T>())),
-        d_hidden_(needs_down_ ? patches_ * sizes_.rank : 0),
-        turned_(needs_turned_ ? patches_ * sizes_.rank : 0) {}
+        has_kd_(params.grad_kd.has_value()),
+        has_grad_refined_(params.grad_refined.has_value()),
+        needs_down_(params.grad_down.has_value()),
+        needs_up_(params.grad_up.has_value()),
+        needs_v_(needs_up_ && (params.grad_outlier.has_value() || params.grad_info.has_value())),
+        needs_student_(has_kd_ && (needs_up_ || params.grad_student != nullptr)),
+        needs_refined_(needs_student_ || needs_v_),
+        alpha_(has_kd_ ? kd_scale(sizes_.images, sizes_.tokens, sizes_.width, *params.grad_kd)
+                       : T(0)),
+        is_student_direct_(params.grad_student_dtype == scalar_type<T>()),
+        grad_h_(needs_down_ ? patches_ * sizes_.rank : 0),
+        v_(needs_v_ ? patches_ * sizes_.rank : 0) {}
 
   void prefix() const;
   void rows() const;
-  void columns() const;
+  void slices() const;
 
  private:
-  struct Place {
-    int64_t image, token;
+  struct Token {
+    int64_t image, index;
   };
-  Place place_of(int64_t patch) const {
+  Token token_of(int64_t patch) const {
     return {patch / sizes_.patches(), sizes_.prefix + patch % sizes_.patches()};
   }
 
-  char* d_student_at(const Place& place, int64_t column) const {
-    const int64_t row = place.image * sizes_.tokens + place.token;
-    return call_.d_student + (row * sizes_.width + column) * size_of(call_.d_student_dtype);
+  char* grad_student_at(const Token& token, int64_t column) const {
+    const int64_t row = token.image * sizes_.tokens + token.index;
+    return params_.grad_student +
+           (row * sizes_.width + column) * size_of(params_.grad_student_dtype);
   }
 
-  // The transpose of some patches' rows of a matrix [B P, r].
-  Matrix<const T> turned_rows(const T* data, int64_t stride, int64_t first, int64_t count) const {
-    return Matrix<const T>{data + first * stride, count, sizes_.rank, stride}.transposed();
-  }
+  class Slice;
 
-  class Columns;
-
-  const BackwardCall<T>& call_;
+  const BackwardParams<T>& params_;
   const Sizes& sizes_;
   int64_t patches_;
-  bool has_kd_, has_back_, has_turned_, needs_down_, needs_up_;
-  bool needs_turned_;   // V, by dWu
-  bool needs_pulled_;   // dS, by itself or by dWu
-  bool needs_refined_;  // by dS and, beside V, by dWu
-  T alpha_;
-  bool is_student_direct_;
-  Scratch<T> d_hidden_, turned_;  // dH and V, [B P, r]
+  bool has_kd_, has_grad_refined_, needs_down_, needs_up_;
+  bool needs_v_;
+  bool needs_student_;      // dS, requested or for dWu
+  bool needs_refined_;      // F^, for dS or dWu
+  T alpha_;                 // a
+  bool is_student_direct_;  // dS is written in place, without conversion
+  Scratch<T> grad_h_, v_;   // dH and V, [B P, r]
 };
 
+// dS of the prefix tokens, where F^ = F.
 template <typename T>
 void Backward<T>::prefix() const {
   const int64_t width = sizes_.width, count = sizes_.images * sizes_.prefix;
-  if (call_.d_student == nullptr) return;
+  if (params_.grad_student == nullptr) return;
   parallel_ranges(count, 4 * width, [&](int64_t begin, int64_t end) {
     const Scratch<T> buffer(3 * width);
     T* out = buffer.data() + 2 * width;
     for (int64_t i = begin; i < end; ++i) {
-      const Place place{i / sizes_.prefix, i % sizes_.prefix};
-      const T* teacher = call_.teacher.row(place.image, place.token, buffer.data());
-      const T* student = call_.student->row(place.image, place.token, buffer.data() + width);
-      loops<T>().student_gradient(teacher, student, alpha_, width, out);
-      loops<T>().write(out, call_.d_student_dtype, width, d_student_at(place, 0));
+      const Token token{i / sizes_.prefix, i % sizes_.prefix};
+      const T* teacher = params_.teacher.row(token.image, token.index, buffer.data());
+      const T* student = params_.student->row(token.image, token.index, buffer.data() + width);
+      simd_kernels<T>().student_gradient(teacher, student, alpha_, width, out);
+      simd_kernels<T>().write(out, params_.grad_student_dtype, width, grad_student_at(token, 0));
     }
   });
 }
 
-// dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T and V = X H + c H.
+// V = X H + c H and dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T.
 template <typename T>
 void Backward<T>::rows() const {
-  if (!needs_down_ && !needs_turned_) return;
-  const Loops<T>& loop = loops<T>();
+  if (!needs_down_ && !needs_v_) return;
+  const SimdKernels<T>& simd = simd_kernels<T>();
   const int64_t width = sizes_.width, rank = sizes_.rank;
-  const bool pulls_back = has_back_ && needs_down_;
+  const bool has_grad_refined_up = has_grad_refined_ && needs_down_;
+  const T grad_info = params_.grad_info.value_or(T(0));
   const T weight =
-      call_.d_outlier == nullptr ? T(0) : *call_.outlier_weight * *call_.d_outlier;
-  const T d_info = call_.d_info == nullptr ? T(0) : *call_.d_info;
-  const int64_t runs = parts_of(patches_, kRunRows);
-  parallel_queue(runs, kRunRows * rank * (pulls_back ? width : 8), [&](Queue& queue) {
-    const Scratch<T> back(pulls_back ? kRunRows * width : 0);
-    const Scratch<T> from_back(pulls_back ? kRunRows * rank : 0);
+      params_.grad_outlier.has_value() ? *params_.outlier_weight * *params_.grad_outlier : T(0);
+  const int64_t blocks = ceil_div(patches_, kBlockRows);
+  const int64_t cost = kBlockRows * rank * (has_grad_refined_up ? width : 8);
+  parallel_queue(blocks, cost, [&](TaskQueue& queue) {
+    const Scratch<T> buffer(has_grad_refined_up ? kBlockRows * width : 0);
+    const Scratch<T> grad_refined_up(has_grad_refined_up ? kBlockRows * rank : 0);
     for (int64_t task; queue.take(task);) {
-      const Run run{task * kRunRows, std::min(kRunRows, patches_ - task * kRunRows)};
-      if (pulls_back) {
-        const Matrix<const T> rows = gather(*call_.d_refined, run, sizes_.patches(),
-                                            sizes_.prefix, width, back.data());
-        call_.up_transposed.multiply(rows, {from_back.data(), run.count, rank, rank});
+      const RowBlock block{task * kBlockRows, std::min(kBlockRows, patches_ - task * kBlockRows)};
+      // 1. Y Wu^T.
+      if (has_grad_refined_up) {
+        const Matrix<const T> grad_refined =
+            gather(*params_.grad_refined, block, sizes_.patches(), sizes_.prefix, width,
+                   buffer.data());
+        params_.up_transposed.view().multiply(grad_refined,
+                                              {grad_refined_up.data(), block.count, rank, rank});
       }
-      for (int64_t i = 0; i < run.count; ++i) {
-        const int64_t patch = run.first + i;
+      for (int64_t i = 0; i < block.count; ++i) {
+        const int64_t patch = block.first + i;
+        // 2. c.
         T coefficient = 0;
-        if (call_.d_outlier != nullptr) {
-          coefficient = outlier_coefficient(call_.norms[patch],
-                                            call_.threshold[place_of(patch).image], weight);
+        if (params_.grad_outlier.has_value()) {
+          coefficient = outlier_coefficient(params_.norms[patch],
+                                            params_.threshold[token_of(patch).image], weight);
         }
-        const T* row = call_.columns.row(patch);
-        const T* gram_row =
-            call_.d_info == nullptr ? nullptr : call_.gram_columns + patch * 2 * rank;
-        if (needs_turned_) {
-          loop.column_gradient(gram_row, d_info, row, coefficient, nullptr, T(0), nullptr, rank,
-                               turned_.data() + patch * rank);
+        // 3. V and dH.
+        const T* hz = params_.hz.row(patch);
+        const T* grad_hz =
+            params_.grad_info.has_value() ? params_.grad_hz + patch * 2 * rank : nullptr;
+        if (needs_v_) {
+          simd.backward_row(grad_hz, grad_info, hz, coefficient, nullptr, T(0), nullptr, rank,
+                            v_.data() + patch * rank);
         }
         if (needs_down_) {
-          loop.column_gradient(gram_row == nullptr ? nullptr : gram_row + rank, d_info, row + rank,
-                               coefficient, has_kd_ ? call_.residual + patch * rank : nullptr,
-                               alpha_, pulls_back ? from_back.data() + i * rank : nullptr, rank,
-                               d_hidden_.data() + patch * rank);
+          simd.backward_row(grad_hz == nullptr ? nullptr : grad_hz + rank, grad_info, hz + rank,
+                            coefficient, has_kd_ ? params_.residual + patch * rank : nullptr,
+                            alpha_,
+                            has_grad_refined_up ? grad_refined_up.data() + i * rank : nullptr, rank,
+                            grad_h_.data() + patch * rank);
         }
       }
     }
   });
 }
 
-// A thread's work on some columns of all patches.
+// A thread's buffers and sums for one slice of the width of all patches.
 template <typename T>
-class Backward<T>::Columns {
+class Backward<T>::Slice {
  public:
-  Columns(const Backward& stage, int64_t most_blocks)
+  Slice(const Backward& stage, int64_t max_panels)
       : stage_(stage),
-        width_(most_blocks * loops<T>().block),
-        area_(kPatchesAtOnce * width_),
-        teacher_(buffer_size(stage.needs_refined_, call().teacher)),
-        // Set, as products read whole vectors of them; what lies beyond the last column is dropped.
-        refined_(zeros(stage.needs_refined_)),
-        plain_(zeros(stage.needs_down_)),
-        pulled_(zeros(stage.needs_pulled_)),
-        back_(zeros(uses_back())),
-        operand_(buffer_size(stage.needs_down_ && !shares_teacher(), call().operand)),
-        student_(stage.needs_pulled_ ? buffer_size(true, *call().student) : 0),
-        read_back_(uses_back() ? buffer_size(true, *call().d_refined) : 0),
-        d_student_(call().d_student != nullptr && !stage.is_student_direct_ ? area_ : 0),
+        width_(max_panels * simd_kernels<T>().panel_width),
+        area_(kSliceRows * width_),
+        teacher_(buffer_size(stage.needs_refined_, params().teacher)),
+        operand_(buffer_size(stage.needs_down_ && !shares_teacher(), params().operand)),
+        student_(stage.needs_student_ ? buffer_size(true, *params().student) : 0),
+        grad_refined_(uses_grad_refined() ? buffer_size(true, *params().grad_refined) : 0),
+        grad_student_(params().grad_student != nullptr && !stage.is_student_direct_ ? area_ : 0),
+        refined_panels_(zeros(stage.needs_refined_)),
+        operand_panels_(zeros(stage.needs_down_)),
+        grad_student_panels_(zeros(stage.needs_student_)),
+        grad_refined_panels_(zeros(uses_grad_refined())),
         sums_(2 * stage.sizes_.rank * width_) {}
 
-  // The blocks from `block` on.
-  void run(int64_t block, int64_t blocks) const {
-    const int64_t start = block * loops<T>().block;
-    const int64_t count = std::min(blocks * loops<T>().block, stage_.sizes_.width - start);
-    for (int64_t first = 0; first < stage_.patches_; first += kPatchesAtOnce) {
-      step(start, count, {first, std::min(kPatchesAtOnce, stage_.patches_ - first)});
+  // Compute the outputs of the panels from `panel` on.
+  void run(int64_t panel, int64_t panels) const {
+    const int64_t start = panel * simd_kernels<T>().panel_width;
+    const int64_t width =
+        std::min(panels * simd_kernels<T>().panel_width, stage_.sizes_.width - start);
+    for (int64_t first = 0; first < stage_.patches_; first += kSliceRows) {
+      add_rows(start, width, {first, std::min(kSliceRows, stage_.patches_ - first)});
     }
-    write(start, count);
+    write(start, width);
   }
 
  private:
-  const BackwardCall<T>& call() const { return stage_.call_; }
-  bool uses_back() const { return stage_.has_back_ && stage_.needs_up_; }
-  // Whether the products take F as it is, which is read anyway.
-  bool shares_teacher() const { return stage_.needs_refined_ && !call().operand.is_rounded(); }
+  const BackwardParams<T>& params() const { return stage_.params_; }
+  bool uses_grad_refined() const { return stage_.has_grad_refined_ && stage_.needs_up_; }
+  // Whether the products take F unrounded: `teacher`, which is read anyway.
+  bool shares_teacher() const { return stage_.needs_refined_ && !params().operand.is_rounded(); }
   int64_t buffer_size(bool is_needed, const TokenRows<T>& rows) const {
     return is_needed && !rows.is_direct() ? area_ : 0;
   }
+  // Panels are initialised, as products read whole vectors; results beyond the width are dropped.
   Scratch<T> zeros(bool is_needed) const {
     Scratch<T> result(is_needed ? area_ : 0);
     if (is_needed) std::fill(result.data(), result.data() + area_, T(0));
     return result;
   }
 
-  Matrix<T> sums(bool of_up, int64_t count) const {
+  Matrix<T> grad_down_t(int64_t width) const {
+    return {sums_.data(), stage_.sizes_.rank, width, width_};
+  }
+  Matrix<T> grad_up(int64_t width) const {
     const int64_t rank = stage_.sizes_.rank;
-    return {sums_.data() + (of_up ? rank * width_ : 0), rank, count, width_};
+    return {sums_.data() + rank * width_, rank, width, width_};
   }
 
-  void step(int64_t start, int64_t count, const Run& run) const;
-  void write(int64_t start, int64_t count) const;
+  void add_rows(int64_t start, int64_t width, const RowBlock& block) const;
+  void write(int64_t start, int64_t width) const;
 
   const Backward& stage_;
-  int64_t width_, area_;
-  Scratch<T> teacher_, refined_, plain_, pulled_, back_, operand_, student_, read_back_, d_student_;
-  Scratch<T> sums_;  // dWd^T and dWu of these columns, [r, width_] each
+  int64_t width_, area_;  // the largest width, and elements of that many columns of kSliceRows rows
+  Scratch<T> teacher_, operand_, student_, grad_refined_, grad_student_;
+  Scratch<T> refined_panels_, operand_panels_, grad_student_panels_, grad_refined_panels_;
+  Scratch<T> sums_;  // dWd^T and dWu of the slice, [r, width_] each
 };
 
 template <typename T>
-void Backward<T>::Columns::step(int64_t start, int64_t count, const Run& run) const {
-  const Loops<T>& loop = loops<T>();
-  const int64_t rank = stage_.sizes_.rank, block = loop.block;
-  const int64_t block_stride = kPatchesAtOnce * block;
-  const T *teacher[kPatchesAtOnce], *operand[kPatchesAtOnce], *student[kPatchesAtOnce],
-      *back[kPatchesAtOnce];
-  T* d_student[kPatchesAtOnce];
-  for (int64_t i = 0; i < run.count; ++i) {
-    const Place place = stage_.place_of(run.first + i);
-    const auto columns = [&](const TokenRows<T>& rows, const Scratch<T>& buffer) {
-      T* own = buffer.data() == nullptr ? nullptr : buffer.data() + i * width_;
-      return rows.columns(place.image, place.token, start, count, own);
+void Backward<T>::Slice::add_rows(int64_t start, int64_t width, const RowBlock& block) const {
+  const SimdKernels<T>& simd = simd_kernels<T>();
+  const int64_t rank = stage_.sizes_.rank, panel_width = simd.panel_width;
+  const int64_t panel_stride = kSliceRows * panel_width;
+  // 1. The slice of each row, in place or read.
+  const T *teacher[kSliceRows], *operand[kSliceRows], *student[kSliceRows],
+      *grad_refined[kSliceRows];
+  T* grad_student[kSliceRows];
+  for (int64_t i = 0; i < block.count; ++i) {
+    const Token token = stage_.token_of(block.first + i);
+    const auto slice_of = [&](const TokenRows<T>& rows, const Scratch<T>& buffer) {
+      T* read_to = buffer.data() == nullptr ? nullptr : buffer.data() + i * width_;
+      return rows.width_slice(token.image, token.index, start, width, read_to);
     };
-    if (stage_.needs_refined_) teacher[i] = columns(call().teacher, teacher_);
+    if (stage_.needs_refined_) teacher[i] = slice_of(params().teacher, teacher_);
     if (stage_.needs_down_) {
-      operand[i] = shares_teacher() ? teacher[i] : columns(call().operand, operand_);
+      operand[i] = shares_teacher() ? teacher[i] : slice_of(params().operand, operand_);
     }
-    if (stage_.needs_pulled_) student[i] = columns(*call().student, student_);
-    if (uses_back()) back[i] = columns(*call().d_refined, read_back_);
-    if (call().d_student != nullptr) {
-      d_student[i] = stage_.is_student_direct_
-                         ? reinterpret_cast<T*>(stage_.d_student_at(place, start))
-                         : d_student_.data() + i * width_;
+    if (stage_.needs_student_) student[i] = slice_of(*params().student, student_);
+    if (uses_grad_refined()) grad_refined[i] = slice_of(*params().grad_refined, grad_refined_);
+    if (params().grad_student != nullptr) {
+      grad_student[i] = stage_.is_student_direct_
+                            ? reinterpret_cast<T*>(stage_.grad_student_at(token, start))
+                            : grad_student_.data() + i * width_;
     }
   }
-  const Matrix<const T> hidden{call().columns.row(run.first), run.count, rank,
-                               call().columns.row_stride};
+  // 2. H Wu, F^ and dS.
+  const Matrix<const T> h{params().hz.row(block.first), block.count, rank, params().hz.row_stride};
   if (stage_.needs_refined_) {
-    Factor<T> up = call().up.factor().from_block(start / block);
-    up.columns = round_up(count, loop.lanes);
-    up.multiply_blocks(hidden, {refined_.data(), run.count, up.columns, block}, block_stride);
+    PackedView<T> up = params().up.view().from_panel(start / panel_width);
+    up.columns = round_up(width, simd.lanes);
+    up.multiply_into_panels(h, {refined_panels_.data(), block.count, up.columns, panel_width},
+                            panel_stride);
   }
-  loop.backward_rows({run.count, count, block_stride, stage_.alpha_, teacher, operand,
-                      stage_.needs_pulled_ ? student : nullptr, back, refined_.data(), plain_.data(),
-                      pulled_.data(), back_.data(),
-                      call().d_student != nullptr ? d_student : nullptr});
-  if (call().d_student != nullptr && !stage_.is_student_direct_) {
-    for (int64_t i = 0; i < run.count; ++i) {
-      loop.write(d_student[i], call().d_student_dtype, count,
-                 stage_.d_student_at(stage_.place_of(run.first + i), start));
+  simd.backward_tile({block.count, width, panel_stride, stage_.alpha_, teacher, operand,
+                      stage_.needs_student_ ? student : nullptr, grad_refined,
+                      refined_panels_.data(), operand_panels_.data(), grad_student_panels_.data(),
+                      grad_refined_panels_.data(),
+                      params().grad_student != nullptr ? grad_student : nullptr});
+  if (params().grad_student != nullptr && !stage_.is_student_direct_) {
+    for (int64_t i = 0; i < block.count; ++i) {
+      simd.write(grad_student[i], params().grad_student_dtype, width,
+                 stage_.grad_student_at(stage_.token_of(block.first + i), start));
     }
   }
-  const auto add = [&](const Matrix<const T>& left, const Scratch<T>& right, bool of_up, bool adds,
-                       T factor) {
-    Factor<T>{right.data(), block_stride, count}.multiply(left, sums(of_up, count), adds, factor);
+  // 3. Add to dWd^T = dH^T F and dWu = V^T F^ + H^T (Y - dS).
+  const auto add = [&](const Matrix<const T>& left, const Scratch<T>& right, const Matrix<T>& out,
+                       bool accumulate, T factor) {
+    PackedView<T>{right.data(), panel_stride, width}.multiply(left.transposed(), out, accumulate,
+                                                              factor);
   };
-  bool adds = run.first > 0;
+  const auto rows_of = [&](const Scratch<T>& matrix) {  // [B P, r]
+    return Matrix<const T>{matrix.data() + block.first * rank, block.count, rank, rank};
+  };
+  bool accumulate = block.first > 0;
   if (stage_.needs_down_) {
-    add(stage_.turned_rows(stage_.d_hidden_.data(), rank, run.first, run.count), plain_, false,
-        adds, T(1));
+    add(rows_of(stage_.grad_h_), operand_panels_, grad_down_t(width), accumulate, T(1));
   }
-  if (stage_.needs_turned_) {
-    add(stage_.turned_rows(stage_.turned_.data(), rank, run.first, run.count), refined_, true,
-        adds, T(1));
-    adds = true;
+  if (stage_.needs_v_) {
+    add(rows_of(stage_.v_), refined_panels_, grad_up(width), accumulate, T(1));
+    accumulate = true;
   }
   if (stage_.needs_up_ && stage_.has_kd_) {
-    add(hidden.transposed(), pulled_, true, adds, T(-1));
-    adds = true;
+    add(h, grad_student_panels_, grad_up(width), accumulate, T(-1));
+    accumulate = true;
   }
-  if (uses_back()) add(hidden.transposed(), back_, true, adds, T(1));
+  if (uses_grad_refined()) add(h, grad_refined_panels_, grad_up(width), accumulate, T(1));
 }
 
+// Write dWd and dWu of the slice, rounded to their dtypes.
 template <typename T>
-void Backward<T>::Columns::write(int64_t start, int64_t count) const {
-  const Loops<T>& loop = loops<T>();
+void Backward<T>::Slice::write(int64_t start, int64_t width) const {
   const int64_t rank = stage_.sizes_.rank;
-  const auto write_row = [&](const T* row, int64_t length, const Tensor& out, int64_t place) {
-    const Dtype dtype = dtype_of(out.scalar_type());
-    loop.write(row, dtype, length,
-               static_cast<char*>(out.mutable_data_ptr()) + place * size_of(dtype));
+  const auto write_row = [&](const T* row, int64_t count, const Tensor& out, int64_t offset) {
+    const ScalarType dtype = out.scalar_type();
+    simd_kernels<T>().write(row, dtype, count,
+                            static_cast<char*>(out.mutable_data_ptr()) + offset * size_of(dtype));
   };
   if (stage_.needs_down_) {
-    const Matrix<T> down = sums(false, count);
+    const Matrix<T> down_t = grad_down_t(width);
     const Scratch<T> row(rank);
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t i = 0; i < rank; ++i) row.data()[i] = down.row(i)[j];
-      write_row(row.data(), rank, *call().d_down, (start + j) * rank);
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t i = 0; i < rank; ++i) row.data()[i] = down_t.row(i)[j];
+      write_row(row.data(), rank, *params().grad_down, (start + j) * rank);
     }
   }
   if (stage_.needs_up_) {
-    const Matrix<T> up = sums(true, count);
+    const Matrix<T> up = grad_up(width);
     for (int64_t i = 0; i < rank; ++i) {
-      write_row(up.row(i), count, *call().d_up, i * stage_.sizes_.width + start);
+      write_row(up.row(i), width, *params().grad_up, i * stage_.sizes_.width + start);
     }
   }
 }
 
 template <typename T>
-void Backward<T>::columns() const {
-  const int64_t block = loops<T>().block, blocks = parts_of(sizes_.width, block);
-  const int64_t at_once = blocks_at_once(blocks), tasks = parts_of(blocks, at_once);
-  parallel_queue(tasks, patches_ * at_once * block * sizes_.rank, [&](Queue& queue) {
-    const Columns columns(*this, at_once);
+void Backward<T>::slices() const {
+  const int64_t width = simd_kernels<T>().panel_width, panels = ceil_div(sizes_.width, width);
+  const int64_t per_slice = panels_per_slice(panels), count = ceil_div(panels, per_slice);
+  parallel_queue(count, patches_ * per_slice * width * sizes_.rank, [&](TaskQueue& queue) {
+    const Slice slice(*this, per_slice);
     for (int64_t task; queue.take(task);) {
-      columns.run(task * at_once, std::min(at_once, blocks - task * at_once));
+      slice.run(task * per_slice, std::min(per_slice, panels - task * per_slice));
     }
   });
 }
@@ -311,14 +327,14 @@ void Backward<T>::columns() const {
 }  // namespace
 
 template <typename T>
-void backward(const BackwardCall<T>& call) {
-  const Backward<T> stage(call);
+void backward(const BackwardParams<T>& params) {
+  const Backward<T> stage(params);
   stage.prefix();
   stage.rows();
-  stage.columns();
+  stage.slices();
 }
 
-template void backward(const BackwardCall<float>&);
-template void backward(const BackwardCall<double>&);
+template void backward(const BackwardParams<float>&);
+template void backward(const BackwardParams<double>&);
 
 }  // namespace singer::cpu

@@ -1,5 +1,5 @@
-// Stage `gram`: the sum of E^2 and X C. E is symmetric: of each pair of entries one is computed, and
-// kept until X C is.
+// Stage `gram`: the sum of E^2, and X C. E is symmetric: only its upper triangle is computed, by
+// blocks of rows, and stored for X C if a gradient is requested.
 #include "math/gram.h"
 
 #include <numeric>
@@ -9,228 +9,235 @@
 namespace singer::cpu {
 namespace {
 
-// The sums over each row of E G, for the gradient of one side. A run of rows adds to the rows below it
-// too; their parts are kept apart, so that all are added in one order.
+// rowsum(E * G), for the gradient of one side. By symmetry, a block of rows contributes to the rows
+// below it too; each block's contribution is stored apart, so that the order of summation is fixed.
 template <typename T>
-class Slopes {
+class RowDots {
  public:
-  Slopes(bool is_needed, int64_t runs, int64_t patches)
-      : patches_(patches), parts_(is_needed ? (runs + 1) * patches : 0) {}
+  RowDots(bool is_needed, int64_t blocks, int64_t patches)
+      : patches_(patches), partials_(is_needed ? (blocks + 1) * patches : 0) {}
 
-  // The parts of a run, one for each row of the image; null: not needed.
-  T* parts(int64_t run) const {
-    return parts_.data() == nullptr ? nullptr : parts_.data() + (run + 1) * patches_;
+  // Return a block's contributions to the rows below it, [P]; null: not needed.
+  T* partials(int64_t block) const {
+    return partials_.data() == nullptr ? nullptr : partials_.data() + (block + 1) * patches_;
   }
 
-  // Of each row what its own run finds.
-  T* own() const { return parts_.data(); }
+  // Return the contribution of each row's own block, [P].
+  T* own() const { return partials_.data(); }
 
-  // The sum for a row of which `runs` earlier runs know.
-  T total(int64_t row, int64_t runs) const {
+  // Return the sum of a row, which lies below the first `blocks` blocks.
+  T total(int64_t row, int64_t blocks) const {
     T sum = own()[row];
-    for (int64_t run = 0; run < runs; ++run) sum += parts(run)[row];
+    for (int64_t block = 0; block < blocks; ++block) sum += partials(block)[row];
     return sum;
   }
 
  private:
   int64_t patches_;
-  Scratch<T> parts_;
+  Scratch<T> partials_;
 };
 
-// E of one image, from the diagonal on to the right.
+// out = a^T b or, with `accumulate`, out += a^T b: rows `first` and following, as many as out has,
+// and the columns from their diagonal block on.
 template <typename T>
-class Difference {
- public:
-  explicit Difference(const GramCall<T>& call)
-      : call_(call),
-        runs_(parts_of(call.patches, kRunRows)),
-        stride_(row_stride<T>(call.patches)),
-        entries_(is_kept() ? call.patches * stride_ : 0),
-        slopes_(call.refined.columns.data != nullptr, runs_, call.patches),
-        target_slopes_(call.target.columns.data != nullptr, runs_, call.patches) {}
-
-  // Whether a gradient is wanted.
-  bool is_kept() const {
-    return call_.refined.columns.data != nullptr || call_.target.columns.data != nullptr;
-  }
-
-  // How many numbers the buffer of `compute` holds.
-  int64_t buffer_size() const { return (is_kept() ? 1 : 2) * kRunRows * stride_; }
-
-  // The entries of a run of rows; returns the sum of their squares and of their mirror images'.
-  double compute(int64_t run, T* buffer) const;
-
-  // X C of a run of rows, once all entries are there.
-  void apply(int64_t run) const {
-    apply(run, call_.refined, slopes_, call_.scale);
-    apply(run, call_.target, target_slopes_, -call_.scale);  // E is G - G_R
-  }
-
- private:
-  int64_t rows_of(int64_t run) const {
-    return std::min(kRunRows, call_.patches - run * kRunRows);
-  }
-  void apply(int64_t run, const GramSide<T>& side, const Slopes<T>& slopes, T scale) const;
-
-  const GramCall<T>& call_;
-  int64_t runs_, stride_;
-  Scratch<T> entries_;
-  Slopes<T> slopes_, target_slopes_;
-};
-
-// out = a^T b or, with `adds`, out += it: as many of its rows as out has, those of a's columns from
-// `first` on, and of them what is not left of the diagonal.
-template <typename T>
-void multiply_turned(const Factor<T>& a, const Factor<T>& b, int64_t first, int64_t depth, bool adds,
-                     const Matrix<T>& out) {
-  const int64_t block = loops<T>().block, lanes = loops<T>().lanes;
-  Factor<T> columns = b.from_block(first / block);
-  columns.columns = round_up(columns.columns, lanes);  // out has room for whole vectors
-  for (int64_t start = 0; start < out.rows; start += block) {
-    const int64_t height = std::min(block, out.rows - start);
-    columns.multiply(a.from_block((first + start) / block).turned(height, depth),
-                     out.from(start, height), adds);
+void multiply_upper(const PackedView<T>& a, const PackedView<T>& b, int64_t first, int64_t depth,
+                    bool accumulate, const Matrix<T>& out) {
+  const int64_t panel = simd_kernels<T>().panel_width, lanes = simd_kernels<T>().lanes;
+  PackedView<T> right = b.from_panel(first / panel);
+  right.columns = round_up(right.columns, lanes);  // out has room for whole vectors
+  for (int64_t start = 0; start < out.rows; start += panel) {
+    const int64_t height = std::min(panel, out.rows - start);
+    right.multiply(a.from_panel((first + start) / panel).transposed_panel(height, depth),
+                   out.row_slice(start, height), accumulate);
   }
 }
 
+// E of one image, from the diagonal blocks on to the right.
 template <typename T>
-double Difference<T>::compute(int64_t run, T* buffer) const {
-  const GramSide<T>&refined = call_.refined, &target = call_.target;
-  const int64_t patches = call_.patches, rank = call_.identity_rank;
-  const int64_t first = run * kRunRows, count = rows_of(run), below = first + count;
-  T* entries = is_kept() ? entries_.data() + first * stride_ + first : buffer + kRunRows * stride_;
-  const Matrix<T> products{entries, count, patches - first, stride_};
-  const Matrix<T> others{buffer, count, patches - first, stride_};
-  multiply_turned(refined.rows, refined.rows, first, call_.width, false, products);
-  if (rank > 0) {
-    const Factor<T> latent = target.rows, hidden = target.rows.from_row(rank);
-    multiply_turned(hidden, latent, first, rank, false, others);
-    multiply_turned(latent, hidden, first, rank, true, others);
-  } else {
-    multiply_turned(target.rows, target.rows, first, call_.width, false, others);
+class GramDifference {
+ public:
+  explicit GramDifference(const GramParams<T>& params)
+      : params_(params),
+        stride_(row_stride<T>(params.patches)),
+        entries_(needs_gradient() ? params.patches * stride_ : 0),
+        row_dots_(params.refined.factor.data != nullptr, blocks(), params.patches),
+        target_row_dots_(params.target.factor.data != nullptr, blocks(), params.patches) {}
+
+  bool needs_gradient() const {
+    return params_.refined.factor.data != nullptr || params_.target.factor.data != nullptr;
   }
-  T *parts = slopes_.parts(run), *target_parts = target_slopes_.parts(run);
-  if (parts != nullptr) std::fill(parts + below, parts + patches, T(0));
-  if (target_parts != nullptr) std::fill(target_parts + below, target_parts + patches, T(0));
+
+  // Number of elements in the buffer of `compute`.
+  int64_t buffer_size() const { return (needs_gradient() ? 1 : 2) * kBlockRows * stride_; }
+
+  // Compute E of a block of rows; return the sum of its squares and of their mirror images'.
+  double compute(int64_t block, T* buffer) const;
+
+  // Write X C of a block of rows, after all blocks of E.
+  void gradient(int64_t block) const {
+    gradient(block, params_.refined, row_dots_, params_.scale);
+    gradient(block, params_.target, target_row_dots_, -params_.scale);  // E is G - G_R
+  }
+
+ private:
+  int64_t blocks() const { return ceil_div(params_.patches, kBlockRows); }
+  int64_t rows_in(int64_t block) const {
+    return std::min(kBlockRows, params_.patches - block * kBlockRows);
+  }
+  void gradient(int64_t block, const GramSide<T>& side, const RowDots<T>& row_dots, T scale) const;
+
+  const GramParams<T>& params_;
+  int64_t stride_;
+  Scratch<T> entries_;  // E, [P, stride]
+  RowDots<T> row_dots_, target_row_dots_;
+};
+
+template <typename T>
+double GramDifference<T>::compute(int64_t block, T* buffer) const {
+  const GramSide<T>&refined = params_.refined, &target = params_.target;
+  const int64_t patches = params_.patches, rank = params_.identity_rank;
+  const int64_t first = block * kBlockRows, count = rows_in(block), below = first + count;
+  T* entries =
+      needs_gradient() ? entries_.data() + first * stride_ + first : buffer + kBlockRows * stride_;
+  const Matrix<T> products{entries, count, patches - first, stride_};
+  const Matrix<T> target_products{buffer, count, patches - first, stride_};
+  // 1. F^ F^^T, and R R^T or, with the identity, H L^T + L H^T.
+  multiply_upper(refined.rows_t, refined.rows_t, first, params_.width, false, products);
+  if (rank > 0) {
+    const PackedView<T> l = target.rows_t, h = target.rows_t.from_row(rank);
+    multiply_upper(h, l, first, rank, false, target_products);
+    multiply_upper(l, h, first, rank, true, target_products);
+  } else {
+    multiply_upper(target.rows_t, target.rows_t, first, params_.width, false, target_products);
+  }
+  // 2. E and its sums, by rows: the diagonal block, which is complete, and the rest, which counts
+  // twice.
+  T *dots = row_dots_.partials(block), *target_dots = target_row_dots_.partials(block);
+  if (dots != nullptr) std::fill(dots + below, dots + patches, T(0));
+  if (target_dots != nullptr) std::fill(target_dots + below, target_dots + patches, T(0));
   double squares = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = first + i;
-    const auto sums_of = [&](int64_t begin, int64_t end, T* column_sums, T* target_column_sums) {
-      return loops<T>().gram(products.row(i) + begin - first, others.row(i) + begin - first,
-                             rank > 0, refined.inverses[row], target.inverses[row],
-                             refined.inverses + begin, target.inverses + begin, end - begin,
-                             column_sums, target_column_sums);
+    const auto sums_of = [&](int64_t begin, int64_t end, T* column_dots, T* target_column_dots) {
+      return simd_kernels<T>().gram_difference(
+          products.row(i) + begin - first, target_products.row(i) + begin - first, rank > 0,
+          refined.inverses[row], target.inverses[row], refined.inverses + begin,
+          target.inverses + begin, end - begin, column_dots, target_column_dots);
     };
-    // On the diagonal stands a square that is computed whole.
-    const GramSums<T> square = sums_of(first, below, nullptr, nullptr);
-    const GramSums<T> beside =
-        sums_of(below, patches, parts == nullptr ? nullptr : parts + below,
-                target_parts == nullptr ? nullptr : target_parts + below);
-    squares += static_cast<double>(square.squares) + 2 * static_cast<double>(beside.squares);
-    if (parts != nullptr) slopes_.own()[row] = square.slope + beside.slope;
-    if (target_parts != nullptr) {
-      target_slopes_.own()[row] = square.target_slope + beside.target_slope;
+    const GramSums<T> diagonal = sums_of(first, below, nullptr, nullptr);
+    const GramSums<T> rest = sums_of(below, patches, dots == nullptr ? nullptr : dots + below,
+                                     target_dots == nullptr ? nullptr : target_dots + below);
+    squares += static_cast<double>(diagonal.squares) + 2 * static_cast<double>(rest.squares);
+    if (dots != nullptr) row_dots_.own()[row] = diagonal.row_dot + rest.row_dot;
+    if (target_dots != nullptr) {
+      target_row_dots_.own()[row] = diagonal.target_row_dot + rest.target_row_dot;
     }
   }
   return squares;
 }
 
 template <typename T>
-void Difference<T>::apply(int64_t run, const GramSide<T>& side, const Slopes<T>& slopes,
-                          T scale) const {
-  if (side.columns.data == nullptr) return;
-  const int64_t first = run * kRunRows, count = rows_of(run);
-  const Matrix<T> turned = side.gram_columns.from(first, count);
-  const Matrix<const T> above{entries_.data() + first, count, first, 1, stride_};
-  const Matrix<const T> beside{entries_.data() + first * stride_ + first, count,
-                               call_.patches - first, stride_};
-  if (first > 0) side.scaled.multiply(above, turned);
-  side.scaled.from_row(first).multiply(beside, turned, first > 0);
+void GramDifference<T>::gradient(int64_t block, const GramSide<T>& side,
+                                 const RowDots<T>& row_dots, T scale) const {
+  if (side.factor.data == nullptr) return;
+  const int64_t first = block * kBlockRows, count = rows_in(block);
+  const Matrix<T> out = side.gradient.row_slice(first, count);
+  // 1. E diag(1/n) C: the columns left of the diagonal block are rows of the blocks above.
+  const Matrix<const T> left{entries_.data() + first, count, first, 1, stride_};
+  const Matrix<const T> right{entries_.data() + first * stride_ + first, count,
+                              params_.patches - first, stride_};
+  if (first > 0) side.scaled_factor.multiply(left, out);
+  side.scaled_factor.from_row(first).multiply(right, out, first > 0);
+  // 2. X C.
   for (int64_t i = 0; i < count; ++i) {
-    const T norm = side.norms[first + i];
-    loops<T>().gram_gradient(turned.row(i), side.columns.row(first + i), side.inverses[first + i],
-                             radial_weight(norm, slopes.total(first + i, run)), scale,
-                             turned.columns, turned.row(i));
+    const int64_t row = first + i;
+    const T norm_grad_coef = gram_norm_coefficient(side.norms[row], row_dots.total(row, block));
+    simd_kernels<T>().gram_gradient(out.row(i), side.factor.row(row), side.inverses[row],
+                                    norm_grad_coef, scale, out.columns, out.row(i));
   }
 }
 
 }  // namespace
 
 template <typename T>
-void gram(const std::vector<GramCall<T>>& calls, double* squares) {
-  const int64_t images = static_cast<int64_t>(calls.size()), patches = calls[0].patches;
-  std::vector<std::unique_ptr<Difference<T>>> differences(images);
-  for (int64_t i = 0; i < images; ++i) {
-    differences[i] = std::make_unique<Difference<T>>(calls[i]);
+void gram(const std::vector<GramParams<T>>& images, double* squares) {
+  const int64_t count = static_cast<int64_t>(images.size()), patches = images[0].patches;
+  std::vector<std::unique_ptr<GramDifference<T>>> differences;
+  for (const GramParams<T>& image : images) {
+    differences.push_back(std::make_unique<GramDifference<T>>(image));
   }
-  const int64_t runs = parts_of(patches, kRunRows);
-  std::vector<double> parts(images * runs);
-  // The longest first, so that threads end together.
-  parallel_queue(images * runs, kRunRows * patches * calls[0].width, [&](Queue& queue) {
+  const int64_t blocks = ceil_div(patches, kBlockRows);
+  std::vector<double> partials(count * blocks);
+  // 1. E of all images. The longest blocks of rows first, so that threads end together.
+  parallel_queue(count * blocks, kBlockRows * patches * images[0].width, [&](TaskQueue& queue) {
     const Scratch<T> buffer(differences[0]->buffer_size());
     for (int64_t task; queue.take(task);) {
-      const int64_t image = task % images, run = task / images;
-      parts[image * runs + run] = differences[image]->compute(run, buffer.data());
+      const int64_t image = task % count, block = task / count;
+      partials[image * blocks + block] = differences[image]->compute(block, buffer.data());
     }
   });
-  for (int64_t image = 0; image < images; ++image) {
-    const auto start = parts.begin() + image * runs;
-    squares[image] = std::accumulate(start, start + runs, 0.0);
+  // 2. The sums of E^2, in a fixed order.
+  for (int64_t image = 0; image < count; ++image) {
+    const auto start = partials.begin() + image * blocks;
+    squares[image] = std::accumulate(start, start + blocks, 0.0);
   }
-  if (!differences[0]->is_kept()) return;
-  const int64_t columns = calls[0].refined.columns.columns + calls[0].target.columns.columns;
-  parallel_queue(images * runs, kRunRows * patches * columns, [&](Queue& queue) {
-    for (int64_t task; queue.take(task);) differences[task / runs]->apply(task % runs);
+  // 3. X C.
+  if (!differences[0]->needs_gradient()) return;
+  const int64_t columns = images[0].refined.factor.columns + images[0].target.factor.columns;
+  parallel_queue(count * blocks, kBlockRows * patches * columns, [&](TaskQueue& queue) {
+    for (int64_t task; queue.take(task);) differences[task / blocks]->gradient(task % blocks);
   });
 }
-
-template void gram(const std::vector<GramCall<float>>&, double*);
-template void gram(const std::vector<GramCall<double>>&, double*);
 
 template <typename T>
-void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
-                    const std::vector<std::unique_ptr<TokenGramRows<T>>>& images) {
+void normalize(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
+               const std::vector<std::unique_ptr<NormalizedImage<T>>>& images) {
   const int64_t patches = sizes.patches(), width = sizes.width;
-  const int64_t runs = parts_of(patches, kRunRows);
-  const Loops<T>& loop = loops<T>();
+  const int64_t blocks = ceil_div(patches, kBlockRows);
+  const SimdKernels<T>& simd = simd_kernels<T>();
+  // 1. Where the rows that a gradient needs are kept: in place or in a buffer.
   for (size_t i = 0; i < images.size(); ++i) {
     if (images[i] == nullptr || !images[i]->has_gradient) continue;
-    TokenGramRows<T>& image = *images[i];
-    image.kept = tokens.in_place(first + static_cast<int64_t>(i), sizes.prefix, patches);
-    if (image.kept.data != nullptr) continue;
+    NormalizedImage<T>& image = *images[i];
+    image.rows = tokens.rows_in_place(first + static_cast<int64_t>(i), sizes.prefix, patches);
+    if (image.rows.data != nullptr) continue;
     image.buffer = Scratch<T>(patches * width);
-    image.kept = {image.buffer.data(), patches, width, width};
+    image.rows = {image.buffer.data(), patches, width, width};
   }
   const int64_t count = static_cast<int64_t>(images.size());
-  parallel_queue(count * runs, kRunRows * width, [&](Queue& queue) {
-    const Scratch<T> buffer(kRunRows * width);
+  parallel_queue(count * blocks, kBlockRows * width, [&](TaskQueue& queue) {
+    const Scratch<T> buffer(kBlockRows * width);
     for (int64_t task; queue.take(task);) {
-      const int64_t index = task / runs, start = task % runs * kRunRows;
+      const int64_t index = task / blocks, start = task % blocks * kBlockRows;
       if (images[index] == nullptr) continue;
-      const TokenGramRows<T>& image = *images[index];
-      const Run run{(first + index) * patches + start, std::min(kRunRows, patches - start)};
-      const Matrix<const T> rows =
-          gather(tokens, run, patches, sizes.prefix, width,
-                 image.buffer.data() == nullptr ? buffer.data()
-                                                : image.buffer.data() + start * width);
-      image.rows.packed.set_columns(rows.transposed(), start);
-      for (int64_t i = 0; i < run.count; ++i) {
-        image.norms.data()[start + i] = std::sqrt(loop.sum_of_squares(rows.row(i), width));
-        image.rows.inverses.data()[start + i] = reciprocal_norm(image.norms.data()[start + i]);
+      const NormalizedImage<T>& image = *images[index];
+      const RowBlock block{(first + index) * patches + start,
+                           std::min(kBlockRows, patches - start)};
+      T* read_to =
+          image.buffer.data() == nullptr ? buffer.data() : image.buffer.data() + start * width;
+      const Matrix<const T> rows = gather(tokens, block, patches, sizes.prefix, width, read_to);
+      // 2. The rows transposed, their norms and inverse norms.
+      image.rows_t.set_columns(rows.transposed(), start);
+      for (int64_t i = 0; i < block.count; ++i) {
+        image.norms.data()[start + i] = std::sqrt(simd.sum_of_squares(rows.row(i), width));
+        image.inverses.data()[start + i] = reciprocal_norm(image.norms.data()[start + i]);
       }
+      // 3. The rows divided by their norms.
       if (!image.has_gradient) continue;
-      for (int64_t i = 0; i < run.count; ++i) {
-        loop.scale(rows.row(i), image.rows.inverses.data()[start + i], width,
+      for (int64_t i = 0; i < block.count; ++i) {
+        simd.scale(rows.row(i), image.inverses.data()[start + i], width,
                    buffer.data() + i * width);
       }
-      image.scaled.set_rows({buffer.data(), run.count, width, width}, start);
+      image.scaled.set_rows({buffer.data(), block.count, width, width}, start);
     }
   });
 }
 
-template void read_gram_rows(const TokenRows<float>&, const Sizes&, int64_t,
-                             const std::vector<std::unique_ptr<TokenGramRows<float>>>&);
-template void read_gram_rows(const TokenRows<double>&, const Sizes&, int64_t,
-                             const std::vector<std::unique_ptr<TokenGramRows<double>>>&);
+#define SINGER_INSTANTIATE(T)                                                      \
+  template void gram(const std::vector<GramParams<T>>&, double*);                  \
+  template void normalize(const TokenRows<T>&, const Sizes&, int64_t,              \
+                          const std::vector<std::unique_ptr<NormalizedImage<T>>>&);
+SINGER_INSTANTIATE(float)
+SINGER_INSTANTIATE(double)
 
 }  // namespace singer::cpu

@@ -1,12 +1,12 @@
 // The stages on the CPU, one source each.
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/matrix.h"
 
 namespace singer::cpu {
 
-// Patches, for each thread, of the images that are taken together, unless one image has more: enough
-// work between two barriers, few enough for a cache that the threads share.
+// Target patches per thread in an image group: enough work between barriers, small enough for the
+// shared cache.
 constexpr int64_t kGroupPatches = 512;
 
 struct Sizes {
@@ -15,152 +15,133 @@ struct Sizes {
   int64_t patches() const { return tokens - prefix; }
 };
 
-// An image's rows as one side of a Gram matrix.
-template <typename T>
-struct GramRows {
-  GramRows(int64_t width, int64_t patches) : packed(width, patches), inverses(patches) {}
-
-  Packed<T> packed;     // the rows' transpose
-  Scratch<T> inverses;  // 1 / n
-};
-
-// What the stage `refine` leaves of an image for its Gram matrix.
+// An image after `refine`, as `gram` takes it.
 template <typename T>
 struct RefinedImage {
-  // With `has_identity` there is room for what makes F F^T of F^ F^^T too, and with `has_gradient`
-  // for what the gradient takes.
   RefinedImage(const Sizes& sizes, bool has_identity, bool has_gradient)
-      : refined(sizes.width, sizes.patches()),
-        plain_inverses(has_identity ? sizes.patches() : 0),
-        halves(has_identity ? 2 * sizes.rank : 0, sizes.patches()),
-        scaled(has_gradient ? sizes.patches() : 0, 2 * sizes.rank) {}
+      : refined_t(sizes.width, sizes.patches()),
+        inverses(sizes.patches()),
+        teacher_inverses(has_identity ? sizes.patches() : 0),
+        lh_t(has_identity ? 2 * sizes.rank : 0, sizes.patches()),
+        scaled_hz(has_gradient ? sizes.patches() : 0, 2 * sizes.rank) {}
 
-  GramRows<T> refined;        // F^
-  Scratch<T> plain_inverses;  // of the norms of F
-  Packed<T> halves;           // [L | H]^T: F^ F^^T - F F^T = H L^T + L H^T
-  Packed<T> scaled;           // [H | Z], rows divided by the norms of F^
+  PackedMatrix<T> refined_t;    // F^ transposed, [D, P]
+  Scratch<T> inverses;          // 1 / n, [P]
+  Scratch<T> teacher_inverses;  // 1 / norms of F, [P]; with the identity
+  PackedMatrix<T> lh_t;         // [L | H] transposed, [2r, P]; with the identity
+  PackedMatrix<T> scaled_hz;    // diag(1/n) [H | Z], [P, 2r]; with a gradient
 };
 
-// What the stage `refine` reads and writes.
 template <typename T>
-struct RefineCall {
+struct RefineParams {
   Sizes sizes;
-  TokenRows<T> student;      // S
-  TokenRows<T> teacher;      // F
-  TokenRows<T> operand;      // F as the products take it
-  Packed<T> down;            // Wd, [D, r]
-  Packed<T> up;              // Wu, [r, D]
-  Packed<T> up_transposed;   // Wu^T, [D, r]
-  Packed<T> overlap;         // M = Wu Wu^T, [r, r]; empty: L is not wanted
-  Matrix<T> columns;         // out: [H | Z], [B P, 2r]
-  Matrix<T> residual;        // out: (F^ - S) Wu^T, [B P, r]; without data: not wanted
-  T* norms;                  // out: n, [B P]
-  T* plain_norms;            // out: norms of F, [B P]
-  T* kd_parts;               // out: sums of (F^ - S)^2, [B T]
-  char* refined;             // out: F^, [B, T, D]; null: not wanted
-  Dtype refined_dtype;
-  bool has_gradient;         // whether [H | Z] is to be made ready for the Gram matrix's gradient
+  TokenRows<T> student;           // S
+  TokenRows<T> teacher;           // F
+  TokenRows<T> operand;           // F rounded to the dtype of the products
+  PackedMatrix<T> down;           // Wd, [D, r]
+  PackedMatrix<T> up;             // Wu, [r, D]
+  PackedMatrix<T> up_transposed;  // Wu^T, [D, r]
+  PackedMatrix<T> up_gram;        // M = Wu Wu^T, [r, r]; empty: without the Gram identity
+  Matrix<T> hz;                   // out: [H | Z], [B P, 2r]
+  Matrix<T> residual;             // out: (F^ - S) Wu^T, [B P, r]; null data: not requested
+  T* norms;                       // out: n, [B P]
+  T* teacher_norms;               // out: norms of F, [B P]
+  T* kd_partials;                 // out: sums of (F^ - S)^2, [B T]
+  char* refined;                  // out: F^, [B, T, D]; null: not requested
+  ScalarType refined_dtype;
+  bool has_gradient;              // whether X [H | Z] is requested
 };
 
-// H, Z, norms and the KD sums of the patches of so many images from `first` on; what their Gram
-// matrices need goes to `images`, or nowhere if it is empty.
+// Compute the outputs for the patches of `count` images from `first` on and, unless `images` is
+// empty, the operands of their Gram matrices.
 template <typename T>
-void refine(const RefineCall<T>& call, int64_t first, int64_t count,
+void refine(const RefineParams<T>& params, int64_t first, int64_t count,
             const std::vector<std::unique_ptr<RefinedImage<T>>>& images);
 
-// The KD sums of the prefix tokens, where F^ = F.
+// Compute kd_partials and F^ = F of the prefix tokens.
 template <typename T>
-void refine_prefix(const RefineCall<T>& call);
+void refine_prefix(const RefineParams<T>& params);
 
+// Write threshold = q, and the sum of (n - q)^2 over the outliers and their number of each image.
+// norms: [B, P]; threshold, squares, counts: [B].
 template <typename T>
-struct OutlierCall {
-  int64_t images, patches;
-  double quantile;
-  const T* norms;  // [B, P]
-  T* threshold;    // out: q, [B]
-  T* squares;      // out: sums of (n - q)^2, [B]
-  T* counts;       // out: how many, [B]
-};
+void outlier(const T* norms, int64_t images, int64_t patches, double quantile, T* threshold,
+             T* squares, T* counts);
 
-template <typename T>
-void outlier(const OutlierCall<T>& call);
-
-// One side of the stage `gram` of one image: F^ or R. Without data in `columns` no gradient of it is
-// wanted, and nothing after them is read.
+// One side of the stage `gram`: F^ or R of an image. C is [H | Z] or R itself.
 template <typename T>
 struct GramSide {
-  Factor<T> rows;           // its rows' transpose, [D, P]
-  const T* inverses;        // 1 / norms of the rows, [P]
-  Matrix<const T> columns;  // C, [P, m]
-  const T* norms;           // [P]
-  Factor<T> scaled;         // C with its rows divided by the norms
-  Matrix<T> gram_columns;   // out: X C
+  PackedView<T> rows_t;         // the patches transposed, [D, P]
+  const T* inverses;            // 1 / norms of the patches, [P]
+  Matrix<const T> factor;       // C, [P, m]; null data: no gradient, and the rest is not read
+  const T* norms;               // [P]
+  PackedView<T> scaled_factor;  // diag(1/n) C, [P, m]
+  Matrix<T> gradient;           // out: X C, [P, m]
 };
 
-// What the stage `gram` reads and writes, for one image.
+// The stage `gram` of one image.
 template <typename T>
-struct GramCall {
+struct GramParams {
   int64_t patches, width;
   GramSide<T> refined, target;
-  // Above 0, `target.rows` are [L | H]^T, [2r, P], with F^ F^^T - R R^T = H L^T + L H^T.
+  // If above 0, target.rows_t is [L | H] transposed, [2r, P]: F F^T = F^ F^^T - H L^T - L H^T.
   int64_t identity_rank;
   T scale;  // 4 / (B P^2)
 };
 
-// Writes the sum of E^2 of each image, at least one, all of one size.
+// Write the sum of E^2 of each image; at least one, all of one size.
 template <typename T>
-void gram(const std::vector<GramCall<T>>& calls, double* squares);
+void gram(const std::vector<GramParams<T>>& images, double* squares);
 
-// An image's rows made ready for `gram`, from a tensor.
+// Patches of an image, their norms and what `gram` takes of them.
 template <typename T>
-struct TokenGramRows {
-  // `has_gradient`: it is wanted, and takes the rows themselves and `scaled`.
-  TokenGramRows(const Sizes& sizes, bool has_gradient)
+struct NormalizedImage {
+  NormalizedImage(const Sizes& sizes, bool has_gradient)
       : has_gradient(has_gradient),
-        rows(sizes.width, sizes.patches()),
+        rows_t(sizes.width, sizes.patches()),
+        inverses(sizes.patches()),
         norms(sizes.patches()),
         scaled(has_gradient ? sizes.patches() : 0, sizes.width),
         buffer(0) {}
 
-  bool has_gradient;
-  GramRows<T> rows;
-  Scratch<T> norms;
-  Packed<T> scaled;  // the rows divided by their norms
+  bool has_gradient;       // whether X R is requested, which takes `scaled` and `rows`
+  PackedMatrix<T> rows_t;  // R transposed, [D, P]
+  Scratch<T> inverses;     // 1 / n, [P]
+  Scratch<T> norms;        // n, [P]
+  PackedMatrix<T> scaled;  // diag(1/n) R, [P, D]
   Scratch<T> buffer;
-  Matrix<const T> kept{};  // the rows, in `buffer` or where they lie
+  Matrix<const T> rows{};  // R, [P, D], in `buffer` or in place
 };
 
-// Sets those of the image `first` and the next ones that are not null.
+// Compute the images from `first` on; null entries are skipped.
 template <typename T>
-void read_gram_rows(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
-                    const std::vector<std::unique_ptr<TokenGramRows<T>>>& images);
+void normalize(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
+               const std::vector<std::unique_ptr<NormalizedImage<T>>>& images);
 
-// What the stage `backward` reads and writes; a null pointer is a term that is not there.
+// Null inputs belong to losses without a gradient; null outputs are not requested.
 template <typename T>
-struct BackwardCall {
+struct BackwardParams {
   Sizes sizes;
-  std::optional<TokenRows<T>> student;    // S
-  TokenRows<T> teacher;                   // F
-  TokenRows<T> operand;                   // F as the products take it
-  Packed<T> up;                           // Wu, [r, D]
-  Packed<T> up_transposed;                // Wu^T, [D, r]; only with `d_refined`
-  Matrix<const T> columns;                // [H | Z], [B P, 2r]
-  const T* gram_columns;                  // X [H | Z], [B P, 2r]
-  const T* residual;                      // (F^ - S) Wu^T, [B P, r]
-  const T* norms;                         // n, [B P]
-  const T* threshold;                     // q, [B]
-  const T* outlier_weight;                // 2 / count
-  const T* d_kd;                          // upstream gradients
-  const T* d_outlier;
-  const T* d_info;
-  std::optional<TokenRows<T>> d_refined;  // Y, [B, T, D]
-  char* d_student;                        // out: dS, [B, T, D]
-  Dtype d_student_dtype;
-  std::optional<Tensor> d_down;           // out: dWd, [D, r]
-  std::optional<Tensor> d_up;             // out: dWu, [r, D]
+  std::optional<TokenRows<T>> student;       // S
+  TokenRows<T> teacher;                      // F
+  TokenRows<T> operand;                      // F rounded to the dtype of the products
+  PackedMatrix<T> up;                        // Wu, [r, D]
+  PackedMatrix<T> up_transposed;             // Wu^T, [D, r]; only with `grad_refined`
+  Matrix<const T> hz;                        // [H | Z], [B P, 2r]
+  const T* grad_hz;                          // X [H | Z], [B P, 2r]
+  const T* residual;                         // (F^ - S) Wu^T, [B P, r]
+  const T* norms;                            // n, [B P]
+  const T* threshold;                        // q, [B]
+  const T* outlier_weight;                   // 2 / count, []
+  std::optional<T> grad_kd, grad_outlier, grad_info;
+  std::optional<TokenRows<T>> grad_refined;  // Y
+  char* grad_student;                        // out: dS, [B, T, D]
+  ScalarType grad_student_dtype;
+  std::optional<Tensor> grad_down;           // out: dWd, [D, r]
+  std::optional<Tensor> grad_up;             // out: dWu, [r, D]
 };
 
 template <typename T>
-void backward(const BackwardCall<T>& call);
+void backward(const BackwardParams<T>& params);
 
 }  // namespace singer::cpu

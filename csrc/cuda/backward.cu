@@ -111,32 +111,6 @@ __global__ void backward_tokens_kernel(Rows teacher, Rows student, const T* delt
 
 using Optional = std::optional<Tensor>;
 
-template <typename T>
-const T* data_or_null(const Optional& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-struct BackwardRowsParams {
-  Tensor hz;
-  Optional grad_hz, residual, grad_refined_up, norms, threshold, outlier_weight, grad_kd,
-      grad_outlier, grad_info, grad_h, v;
-  int64_t tokens, width;
-};
-
-template <typename T>
-void run_backward_rows(const BackwardRowsParams& params) {
-  const int64_t images = params.hz.size(0), patches = params.hz.size(1);
-  const GradOutputs grad_outputs{rows_or_null(params.grad_kd), rows_or_null(params.grad_outlier),
-                                 rows_or_null(params.grad_info)};
-  launch<backward_rows_kernel<T>>(images * patches, params.hz,
-         static_cast<const T*>(params.hz.const_data_ptr()), rows_or_null(params.grad_hz),
-         rows_or_null(params.residual), rows_or_null(params.grad_refined_up),
-         data_or_null<T>(params.norms),
-         data_or_null<T>(params.threshold), data_or_null<T>(params.outlier_weight), grad_outputs,
-         output_or_null(params.grad_h), output_or_null(params.v), images, params.tokens, patches,
-         params.width, params.hz.size(2) / 2);
-}
-
 void backward_rows(Tensor hz, Optional grad_hz, Optional residual, Optional grad_refined_up,
                    Optional norms, Optional threshold, Optional outlier_weight, Optional grad_kd,
                    Optional grad_outlier, Optional grad_info, Optional grad_h, Optional v,
@@ -178,28 +152,15 @@ void backward_rows(Tensor hz, Optional grad_hz, Optional residual, Optional grad
                {"grad_kd", grad_kd},
                {"grad_outlier", grad_outlier},
                {"grad_info", grad_info}});
-  const BackwardRowsParams params{hz,     grad_hz,   residual,       grad_refined_up,
-                                  norms,  threshold, outlier_weight, grad_kd,
-                                  grad_outlier, grad_info, grad_h,   v,
-                                  tokens, width};
-  SINGER_BY_DTYPE(acc, run_backward_rows, params);
-}
-
-template <typename T>
-void run_backward_tokens(const Tensor& teacher, const Optional& student, const Tensor& delta,
-                         const Optional& grad_refined, const Optional& grad_kd,
-                         const Optional& grad_student,
-                         const Optional& refined, const Optional& grad_delta, int64_t prefix) {
-  const int64_t images = teacher.size(0), tokens = teacher.size(1), width = teacher.size(2);
-  const Rows own = rows_or_null(student), grad_in = rows_or_null(grad_refined);
-  const Output to_grad_student = output_or_null(grad_student), to_refined = output_or_null(refined),
-               to_grad_delta = output_or_null(grad_delta);
-  launch<backward_tokens_kernel<T>>(images * tokens, teacher, Rows::of(teacher), own,
-         static_cast<const T*>(delta.const_data_ptr()), grad_in, rows_or_null(grad_kd),
-         to_grad_student, to_refined, to_grad_delta, images, tokens, prefix, width,
-         is_aligned(width, {teacher.const_data_ptr(), delta.const_data_ptr(), own.data,
-                            grad_in.data, to_grad_student.data, to_refined.data,
-                            to_grad_delta.data}));
+  const GradOutputs grad_outputs{rows_of(grad_kd), rows_of(grad_outlier), rows_of(grad_info)};
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<backward_rows_kernel<T>>(
+        shape[0] * shape[1], hz, data_or_null<T>(hz), rows_of(grad_hz), rows_of(residual),
+        rows_of(grad_refined_up), data_or_null<T>(norms), data_or_null<T>(threshold),
+        data_or_null<T>(outlier_weight), grad_outputs, output_of(grad_h), output_of(v), shape[0],
+        tokens, shape[1], width, shape[2] / 2);
+  });
 }
 
 void backward_tokens(Tensor teacher, Optional student, Tensor delta, Optional grad_refined,
@@ -227,8 +188,19 @@ void backward_tokens(Tensor teacher, Optional student, Tensor delta, Optional gr
                {"delta", delta},
                {"grad_refined", grad_refined},
                {"grad_kd", grad_kd}});
-  SINGER_BY_DTYPE(acc, run_backward_tokens, teacher, student, delta, grad_refined, grad_kd,
-                  grad_student, refined, grad_delta, prefix);
+  const Rows own = rows_of(student), grad_in = rows_of(grad_refined);
+  const Output to_grad_student = output_of(grad_student), to_refined = output_of(refined),
+               to_grad_delta = output_of(grad_delta);
+  const bool aligned = is_aligned(
+      shape[2], {teacher.const_data_ptr(), delta.const_data_ptr(), own.data, grad_in.data,
+                 to_grad_student.data, to_refined.data, to_grad_delta.data});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<backward_tokens_kernel<T>>(shape[0] * shape[1], teacher, rows_of(teacher), own,
+                                      data_or_null<T>(delta), grad_in, rows_of(grad_kd),
+                                      to_grad_student, to_refined, to_grad_delta, shape[0],
+                                      shape[1], prefix, shape[2], aligned);
+  });
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ __global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, 
   const int64_t row = warp_index();
   if (row >= count) return;
   const T inverse = reciprocal_norm(norms[row]);
-  const T norm_grad_coef = radial_weight(norms[row], row_dots[row]);
+  const T norm_grad_coef = gram_norm_coefficient(norms[row], row_dots[row]);
   // 1. The row of C: it has `prefix` more rows per image than the product.
   const int64_t factor_row = row / patches * (patches + prefix) + prefix + row % patches;
   // 2. Scale the product and subtract the gradient through the norms.
@@ -80,22 +80,6 @@ __global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, 
     }
     store(values, out, row * width + d);
   });
-}
-
-template <typename T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <typename T>
-void run_difference(const Tensor& cosines, const Tensor& targets,
-                    const std::optional<Tensor>& differences, const Tensor& squares,
-                    const Tensor& row_dots, const Tensor& target_row_dots) {
-  const int64_t patches = cosines.size(2), count = cosines.size(0) * patches;
-  const Output out = output_or_null(differences);
-  launch<gram_difference_kernel<T>>(count, cosines, Rows::of(cosines), Rows::of(targets), out,
-         data_of<T>(squares), data_of<T>(row_dots), data_of<T>(target_row_dots), count, patches,
-         is_aligned(patches, {cosines.const_data_ptr(), targets.const_data_ptr(), out.data}));
 }
 
 void difference(Tensor cosines, Tensor targets, std::optional<Tensor> differences, Tensor squares,
@@ -116,16 +100,16 @@ void difference(Tensor cosines, Tensor targets, std::optional<Tensor> difference
                {"row_dots", row_dots},
                {"target_row_dots", target_row_dots}},
               {{"cosines", cosines}, {"targets", targets}});
-  SINGER_BY_DTYPE(acc, run_difference, cosines, targets, differences, squares, row_dots,
-                  target_row_dots);
-}
-
-template <typename T>
-void run_scale(const Tensor& factor, const Tensor& norms, const Tensor& out) {
-  const int64_t width = factor.size(2), count = factor.size(0) * factor.size(1);
-  launch<gram_scale_kernel<T>>(count, factor, Rows::of(factor),
-         static_cast<const T*>(norms.const_data_ptr()), Output::of(out), count, width,
-         is_aligned(width, {factor.const_data_ptr(), out.const_data_ptr()}));
+  const int64_t patches = shape[2], count = shape[0] * patches;
+  const Output out = output_of(differences);
+  const bool aligned =
+      is_aligned(patches, {cosines.const_data_ptr(), targets.const_data_ptr(), out.data});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<gram_difference_kernel<T>>(count, cosines, rows_of(cosines), rows_of(targets), out,
+                                      data_of<T>(squares), data_of<T>(row_dots),
+                                      data_of<T>(target_row_dots), count, patches, aligned);
+  });
 }
 
 void scale(Tensor factor, Tensor norms, Tensor out) {
@@ -136,20 +120,13 @@ void scale(Tensor factor, Tensor norms, Tensor out) {
   check_dense("norms", norms, {shape[0], shape[1]}, factor);
   check_dense("out", out, shape, factor);
   check_apart({{"out", out}}, {{"factor", factor}, {"norms", norms}});
-  SINGER_BY_DTYPE(acc, run_scale, factor, norms, out);
-}
-
-template <typename T>
-void run_gradient(const Tensor& product, const Tensor& factor, const Tensor& norms,
-                  const Tensor& row_dots, double scale, const Tensor& out, int64_t prefix) {
-  const int64_t patches = product.size(1), width = product.size(2);
-  const int64_t count = product.size(0) * patches;
-  launch<gram_gradient_kernel<T>>(count, product, Rows::of(product), Rows::of(factor),
-         static_cast<const T*>(norms.const_data_ptr()),
-         static_cast<const T*>(row_dots.const_data_ptr()), scale, Output::of(out), count, patches,
-         prefix, width,
-         is_aligned(width, {product.const_data_ptr(), factor.const_data_ptr(),
-                            out.const_data_ptr()}));
+  const int64_t count = shape[0] * shape[1], width = shape[2];
+  const bool aligned = is_aligned(width, {factor.const_data_ptr(), out.const_data_ptr()});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<gram_scale_kernel<T>>(count, factor, rows_of(factor), data_or_null<T>(norms),
+                                 output_of(out), count, width, aligned);
+  });
 }
 
 void gradient(Tensor product, Tensor factor, Tensor norms, Tensor row_dots, double scale,
@@ -166,7 +143,15 @@ void gradient(Tensor product, Tensor factor, Tensor norms, Tensor row_dots, doub
   check_dense("out", out, shape, product);
   check_apart({{"out", out}},
               {{"product", product}, {"factor", factor}, {"norms", norms}, {"row_dots", row_dots}});
-  SINGER_BY_DTYPE(acc, run_gradient, product, factor, norms, row_dots, scale, out, prefix);
+  const int64_t patches = shape[1], count = shape[0] * patches, width = shape[2];
+  const bool aligned = is_aligned(
+      width, {product.const_data_ptr(), factor.const_data_ptr(), out.const_data_ptr()});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<gram_gradient_kernel<T>>(count, product, rows_of(product), rows_of(factor),
+                                    data_or_null<T>(norms), data_or_null<T>(row_dots), scale,
+                                    output_of(out), count, patches, prefix, width, aligned);
+  });
 }
 
 }  // namespace

@@ -47,24 +47,22 @@ constexpr int kVector = 8;
 struct Rows {
   const void* data;
   ScalarType dtype;
-
-  static Rows of(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 };
 
 // An output of any supported dtype.
 struct Output {
   void* data;
   ScalarType dtype;
-
-  static Output of(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
 };
 
-// Kernel argument of an optional tensor; its data is null if there is none.
-inline Rows rows_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? Rows::of(*tensor) : Rows{nullptr, ScalarType::Float};
+// Kernel arguments of a tensor; the data is null if there is none.
+inline Rows rows_of(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return {nullptr, ScalarType::Float};
+  return {tensor->const_data_ptr(), tensor->scalar_type()};
 }
-inline Output output_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? Output::of(*tensor) : Output{nullptr, ScalarType::Float};
+inline Output output_of(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return {nullptr, ScalarType::Float};
+  return {tensor->mutable_data_ptr(), tensor->scalar_type()};
 }
 
 SINGER_DEVICE float narrow_to_float(uint16_t bits, bool is_bfloat16) {
@@ -122,7 +120,9 @@ SINGER_DEVICE void load(const Rows& rows, int64_t offset, T (&out)[kCount]) {
         static_cast<const uint16_t*>(rows.data) + offset);
     uint16_t values[kCount];
     memcpy(values, &chunk, sizeof(values));
-    for (int j = 0; j < kCount; ++j) out[j] = static_cast<T>(narrow_to_float(values[j], is_bfloat16));
+    for (int j = 0; j < kCount; ++j) {
+      out[j] = static_cast<T>(narrow_to_float(values[j], is_bfloat16));
+    }
   }
 }
 
@@ -237,20 +237,6 @@ void launch(int64_t count, const Tensor& like, const Arguments&... arguments) {
 #endif
 }
 
-// Check for a contiguous tensor of that shape (and dtype, if given) on the device of `like`.
-inline void check_dense(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
-                        const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
-  check_shape(name, tensor, shape, like);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(!dtype.has_value() || tensor.scalar_type() == *dtype, name,
-                  ": expected the accumulation dtype");
-}
-inline void check_dense(const char* name, const std::optional<Tensor>& tensor,
-                        const std::vector<int64_t>& shape, const Tensor& like,
-                        std::optional<ScalarType> dtype = std::nullopt) {
-  if (tensor.has_value()) check_dense(name, *tensor, shape, like, dtype);
-}
-
 // An argument's name and its tensor, null if there is none.
 struct Named {
   const char* name;
@@ -289,8 +275,14 @@ inline void check_apart(std::initializer_list<Named> outputs, std::initializer_l
   }
 }
 
-// Call run<float> or run<double>, by the accumulation dtype.
-#define SINGER_BY_DTYPE(acc, run, ...) \
-  ((acc) == ScalarType::Double ? run<double>(__VA_ARGS__) : run<float>(__VA_ARGS__))
+// Call `function` with a value of the accumulation type, float or double.
+template <typename Function>
+void dispatch(ScalarType acc, const Function& function) {
+  if (acc == ScalarType::Double) {
+    function(double{});
+  } else {
+    function(float{});
+  }
+}
 
 }  // namespace singer::cuda

@@ -19,7 +19,7 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   const auto for_each = [&](auto body) {
     for (int64_t i = lane; i < patches; i += kLanes) body(norms[i]);
   };
-  // 1. The norm of that rank: bitwise selection.
+  // 1. The norm at the integer part of the quantile's position: bitwise selection.
   int64_t nans = 0;
   for_each([&](T norm) { nans += norm != norm; });
   const Key<T> low = kth_smallest<T>(rank_below, [&](Key<T> key) {
@@ -56,16 +56,6 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   counts[image] = static_cast<T>(count);
 }
 
-template <typename T>
-void run_outlier(const Tensor& norms, double quantile, const Tensor& threshold,
-                 const Tensor& squares, const Tensor& counts) {
-  const int64_t images = norms.size(0), patches = norms.size(1);
-  const auto rank = Rank<T>::of(quantile, patches);
-  launch<outlier_kernel<T>>(images, norms, static_cast<const T*>(norms.const_data_ptr()),
-         static_cast<T*>(threshold.mutable_data_ptr()), static_cast<T*>(squares.mutable_data_ptr()),
-         static_cast<T*>(counts.mutable_data_ptr()), images, patches, rank.below, rank.share);
-}
-
 void outlier(Tensor norms, double quantile, Tensor threshold, Tensor squares, Tensor counts) {
   check_tensor("norms", norms, 2, norms);
   const auto shape = shape_of(norms);
@@ -78,7 +68,13 @@ void outlier(Tensor norms, double quantile, Tensor threshold, Tensor squares, Te
   check_dense("counts", counts, {shape[0]}, norms, acc);
   check_apart({{"threshold", threshold}, {"squares", squares}, {"counts", counts}},
               {{"norms", norms}});
-  SINGER_BY_DTYPE(acc, run_outlier, norms, quantile, threshold, squares, counts);
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    const auto position = QuantilePosition<T>::of(quantile, shape[1]);
+    launch<outlier_kernel<T>>(shape[0], norms, data_or_null<T>(norms), data_of<T>(threshold),
+                              data_of<T>(squares), data_of<T>(counts), shape[0], shape[1],
+                              position.below, position.fraction);
+  });
 }
 
 }  // namespace

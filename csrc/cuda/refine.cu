@@ -89,24 +89,6 @@ __global__ void normalize_kernel(Rows tokens, T* norms, Output rows, int64_t cou
   });
 }
 
-template <typename T>
-void run_refine(const Tensor& teacher, const Tensor& student, const Tensor& delta, int64_t prefix,
-                const Tensor& norms, const Tensor& kd_partials,
-                const std::optional<Tensor>& refined, const std::optional<Tensor>& rows,
-                const std::optional<Tensor>& differences) {
-  const int64_t tokens = teacher.size(1), width = teacher.size(2);
-  const int64_t count = teacher.size(0) * tokens;
-  const Output to_refined = output_or_null(refined), to_rows = output_or_null(rows),
-               to_differences = output_or_null(differences);
-  launch<refine_kernel<T>>(count, teacher, Rows::of(teacher), Rows::of(student),
-         static_cast<const T*>(delta.const_data_ptr()), static_cast<T*>(norms.mutable_data_ptr()),
-         static_cast<T*>(kd_partials.mutable_data_ptr()), to_refined, to_rows,
-         to_differences, count, tokens, prefix, width,
-         is_aligned(width, {teacher.const_data_ptr(), student.const_data_ptr(),
-                            delta.const_data_ptr(), to_refined.data, to_rows.data,
-                            to_differences.data}));
-}
-
 void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor norms,
             Tensor kd_partials, std::optional<Tensor> refined, std::optional<Tensor> rows,
             std::optional<Tensor> differences) {
@@ -127,17 +109,19 @@ void refine(Tensor teacher, Tensor student, Tensor delta, int64_t prefix, Tensor
                {"rows", rows},
                {"differences", differences}},
               {{"teacher", teacher}, {"student", student}, {"delta", delta}});
-  SINGER_BY_DTYPE(acc, run_refine, teacher, student, delta, prefix, norms, kd_partials, refined,
-                  rows, differences);
-}
-
-template <typename T>
-void run_normalize(const Tensor& tokens, int64_t prefix, const Tensor& norms, const Tensor& rows) {
-  const int64_t patches = tokens.size(1) - prefix, width = tokens.size(2);
-  const int64_t count = tokens.size(0) * patches;
-  launch<normalize_kernel<T>>(count, tokens, Rows::of(tokens),
-         static_cast<T*>(norms.mutable_data_ptr()), Output::of(rows), count, patches, prefix, width,
-         is_aligned(width, {tokens.const_data_ptr(), rows.const_data_ptr()}));
+  const int64_t count = shape[0] * shape[1], width = shape[2];
+  const Output to_refined = output_of(refined), to_rows = output_of(rows),
+               to_differences = output_of(differences);
+  const bool aligned = is_aligned(
+      width, {teacher.const_data_ptr(), student.const_data_ptr(), delta.const_data_ptr(),
+              to_refined.data, to_rows.data, to_differences.data});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<refine_kernel<T>>(count, teacher, rows_of(teacher), rows_of(student),
+                             data_or_null<T>(delta), data_of<T>(norms), data_of<T>(kd_partials),
+                             to_refined, to_rows, to_differences, count, shape[1], prefix, width,
+                             aligned);
+  });
 }
 
 void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
@@ -148,7 +132,13 @@ void normalize(Tensor tokens, int64_t prefix, Tensor norms, Tensor rows) {
   check_dense("norms", norms, {shape[0], shape[1] - prefix}, tokens);
   check_dense("rows", rows, {shape[0], shape[1] - prefix, shape[2]}, tokens);
   check_apart({{"norms", norms}, {"rows", rows}}, {{"tokens", tokens}});
-  SINGER_BY_DTYPE(acc, run_normalize, tokens, prefix, norms, rows);
+  const int64_t patches = shape[1] - prefix, count = shape[0] * patches, width = shape[2];
+  const bool aligned = is_aligned(width, {tokens.const_data_ptr(), rows.const_data_ptr()});
+  dispatch(acc, [&](auto zero) {
+    using T = decltype(zero);
+    launch<normalize_kernel<T>>(count, tokens, rows_of(tokens), data_of<T>(norms),
+                                output_of(rows), count, patches, prefix, width, aligned);
+  });
 }
 
 }  // namespace

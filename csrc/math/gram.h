@@ -18,7 +18,7 @@ SINGER_FN T reciprocal_norm(T norm) {
 
 // s / n^2, the gradient through the norm; 0 where n < eps, as the denominator is constant there.
 template <typename T>
-SINGER_FN T radial_weight(T norm, T row_dot) {
+SINGER_FN T gram_norm_coefficient(T norm, T row_dot) {
   const T inverse = reciprocal_norm(norm);
   return norm < T(kNormEps) ? T(0) : row_dot * inverse * inverse;
 }

@@ -36,7 +36,7 @@ SINGER_FN Key<T> norm_key(T norm) {
 }
 
 // The k-th smallest key (from 0), built from its highest bit: the largest v with at most k keys
-// below v. `count_below(v)` counts the keys below v.
+// below v. `count_below(v)` returns the number of keys below v.
 template <typename T, typename CountBelow>
 SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
   Key<T> value = 0;
@@ -47,27 +47,27 @@ SINGER_FN Key<T> kth_smallest(int64_t k, CountBelow count_below) {
   return value;
 }
 
-// Integer and fractional part of gamma (P - 1), rounded as torch.quantile rounds it in that dtype.
+// Integer and fractional part of quantile (P - 1), rounded as by torch.quantile in that dtype.
 // The product is computed in float64, exact for float32 operands: a float32 one might be fused with
 // the subtraction, which would skip its rounding.
 template <typename T>
-struct Rank {
+struct QuantilePosition {
   int64_t below;
-  double share;
+  double fraction;
 
-  SINGER_FN static Rank of(double gamma, int64_t patches) {
-    const double factor = static_cast<double>(static_cast<T>(gamma));
-    const T rank = static_cast<T>(factor * static_cast<double>(patches - 1));
-    const T whole = std::floor(rank);
-    return {static_cast<int64_t>(whole), static_cast<double>(rank - whole)};
+  SINGER_FN static QuantilePosition of(double quantile, int64_t patches) {
+    const double factor = static_cast<double>(static_cast<T>(quantile));
+    const T position = static_cast<T>(factor * static_cast<double>(patches - 1));
+    const T whole = std::floor(position);
+    return {static_cast<int64_t>(whole), static_cast<double>(position - whole)};
   }
 };
 
-// lerp(low, high, share), from the nearer end as torch.lerp does.
+// lerp(low, high, fraction), from the nearer end as torch.lerp does.
 template <typename T>
-SINGER_FN T interpolate(T low, T high, T share) {
+SINGER_FN T interpolate(T low, T high, T fraction) {
   const T gap = high - low;
-  return share < T(0.5) ? low + share * gap : high - gap * (T(1) - share);
+  return fraction < T(0.5) ? low + fraction * gap : high - gap * (T(1) - fraction);
 }
 
 // Return whether n > q; NaN and Inf count as outliers.

@@ -1,4 +1,4 @@
-// Helpers with which the formulas compile for both CPU and GPU.
+// Helpers to compile the formulas for both CPU and GPU.
 #pragma once
 
 #include <cmath>

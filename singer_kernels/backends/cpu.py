@@ -1,18 +1,18 @@
 """The backend ``"cpu"``: the compiled extension's kernels for the CPU.
 
-Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``), in the widest vectors that the
-processor has, products included. A thread takes some rows through all products of a stage while
-they are in its cache. Of each Gram matrix, which is symmetric, half is computed. With gradients,
-that half of the matrices' difference is kept until they are computed, for a few images at a time,
-in P² numbers each, of which the other half is never touched. F̂ is not kept for the backward, which
-computes it again, some columns at a time.
+Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``), compiled for several instruction sets,
+matrix products included. A thread takes a block of rows through all products of a stage while they
+are in its cache. Of each symmetric Gram matrix, only half is computed. With gradients, that half of
+the matrices' difference is stored until X C is computed, for a group of images at a time, in a
+buffer of P² elements each. F̂ is not saved for the backward, which recomputes it, a slice of its
+width at a time.
 
-Sums and products are float32, or float64, for features of any dtype. Where products are to be
-narrower (under autocast), the features and the adapter are rounded to that dtype first; what is
-computed on the way (H, F̂, the Gram matrices) is not.
+Sums and products are float32, or float64, for features of any dtype. If products are to be
+narrower (under autocast), the features and the adapter are rounded to that dtype first;
+intermediate results (H, F̂, the Gram matrices) are not.
 
-The same input gives the same bits on any number of threads; processors with vectors of another
-width round differently.
+The same input gives the same bits on any number of threads; another instruction set rounds
+differently.
 
 Source: derived from SiNGER (arXiv 2509.20986), section 3.
 """
@@ -30,11 +30,11 @@ operators.define("cpu", lambda product, acc: acc)
 
 @constant_while_tracing
 def _extension_reason(explicit: bool) -> str | None:
-    """Return why the extension can't or, unless it was asked for, should not be used, or None."""
+    """Return why the extension can't or, unless explicitly chosen, should not be used, or None."""
     reason = extension.load()
     if reason is not None:
         return f"the compiled extension is {reason}"
-    if not explicit and extension.vectors() == "baseline":
+    if not explicit and extension.cpu_capability() == "baseline":
         return "only with AVX2 or AVX-512 is it known to be faster than the backend 'torch'"
     return None
 

@@ -21,7 +21,7 @@ SETTING = {
     "threads": 2,
     "busy_processors": 0.1,
     "versions": {"torch": "2.99", "triton": None},
-    "vectors": {"torch": "X", "extension": "avx512"},
+    "cpu_capability": {"torch": "X", "extension": "avx512"},
 }
 
 

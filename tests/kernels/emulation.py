@@ -1,8 +1,9 @@
-"""The CUDA kernels compiled as plain C++, one lane to a warp: for tests without a GPU.
+"""Compile the CUDA kernels as plain C++ with one lane per warp, for tests without a GPU.
 
-What a lane computes, the launches and everything around them are as on a device; how the lanes of
-a warp share a row is not, for there is one. ``python emulation.py LIBRARY [OPTION ...]`` compiles
-them with further options; ``SINGER_EMULATED_LIBRARY`` then names that library to the tests.
+The computation of a lane, the launches and the operators are those of the device; the reductions
+and the division of a row among the lanes of a warp are not tested. ``python emulation.py LIBRARY
+[OPTION ...]`` compiles with further compiler options; the tests then load the library that
+``SINGER_EMULATED_LIBRARY`` names.
 """
 
 import os
@@ -17,11 +18,11 @@ import torch
 
 VARIABLE = "SINGER_EMULATED_LIBRARY"
 SOURCES = Path(__file__).parents[2] / "csrc"
-FOLDER = tempfile.TemporaryDirectory()  # as long as the process lives
+FOLDER = tempfile.TemporaryDirectory()  # deleted when the process exits
 
 
 def build(target, extra=()):
-    """Compile the kernels into a library, with further options. There must be a g++."""
+    """Compile the kernels into a library; ``extra``: further options of g++, which is needed."""
     torch_folder = Path(torch.__file__).parent
     options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
     options += ["-DSINGER_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -40,12 +41,12 @@ def build(target, extra=()):
 
 
 def library():
-    """Return where the library is, or will be once it is loaded."""
+    """Return the path of the library; :func:`load` compiles it if it does not exist."""
     return Path(os.environ.get(VARIABLE) or Path(FOLDER.name, "emulated.so"))
 
 
 def load():
-    """Load the kernels, compiled here unless there is a library; return why not, or None."""
+    """Load the kernels, compiling them first if necessary; return None, or the reason why not."""
     if not library().is_file():
         if shutil.which("g++") is None:
             return "there is no g++"

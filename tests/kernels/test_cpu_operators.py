@@ -1,6 +1,7 @@
-"""The compiled CPU operators by themselves: no input from Python may crash the process.
+"""The compiled CPU operators: fuzzing, instruction sets, threads, groups of images, precision.
 
-Each call either raises or returns what the fake implementation says; nothing else may happen.
+No input from Python may crash the process: a call raises, or returns the shapes and dtypes of the
+fake implementation.
 """
 
 import math
@@ -23,14 +24,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ACC = [torch.float32, torch.float64]
 ODD_DTYPES = [*DTYPES, torch.int64, torch.bool, torch.complex64]
 
-# Sizes that fit are likely, those that don't happen now and then.
+# An argument is invalid if a draw from ODD is 0, so that most calls are valid.
 SIZES = st.integers(1, 6)
 ODD = st.integers(0, 19)
 
 
 @st.composite
 def tensors(draw, shape):
-    """A tensor of about that shape: any dtype, strides, and, seldom, something wrong with it."""
+    """Draw a tensor of any dtype and strides; its shape and dtype are seldom invalid."""
     shape = list(shape)
     wrong = draw(ODD)
     if wrong == 0 and shape:
@@ -45,22 +46,22 @@ def tensors(draw, shape):
         return torch.ones([2 * size for size in shape], dtype=dtype)[
             (slice(None, None, 2),) * len(shape)
         ]
-    if layout == 3:  # no strides at all
+    if layout == 3:  # all strides 0
         return torch.ones([1] * len(shape), dtype=dtype).expand(shape)
     odd = draw(ODD) if layout == 4 else None
     if odd == 0:
         return torch.ones(shape, dtype=torch.float32).to_sparse()
-    if odd in (1, 2) and 0 not in shape:  # no number on a border of its size
-        held = bytearray(math.prod(shape) * dtype.itemsize + 1)
-        return torch.frombuffer(held, dtype=dtype, offset=1).view(shape)
+    if odd in (1, 2) and 0 not in shape:  # unaligned
+        data = bytearray(math.prod(shape) * dtype.itemsize + 1)
+        return torch.frombuffer(data, dtype=dtype, offset=1).view(shape)
     tensor = torch.ones(shape, dtype=dtype)
     if tensor.is_floating_point() and tensor.numel() and draw(ODD) < 3:
         tensor.view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf"), 0.0, 1e30]))
     return tensor
 
 
-def kept(draw, shape, acc):
-    """What an earlier kernel left: seldom of another dtype or shape, or not there."""
+def saved(draw, shape, acc):
+    """Draw a tensor saved by the forward: seldom of another dtype or shape, or None."""
     wrong = draw(ODD)
     if wrong == 0:
         return draw(tensors(shape))
@@ -73,13 +74,13 @@ def or_none(draw, strategy):
 
 @st.composite
 def calls(draw):
-    """An operator's name and its arguments."""
+    """Draw an operator's name and its arguments."""
     images, prefix, patches = draw(SIZES), draw(st.integers(0, 2)), draw(SIZES)
     if draw(ODD) == 0:
-        patches = 50  # more than a run of rows
+        patches = 50  # more than a block of rows
     width, rank, acc = draw(SIZES), draw(SIZES), draw(st.sampled_from(ACC))
     if draw(ODD) == 0:
-        # More than a block of columns, or than the depth of one, and no multiple of either.
+        # More than a panel width or a K block, and not a multiple of either.
         width, rank = draw(st.sampled_from([(67, 35), (300, 20)]))
     shape = (images, prefix + patches, width)
     if draw(ODD) == 0:
@@ -96,7 +97,7 @@ def calls(draw):
         gram = draw(st.booleans())
         quantile = draw(st.sampled_from([0.0, 0.5, 0.97, 1.0, -1.0, float("nan")]))
         target = or_none(draw, tensors(shape)) if gram or draw(ODD) == 0 else None
-        if draw(ODD):  # as Python asks for them
+        if draw(ODD):  # the combinations that the backend requests
             flags[2] &= gram
             flags[3] = flags[3] and target is not None
         return name, (
@@ -119,12 +120,12 @@ def calls(draw):
         draw(tensors(shape)) if draw(ODD) else None,
         draw(tensors(shape)),
         draw(tensors((rank, width))),
-        kept(draw, (*pairs, 2 * rank), some_acc),
-        kept(draw, (*pairs, 2 * rank), some_acc),
-        kept(draw, (*pairs, rank), some_acc),
-        kept(draw, pairs, some_acc),
-        kept(draw, (images,), some_acc),
-        kept(draw, (), some_acc),
+        saved(draw, (*pairs, 2 * rank), some_acc),
+        saved(draw, (*pairs, 2 * rank), some_acc),
+        saved(draw, (*pairs, rank), some_acc),
+        saved(draw, pairs, some_acc),
+        saved(draw, (images,), some_acc),
+        saved(draw, (), some_acc),
         *(or_none(draw, tensors(())) for _ in range(3)),
         or_none(draw, tensors(shape)),
         prefix,
@@ -169,20 +170,20 @@ def check_one(call):
 def test_two_thousand_calls_raise_or_return():
     OUTCOMES.update(returned=0, raised=0)
     check_one()
-    # Neither all calls rejected nor none: both halves of the code are reached.
+    # Both outcomes are frequent, so that both are tested.
     assert min(OUTCOMES.values()) >= 400, OUTCOMES
 
 
-WIDTHS = """
+CAPABILITY_SCRIPT = """
 import torch
 from singer_kernels import extension
 from singer_kernels import fused_losses, reference
 
 assert extension.load() is None
-assert extension.vectors() == {width!r}, extension.vectors()
+assert extension.cpu_capability() == {capability!r}, extension.cpu_capability()
 generator = torch.Generator().manual_seed(0)
 for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-    # No size is a multiple of any vector or tile.
+    # No size is a multiple of a vector, panel or tile.
     student, teacher, target = (
         torch.randn(3, 1 + 61, 131, generator=generator, dtype=dtype) for _ in range(3)
     )
@@ -202,16 +203,16 @@ for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
 """
 
 
-@pytest.mark.parametrize("width", ["baseline", "avx2", "avx512"])
-def test_every_vector_width(width):
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_cpu_capability(capability):
     from singer_kernels import extension
 
     order = ["baseline", "avx2", "avx512"]
-    if order.index(width) > order.index(extension.vectors()):
-        pytest.skip(f"the processor has no {width}")
+    if order.index(capability) > order.index(extension.cpu_capability()):
+        pytest.skip(f"the processor has no {capability}")
     done = subprocess.run(
-        [sys.executable, "-c", WIDTHS.format(width=width)],
-        env={"SINGER_CPU_VECTORS": width, "OMP_NUM_THREADS": "2", "PATH": ""},
+        [sys.executable, "-c", CAPABILITY_SCRIPT.format(capability=capability)],
+        env={"SINGER_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2", "PATH": ""},
         cwd=Path(extension.__file__).parents[1],
         capture_output=True,
         text=True,
@@ -220,12 +221,12 @@ def test_every_vector_width(width):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_unknown_vector_width_is_named(monkeypatch):
+def test_an_unknown_cpu_capability_is_named(monkeypatch):
     from singer_kernels import extension
 
     monkeypatch.setattr(extension, "_outcomes", {})
-    monkeypatch.setenv("SINGER_CPU_VECTORS", "wide")
-    assert "SINGER_CPU_VECTORS: got 'wide', expected one of baseline" in str(extension.load())
+    monkeypatch.setenv("SINGER_CPU_CAPABILITY", "wide")
+    assert "SINGER_CPU_CAPABILITY: got 'wide', expected one of baseline" in str(extension.load())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,7 +255,7 @@ def test_the_number_of_threads_changes_no_bit(patches, prefix, dtype):
 
 
 def agrees_with_the_reference(call, leaves):
-    """Whether losses and gradients of float64 leaves are the reference's."""
+    """Return whether losses and gradients equal the reference's; for float64 leaves."""
     found = []
     for backend in ("reference", "cpu"):
         losses = call(backend)
@@ -268,8 +269,8 @@ def agrees_with_the_reference(call, leaves):
 
 
 SIZES_OF_GROUPS = [
-    pytest.param(70, 7, id="several images to a run of rows, several groups of images"),
-    pytest.param(3, 33, id="an image is one row longer than a run"),
+    pytest.param(70, 7, id="several images per block of rows, several groups of images"),
+    pytest.param(3, 33, id="an image is one row longer than a block"),
     pytest.param(5, 300, id="groups of three images and of two"),
     pytest.param(1, 1100, id="an image larger than a group"),
 ]
@@ -277,7 +278,7 @@ SIZES_OF_GROUPS = [
 
 @pytest.fixture
 def two_threads():
-    """Groups of images grow with the number of threads."""
+    """Fix the number of threads, on which the size of a group of images depends."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -287,7 +288,7 @@ def two_threads():
 @pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.usefixtures("two_threads")
-def test_runs_and_groups(images, patches, with_target):
+def test_blocks_and_groups(images, patches, with_target):
     from singer_kernels import fused_losses
 
     generator = torch.Generator().manual_seed(0)
@@ -313,7 +314,7 @@ def test_runs_and_groups(images, patches, with_target):
 
 @pytest.mark.parametrize(("images", "patches"), SIZES_OF_GROUPS)
 @pytest.mark.usefixtures("two_threads")
-def test_runs_and_groups_of_the_gram_loss(images, patches):
+def test_blocks_and_groups_of_the_gram_loss(images, patches):
     from singer_kernels import functional
 
     generator = torch.Generator().manual_seed(0)
@@ -332,7 +333,7 @@ def test_runs_and_groups_of_the_gram_loss(images, patches):
 
 
 def test_one_image_of_a_group_is_amplified():
-    # That one takes a direct product of F, the other the identity.
+    # That one computes F Fᵀ directly, the other by the Gram identity.
     from singer_kernels import fused_losses
 
     generator = torch.Generator().manual_seed(0)
@@ -340,7 +341,7 @@ def test_one_image_of_a_group_is_amplified():
     down = torch.linalg.qr(torch.randn(40, 4, **options)).Q
     up = 20 * down.T
     teacher = torch.randn(2, 1 + 45, 40, **options)
-    teacher[0] -= teacher[0] @ down @ down.T  # nothing for the adapter to see
+    teacher[0] -= teacher[0] @ down @ down.T  # F Wd = 0 up to the noise below
     teacher[0] += 0.01 * torch.randn(46, 40, **options)
     student = torch.randn(2, 1 + 45, 40, **options)
     leaves = [x.requires_grad_() for x in (student, down, up)]
@@ -357,8 +358,8 @@ def test_one_image_of_a_group_is_amplified():
 
 @pytest.mark.parametrize("gain", [3, 10, 1000])
 def test_an_adapter_that_amplifies(gain):
-    # F F^T may not be taken from a far larger F^ F^^T: relative to the reference's own error in
-    # float32, of some 1e-6, the difference would lose gain^2.
+    # F Fᵀ computed from a much larger F̂ F̂ᵀ would cancel: gain² times the reference's float32 error
+    # of about 1e-6.
     from singer_kernels import fused_losses
 
     generator = torch.Generator().manual_seed(0)
@@ -375,7 +376,7 @@ def test_an_adapter_that_amplifies(gain):
 
 
 def test_both_gram_matrices_are_of_equally_exact_features():
-    # One rounded alone would make a loss of an adapter that does nothing.
+    # Rounding only one of them would give a loss above 0 to an adapter that changes nothing.
     from singer_kernels import fused_losses
 
     teacher = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))

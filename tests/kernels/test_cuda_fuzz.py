@@ -1,7 +1,7 @@
-"""The raw CUDA kernels, compiled as plain C++: no input from Python may crash the process.
+"""Fuzz the raw CUDA operators, compiled as plain C++: no input from Python may crash the process.
 
-What each takes is written down here a second time. A call that keeps to it returns, fills its
-outputs and leaves all else as it was; any other raises, names an argument that is at fault, and
+``CONTRACTS`` states the valid arguments, independently of the C++ checks. A valid call returns,
+writes all of its outputs and nothing else; an invalid one raises, names an invalid argument, and
 writes nothing.
 """
 
@@ -26,19 +26,19 @@ CASES = 36  # for each argument: 2,052 in all
 ACC = (torch.float32, torch.float64)
 DTYPES = (*ACC, torch.bfloat16, torch.float16)
 ODD_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2)
-UNKNOWN_DTYPE = torch.float4_e2m1fn_x2  # to torch's stable ABI
+UNKNOWN_DTYPE = torch.float4_e2m1fn_x2  # not in torch's stable ABI
 
 
 class Contract(NamedTuple):
-    """What a kernel takes, by the shape of its first tensor and the number of prefix tokens."""
+    """The valid arguments of an operator."""
 
-    shapes: dict[str, str]  # of its tensors, in letters; the first tensor's name them
-    acc: tuple[str, ...]  # float32 or float64, the first; the others have its dtype
-    needs: tuple[tuple[str, str], ...] = ()  # tensors needed with others
-    is_filled: bool = False  # whether no size is 0
+    shapes: dict[str, str]  # one letter per dimension; the first tensor's sizes define the letters
+    acc: tuple[str, ...]  # the first is float32 or float64; the others have its dtype
+    needs: tuple[tuple[str, str], ...] = ()  # (a, b): a is required if b is given
+    is_filled: bool = False  # whether every size must be above 0
 
 
-# N is T - prefix, and Q P + prefix; an R is half of its letter.
+# N = T - prefix, Q = P + prefix, R = C / 2.
 CONTRACTS = {
     "refine": Contract(
         {
@@ -138,7 +138,7 @@ def optionals(kernel):
 
 
 def sizes_of(kernel, shape, prefix):
-    """Return the size that each letter stands for; None if the first tensor's shape is none."""
+    """Return the size of each letter; None if the first tensor's shape does not match its own."""
     letters = next(iter(CONTRACTS[kernel].shapes.values()))
     sizes = dict(zip(letters, shape, strict=False))
     if len(shape) != len(letters) or any(
@@ -150,7 +150,7 @@ def sizes_of(kernel, shape, prefix):
 
 
 def extent(tensor):
-    """The bytes of a contiguous tensor."""
+    """Return the addresses of a contiguous tensor."""
     start = tensor.data_ptr()
     return range(start, start + tensor.numel() * tensor.itemsize)
 
@@ -160,19 +160,19 @@ def overlap(a, b):
 
 
 def is_foreign(value):
-    """Whether torch has no kernel to hand that to."""
+    """Return whether the dispatcher has no kernel for that tensor."""
     is_tensor = isinstance(value, torch.Tensor)
     return is_tensor and (value.layout != torch.strided or value.device.type != "cpu")
 
 
-def faults(kernel, handed):
+def faults(kernel, args):
     """Return the names of the arguments that break the contract."""
     contract, written = CONTRACTS[kernel], outputs(kernel)
-    tensors = {name: handed[name] for name in contract.shapes if handed[name] is not None}
-    found = {name for name in contract.shapes if handed[name] is None} - optionals(kernel)
+    tensors = {name: args[name] for name in contract.shapes if args[name] is not None}
+    found = {name for name in contract.shapes if args[name] is None} - optionals(kernel)
     found |= {x for x, with_ in contract.needs if with_ in tensors and x not in tensors}
     first, main = contract.acc[0], next(iter(contract.shapes))
-    prefix = handed.get("num_prefix_tokens", 0)
+    prefix = args.get("num_prefix_tokens", 0)
     if main not in tensors:
         return found
     sizes = sizes_of(kernel, tuple(tensors[main].shape), prefix)
@@ -182,11 +182,11 @@ def faults(kernel, handed):
         found.add("num_prefix_tokens")
     if sizes.get("C", 0) % 2:
         found.add(main)
-    if not 0 <= handed.get("quantile", 0) <= 1:
+    if not 0 <= args.get("quantile", 0) <= 1:
         found.add("quantile")
     if kernel == "backward_rows":
-        found |= {"tokens"} if handed["tokens"] < sizes["P"] else set()
-        found |= {"width"} if handed["width"] < 1 else set()
+        found |= {"tokens"} if args["tokens"] < sizes["P"] else set()
+        found |= {"width"} if args["width"] < 1 else set()
     for name, tensor in tensors.items():
         shape = tuple(sizes[letter] for letter in contract.shapes[name])
         dtypes = DTYPES
@@ -206,12 +206,23 @@ def faults(kernel, handed):
 
 
 SIZES = [1, 1, 2, 2, 3, 4, 5, 6, 7, 0, 33]
-WIDTHS = [1, 2, 3, 5, 8, 8, 16, 24, 0, 40]  # of many, vectors are whole
-WAYS = ("shape", "dims", "dtype", "turned", "steps", "expanded", "off", "shared", "none", "foreign")
+WIDTHS = [1, 2, 3, 5, 8, 8, 16, 24, 0, 40]  # several are multiples of 8, for vector accesses
+WAYS = (
+    "shape",
+    "dims",
+    "dtype",
+    "transposed",
+    "strided",
+    "expanded",
+    "unaligned",
+    "shared",
+    "none",
+    "foreign",
+)
 
 
 def dense(random, shape, dtype):
-    """A contiguous tensor of numbers that no kernel overflows; some start inside a larger one."""
+    """Return a contiguous tensor of ordinary numbers; some are slices of a larger one."""
     before, after = random.choice([(0, 0), (0, 0), (1, 2), (8, 8)])
     count = math.prod(shape)
     generator = torch.Generator().manual_seed(random.randrange(100))
@@ -222,7 +233,7 @@ def dense(random, shape, dtype):
 
 
 def spoilt(random, way, shape, dtype, others):
-    """A tensor, or None, that a kernel must refuse, most often."""
+    """Return a tensor, or None, that usually breaks the contract in the given way."""
     shape = list(shape)
     if way == "none":
         return None
@@ -234,14 +245,14 @@ def spoilt(random, way, shape, dtype, others):
         dtype = random.choice((*DTYPES, *ODD_DTYPES, UNKNOWN_DTYPE))
         if dtype == UNKNOWN_DTYPE:
             return torch.zeros(shape, dtype=torch.uint8).view(dtype)
-    elif way == "turned":
+    elif way == "transposed":
         return dense(random, shape[::-1], dtype).permute(list(range(len(shape)))[::-1])
-    elif way == "steps":
+    elif way == "strided":
         whole = dense(random, [2 * size for size in shape], dtype)
         return whole[(slice(None, None, 2),) * len(shape)]
     elif way == "expanded":
         return dense(random, [1] * len(shape), dtype).expand(shape)
-    elif way == "off":  # no multiple of the dtype's size
+    elif way == "unaligned":
         count = math.prod(shape) * dtype.itemsize
         if count > 0:
             return torch.frombuffer(bytearray(count + 1), dtype=dtype, offset=1).view(shape)
@@ -257,7 +268,7 @@ def spoilt(random, way, shape, dtype, others):
 
 
 def scalar(random, name, sizes, is_odd):
-    """An argument that is no tensor."""
+    """Return an argument that is not a tensor; `is_odd`: usually an invalid one."""
     if name == "quantile":
         return random.choice([math.nan, -0.1, 1.1] if is_odd else [0.3, 0.0, 0.97, 1.0])
     if name == "scale":
@@ -272,9 +283,9 @@ def scalar(random, name, sizes, is_odd):
 
 
 def call_of(random, kernel, spoilable):
-    """A call's arguments by name, and whether all numbers in it are ordinary.
+    """Return a call's arguments by name, and whether all their elements are ordinary numbers.
 
-    In half of them that argument is spoilt, and in some another one, too.
+    In half of the calls the argument ``spoilable`` is made invalid, in some another one as well.
     """
     contract, names = CONTRACTS[kernel], [x.name for x in arguments_of(kernel)]
     prefix, patches, rank = random.randrange(4), random.choice(SIZES), random.choice(WIDTHS)
@@ -285,34 +296,34 @@ def call_of(random, kernel, spoilable):
     if random.random() < 0.1:
         to_spoil.add(random.choice(names))
     plain = [name for name in names if name not in contract.shapes]
-    handed = {name: scalar(random, name, sizes, name in to_spoil) for name in plain}
+    args = {name: scalar(random, name, sizes, name in to_spoil) for name in plain}
     absent = {name for name in sorted(optionals(kernel)) if random.random() < 0.5}
-    is_whole = random.random() < 0.9  # else something needed may be missing
+    is_whole = random.random() < 0.9  # else a required tensor may be missing
     for name, with_ in contract.needs:
         absent -= {name} if is_whole and with_ not in absent else set()
     for name, letters in contract.shapes.items():
         shape = tuple(sizes[letter] for letter in letters)
         dtype = acc if name in contract.acc else random.choice(DTYPES)
         if name in to_spoil:
-            others = [x for x in handed.values() if isinstance(x, torch.Tensor)]
+            others = [x for x in args.values() if isinstance(x, torch.Tensor)]
             others = [x for x in others if not is_foreign(x)]
-            handed[name] = spoilt(random, random.choice(WAYS), shape, dtype, others)
+            args[name] = spoilt(random, random.choice(WAYS), shape, dtype, others)
         else:
-            handed[name] = None if name in absent else dense(random, shape, dtype)
+            args[name] = None if name in absent else dense(random, shape, dtype)
     is_ordinary = not to_spoil
     if random.random() < 0.2:
-        tensor = handed[random.choice(list(contract.shapes))]
+        tensor = args[random.choice(list(contract.shapes))]
         usable = isinstance(tensor, torch.Tensor) and not is_foreign(tensor)
         usable = usable and tensor.dtype != UNKNOWN_DTYPE
         if usable and tensor.is_floating_point() and tensor.numel():
             is_ordinary = False
             odd = random.choice([math.nan, math.inf, -math.inf, -1.0, 1e-30, 6e4])
             tensor[(0,) * tensor.dim()] = odd
-    return {name: handed[name] for name in names}, is_ordinary
+    return {name: args[name] for name in names}, is_ordinary
 
 
 def memory(tensor):
-    """All bytes of the memory that a tensor lies in, its own and those around."""
+    """Return all bytes of a tensor's storage."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
@@ -321,29 +332,29 @@ def own_bytes(tensor):
     return slice(start, start + tensor.numel() * tensor.itemsize)
 
 
-def message_of(kernel, handed):
-    """Call a kernel; return what it raised, or None."""
+def message_of(kernel, args):
+    """Call an operator; return the message of its error, or None."""
     try:
-        operator_of(kernel)(*handed.values())
+        operator_of(kernel)(*args.values())
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def check(kernel, handed, is_ordinary):
-    """Call a kernel, twice if it returns; return which of both it did."""
-    tensors = {name: x for name, x in handed.items() if isinstance(x, torch.Tensor)}
+def check(kernel, args, is_ordinary):
+    """Call an operator, twice if it returns; return ``"returned"`` or ``"raised"``."""
+    tensors = {name: x for name, x in args.items() if isinstance(x, torch.Tensor)}
     if any(is_foreign(x) for x in tensors.values()):
-        assert f"singer_kernels::cuda_{kernel}" in message_of(kernel, handed)
+        assert f"singer_kernels::cuda_{kernel}" in message_of(kernel, args)
         return "raised"
-    found, filled = faults(kernel, handed), []
+    found, filled = faults(kernel, args), []
     written = outputs(kernel) & tensors.keys()
     for byte in (0xFF, 0x55):
         for name in written:
             if tensors[name].is_contiguous():
                 memory(tensors[name])[own_bytes(tensors[name])] = byte
         before = {name: memory(x).clone() for name, x in tensors.items()}
-        message = message_of(kernel, handed)
+        message = message_of(kernel, args)
         if message is None:
             assert not found, found
             for name in written:
@@ -352,33 +363,33 @@ def check(kernel, handed, is_ordinary):
         for name, x in tensors.items():
             assert torch.equal(memory(x), before[name]), name
         if message is not None:
-            named = {x for x in handed if re.search(rf"\b{x}: (got|expected|shares)", message)}
+            named = {x for x in args if re.search(rf"\b{x}: (got|expected|shares)", message)}
             assert named, message
             assert named <= found, (message, found)
             return "raised"
         filled.append({name: before[name] for name in written})
     for name in written:
-        assert torch.equal(filled[0][name], filled[1][name]), name  # nothing of before is left
+        assert torch.equal(filled[0][name], filled[1][name]), name  # all of it was written
         if is_ordinary:
             assert tensors[name].isfinite().all(), name
     return "returned"
 
 
-def described(handed):
-    """The arguments in words; torch can't print a tensor of every dtype."""
+def described(args):
+    """Return a description of the arguments; torch can't print a tensor of every dtype."""
     return ", ".join(
         f"{name}: {tuple(value.shape)} {value.dtype} {value.stride()}"
         if isinstance(value, torch.Tensor) and value.layout == torch.strided
         else f"{name}: {type(value).__name__} {getattr(value, 'layout', value)}"
-        for name, value in handed.items()
+        for name, value in args.items()
     )
 
 
 def check_calls(kernel, spoilable, outcomes):
-    """Check some calls; in half of them that argument is spoilt."""
+    """Check some calls; in half of them that argument is invalid."""
 
-    # A seed for each, not draws: those are apt to vary one call in details, and so to leave out
-    # one of the hundreds of pairs of an argument and what is wrong with it.
+    # Hypothesis draws only a seed: by drawing arguments it would vary few calls in detail, and miss
+    # some of the hundreds of pairs of an argument and a fault.
     @settings(
         max_examples=CASES,
         deadline=None,
@@ -400,7 +411,7 @@ def test_calls_raise_or_fill_their_outputs(kernel):
     outcomes, names = {"returned": 0, "raised": 0}, [x.name for x in arguments_of(kernel)]
     for name in names:
         check_calls(kernel, name, outcomes)
-    # Neither all calls rejected nor none: both halves of the code are reached.
+    # Both outcomes are frequent, so that both are tested.
     assert min(outcomes.values()) >= CASES * len(names) / 5, outcomes
 
 

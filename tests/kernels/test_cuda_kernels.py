@@ -1,6 +1,6 @@
-"""The CUDA kernels as they are compiled: no spills, loads of 16 bytes. They are not run here.
+"""The CUDA kernels compiled by nvcc (no spills, loads of 16 bytes), and the backend ``"cuda"``.
 
-``emulation.py`` runs them as plain C++ for the tests that take every backend; ``test_gpu.py`` runs
+The tests of every backend run the kernels as plain C++ (``emulation.py``), ``test_gpu.py`` runs
 them on a device.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from singer_build.toolchain import find_nvcc
 
 NVCC = find_nvcc()
-TRITON = importlib.util.find_spec("triton")  # it has one of its own
+TRITON = importlib.util.find_spec("triton")  # its package includes cuobjdump
 FOLDERS = [str(Path(NVCC).parent)] if NVCC else []
 if TRITON is not None and TRITON.origin is not None:
     FOLDERS.append(str(Path(TRITON.origin).parent / "backends" / "nvidia" / "bin"))
@@ -33,7 +33,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def compiled(request, tmp_path_factory):
-    """What ptxas says of each source, and the cubin, for one architecture."""
+    """Return the output of ptxas for each cubin, of one architecture."""
     if NVCC is None:
         pytest.skip("there is no nvcc")
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
@@ -56,7 +56,7 @@ def compiled(request, tmp_path_factory):
 def test_no_kernel_spills(compiled):
     kernels = 0
     for text in compiled.values():
-        # Nor has one memory of its own for what is no spill.
+        # A stack frame would be local memory, spilled or not.
         used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
         kernels += len(used)
         assert set(used) <= {("0", "0", "0")}, text
@@ -84,7 +84,7 @@ needs_cuda_library = pytest.mark.skipif(
 
 
 def names_of(symbols):
-    """Return kernels' names as C++ has them, sorted."""
+    """Return the kernels' C++ names from their mangled ones, sorted."""
     types = {"f": "float", "d": "double"}
     found = [re.search(r"\d([a-z_]+)I([fd])E", symbol) for symbol in symbols]
     return sorted(f"{match[1]}<{types[match[2]]}>" for match in found)
@@ -106,22 +106,22 @@ def test_the_library_lists_each_of_its_kernels_once():
         text=True,
         check=True,
     ).stdout
-    symbols = set(re.findall(r"Function (\S+):", printed))  # each architecture has them all
+    symbols = set(re.findall(r"Function (\S+):", printed))  # repeated for each architecture
     assert sorted(extension.cuda_kernels()) == names_of(symbols)
     assert set(re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)) == {("0", "0")}
 
 
 @needs_cuda_library
 def test_the_library_reaches_the_streams_of_torch():
-    # A weak symbol, of the part of torch that the library must load without.
+    # A weak symbol of torch's CUDA library, which a CPU build of torch lacks.
     found = ctypes.CDLL(str(extension.LIBRARY)).singer_has_cuda_stream
     found.restype = ctypes.c_bool
     assert found()
 
 
 @needs_emulation
-def test_a_student_all_but_equal_to_the_refined_teacher():
-    # Rounded to bfloat16 apart, both would leave nothing of their difference.
+def test_a_student_close_to_the_refined_teacher():
+    # Rounding F̂ and S to bfloat16 before subtracting them would leave no significant digit.
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(2, 20, 32, generator=generator)
     student = teacher + 1e-3 * torch.randn(2, 20, 32, generator=generator)
@@ -153,7 +153,7 @@ def test_the_reason_of_a_build_without_cuda(monkeypatch):
 
 
 @needs_emulation
-def test_raw_kernels_check_what_they_are_handed():
+def test_raw_kernels_check_their_arguments():
     norms, out = torch.ones(2, 3), torch.empty(2)
     outlier = torch.ops.singer_kernels.cuda_outlier
     with pytest.raises(RuntimeError, match="quantile: got 2, expected 0 to 1"):

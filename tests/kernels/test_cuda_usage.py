@@ -1,4 +1,4 @@
-"""What the extension's CUDA kernels take of a device, as the package tells it."""
+"""The list of the extension's CUDA kernels, and their resources on a device."""
 
 import re
 from pathlib import Path
@@ -34,13 +34,13 @@ def test_every_kernel_of_the_sources_is_listed_once(emulated):
 
 
 def test_kernels_are_launched_in_one_place():
-    # There each becomes an entry of the list.
+    # `launch`, which registers each kernel in the list.
     text = "".join(path.read_text() for path in SOURCES.rglob("*") if path.is_file())
     assert text.count("<<<") == 1
 
 
 @needs_emulation
-def test_kernels_that_no_device_has(emulated):
+def test_emulated_kernels_have_no_resources(emulated):
     assert extension.cuda_usages(0) == ([], "CUDA answers: the kernels are compiled as plain C++")
     lines = info._kernels(0)
     assert lines == ["cuda kernels    16; CUDA answers: the kernels are compiled as plain C++"]
@@ -48,7 +48,7 @@ def test_kernels_that_no_device_has(emulated):
 
 @needs_cuda_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_is_said_why():
+def test_without_a_device_the_reason_is_reported():
     usages, reason = extension.cuda_usages(0)
     assert usages == []
     assert reason.startswith("CUDA answers: ")
@@ -56,7 +56,7 @@ def test_without_a_device_it_is_said_why():
 
 
 def test_an_extension_without_cuda_has_no_kernels(monkeypatch):
-    # Any library that has none.
+    # Any library without kernels.
     other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
     monkeypatch.setattr(extension, "LIBRARY", other)
     monkeypatch.setattr(extension, "load", lambda: None)
@@ -86,7 +86,7 @@ def test_the_usages_are_a_table(monkeypatch):
 
 @needs_cuda_kernels
 @pytest.mark.gpu
-def test_what_the_kernels_take_of_a_device():
+def test_the_resources_of_the_kernels_on_a_device():
     before = torch.cuda.current_device()
     for device in range(torch.cuda.device_count()):
         usages, reason = extension.cuda_usages(device)
@@ -105,7 +105,7 @@ def test_what_the_kernels_take_of_a_device():
 
 @needs_cuda_kernels
 @pytest.mark.gpu
-def test_a_device_that_is_not_there_harms_no_launch():
+def test_a_missing_device_breaks_no_later_launch():
     usages, reason = extension.cuda_usages(torch.cuda.device_count())
     assert usages == []
     assert reason.startswith("CUDA answers: ")

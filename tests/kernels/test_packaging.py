@@ -276,14 +276,19 @@ def test_info_says_why_the_extension_is_off(installed, monkeypatch):
 
 def test_info_says_how_the_extension_was_built(installed, monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: None)
-    monkeypatch.setattr(extension, "vectors", lambda: "avx2")
+    monkeypatch.setattr(extension, "cpu_capability", lambda: "avx2")
     monkeypatch.setattr(extension, "cuda_kernels", lambda: [])
     monkeypatch.setattr(extension, "build_report", lambda: {"compiler": "GCC 12", "cuda": None})
     record(installed, requested="cpu", built="cpu", reason="")
     lines = info.report().splitlines()
     start = lines.index("extension       loaded")
     entries = [line.split(maxsplit=1) for line in lines[start + 3 : start + 7]]
-    assert entries == [["reason", "-"], ["vectors", "avx2"], ["compiler", "GCC 12"], ["cuda", "-"]]
+    assert entries == [
+        ["reason", "-"],
+        ["cpu_capability", "avx2"],
+        ["compiler", "GCC 12"],
+        ["cuda", "-"],
+    ]
 
 
 def test_the_sdist_holds_the_sources_and_what_builds_them(tmp_path):
