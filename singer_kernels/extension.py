@@ -109,11 +109,13 @@ def cpu_capability() -> str | None:
 
     Returns:
         ``avx512``, ``avx2`` or ``baseline`` (what every processor of the architecture has); None if
-        the extension can't be loaded.
+        the extension can't be loaded or is the build of another version.
     """
     if load() is not None:
         return None
-    name = ctypes.CDLL(str(LIBRARY)).singer_cpu_capability
+    name = getattr(ctypes.CDLL(str(LIBRARY)), "singer_cpu_capability", None)
+    if name is None:
+        return None
     name.restype = ctypes.c_char_p
     return str(name().decode())
 

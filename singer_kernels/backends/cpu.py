@@ -34,8 +34,11 @@ def _extension_reason(explicit: bool) -> str | None:
     reason = extension.load()
     if reason is not None:
         return f"the compiled extension is {reason}"
-    if not explicit and extension.cpu_capability() == "baseline":
+    capability = None if explicit else extension.cpu_capability()
+    if capability == "baseline":
         return "only with AVX2 or AVX-512 is it known to be faster than the backend 'torch'"
+    if capability is None and not explicit:
+        return "the compiled extension is the build of another version: build it again"
     return None
 
 

@@ -229,6 +229,17 @@ def test_an_unknown_cpu_capability_is_named(monkeypatch):
     assert "SINGER_CPU_CAPABILITY: got 'wide', expected one of baseline" in str(extension.load())
 
 
+def test_a_library_of_another_version_is_not_chosen(monkeypatch):
+    from singer_kernels import extension
+
+    other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    monkeypatch.setattr(extension, "LIBRARY", other)
+    monkeypatch.setattr(extension, "_outcomes", {other: None})
+    assert extension.cpu_capability() is None
+    reason = backends.load("cpu").unavailable_reason(torch.device("cpu"), explicit=False)
+    assert reason == "the compiled extension is the build of another version: build it again"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("patches", [5, 300])
 @pytest.mark.parametrize("prefix", [0, 1])
