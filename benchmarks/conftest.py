@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     benchmarks = [item for item in items if item.path.parent == folder]
     others = [item for item in items if item.path.parent != folder]
     items[:] = [*others, *sorted(benchmarks, key=_priority)]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later garbage collections; there is one for each provider."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -19,7 +19,7 @@ def run(*arguments, **variables):
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -92,29 +92,35 @@ def test_no_measurement_starts_after_the_time_limit(tmp_path):
     ]
 
 
-def test_the_baseline_is_measured_with_a_selection(tmp_path):
-    done = run("--device=cpu", f"--results={tmp_path / 'r.json'}", "-k=tiny-bf16-torch")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (record,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["losses"]
-    assert list(record["providers"]) == ["eager", "torch"]
+# A plugin: a loss of the provider "torch" is wrong.
+SPOILER = """
+from harness import comparison, providers
+
+def build(name):
+    right = providers.build(name)
+    if name != "torch":
+        return right
+    return lambda inputs: right(inputs)._replace(kd=2 * right(inputs).kd)
+
+def pytest_collection_finish():
+    comparison.build = build
+"""
 
 
-def test_a_wrong_provider_fails_its_test_alone(tmp_path):
-    (tmp_path / "spoiler.py").write_text(
-        "from harness import comparison, providers\n"
-        "def build(name):\n"
-        "    right = providers.build(name)\n"
-        "    if name != 'torch':\n"
-        "        return right\n"
-        "    return lambda inputs: right(inputs)._replace(kd=2 * right(inputs).kd)\n"
-        "def pytest_collection_finish():\n"
-        "    comparison.build = build\n",
-        encoding="utf-8",
-    )
+def test_a_wrong_provider_fails_alone_and_the_baseline_is_always_measured(tmp_path):
+    (tmp_path / "spoiler.py").write_text(SPOILER, encoding="utf-8")
+    path = tmp_path / "r.json"
     paths = os.pathsep.join([str(ROOT / "benchmarks"), str(tmp_path)])
-    arguments = ["--device=cpu", "-p", "spoiler", "-k=tiny-fp32 and (torch or eager)"]
+    selection = "-k=tiny-bf16-torch or (tiny-fp32 and (torch or eager))"
+    arguments = ["--device=cpu", f"--results={path}", "-p", "spoiler", selection]
     done = run(*arguments, PYTHONPATH=paths)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "torch is wrong: kd" in done.stdout
-    assert "1 failed, 2 passed" in done.stdout
+    assert "2 failed, 2 passed" in done.stdout  # "torch" in both precisions
     assert "| wrong |" in done.stdout
+    fp32, bf16 = json.loads(path.read_text(encoding="utf-8"))["losses"]
+    status = {name: entry["status"] for name, entry in fp32["providers"].items()}
+    assert status == {"eager": "timed", "eager-masked": "timed", "torch": "wrong"}
+    # The baseline, though it was not selected.
+    status = {name: entry["status"] for name, entry in bf16["providers"].items()}
+    assert status == {"eager": "timed", "torch": "wrong"}
