@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from interrupted_runs import QUIET
+from matplotlib.figure import Figure
 from PIL import Image
 
 from singer.config.schema import Config, parse_config
@@ -39,6 +40,17 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make figures, but draw them in tests marked draws alone: it takes longer than a tiny run."""
+    if "draws" not in request.keywords:
+
+        def write(figure: Figure, path: Path, **options: Any) -> None:
+            Path(path).write_bytes(b"not drawn")
+
+        monkeypatch.setattr(Figure, "savefig", write)
 
 
 @pytest.fixture

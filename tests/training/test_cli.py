@@ -20,23 +20,22 @@ def config_file(tmp_path, values):
     return path
 
 
-def test_distill_runs_as_a_program(config_file, values):
+def test_distill_runs_as_a_program(config_file, capsys):
     command = [sys.executable, "-m", "singer.cli", "distill", "--config", str(config_file)]
-    options = {
-        "capture_output": True,
-        "text": True,
-        "check": False,
-        "timeout": 300,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "cwd": Path(singer.__file__).parents[1],  # where Python looks first: the package tested
-    }
-    done = subprocess.run([*command, "train.steps=3"], **options)
+    done = subprocess.run(
+        [*command, "train.steps=3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(singer.__file__).parents[1],  # where Python looks first: the package tested
+    )
     assert done.returncode == 0, done.stderr
     for text in ("step 3/3", "images per second", "student.safetensors"):
         assert text in done.stdout.replace("\n", "")
-    again = subprocess.run(command, **options)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert main(command[3:]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

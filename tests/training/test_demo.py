@@ -15,8 +15,18 @@ from singer.data.sources import HELD_OUT_PHOTOS, photo_paths
 from singer.errors import SingerError
 
 
+@pytest.mark.draws
 def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_DIGITS", (40, 20))
+    monkeypatch.setattr(demo, "_DIGITS", (20, 10))
+    monkeypatch.setattr(demo, "_EVALUATION_CROPS", 8)
+    original = demo.demo_config
+
+    def smaller_batches(*arguments):
+        config = original(*arguments)
+        train = config.train.model_copy(update={"batch_size": 6})
+        return config.model_copy(update={"train": train})
+
+    monkeypatch.setattr(demo, "demo_config", smaller_batches)
     output = tmp_path / "demo"
     console = Console(record=True, width=100, file=io.StringIO())
     options = demo.DemoOptions(steps=3, output=str(output), compare=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,43 +12,49 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from programs import PACKAGE_ROOT, Program, killed_at_exit
 from safetensors.torch import load_file
 
-import singer
-from singer.errors import EXIT_PEER_LOST
+from singer.cli import main
+from singer.engine.peer_monitor import PeerMonitor
+from singer.engine.trainer import Trainer
+from singer.errors import EXIT_PEER_LOST, EXIT_STOPPED
 
-PACKAGE_ROOT = Path(singer.__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 CLI = ["-m", "singer.cli"]
 
 DYING = """
-import os, signal, sys
-from singer.engine import peer_monitor, trainer
-from singer.cli import main
+import sys
+from test_launchers import main_with_signal
 
-original = trainer.Trainer._step
-init = peer_monitor.PeerMonitor.__init__
-
-def step(self, number, batches):
-    dying = os.environ.get("DYING_RANK", "1")
-    is_first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if number == 6 and os.environ["RANK"] == dying and is_first_life:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return original(self, number, batches)
-
-def impatient(self, *arguments, **options):
-    init(self, *arguments, **{**options, "interval": 0.2, "timeout": 3.0})
-
-trainer.Trainer._step = step
-peer_monitor.PeerMonitor.__init__ = impatient
-sys.exit(main(sys.argv[2:]))
+sys.exit(main_with_signal(sys.argv[1], sys.argv[2:]))
 """
+
+
+def main_with_signal(name, arguments):
+    """Run in a process of its own, of which one, in its first life, signals itself at step 6."""
+    original, init = Trainer._step, PeerMonitor.__init__
+
+    def step(self, number, batches):
+        dying = os.environ.get("DYING_RANK", "1")
+        is_first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if number == 6 and os.environ["RANK"] == dying and is_first_life:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(self, number, batches)
+
+    def impatient(self, *arguments, **options):
+        init(self, *arguments, **{**options, "interval": 0.2, "timeout": 3.0})
+
+    Trainer._step = step
+    PeerMonitor.__init__ = impatient
+    return main(arguments)
 
 
 def _environment(**extra):
     # A script's own folder is where Python looks first, not the one that the tests run in.
-    path = os.pathsep.join([str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = [str(PACKAGE_ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(paths)
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
@@ -95,8 +102,7 @@ def _assert_close(folder, expected):
 )
 def test_several_processes_train_as_one(distill, tmp_path, launcher, overrides):
     photographs = {"data": {"source": "photos", "num_workers": 0, "epoch_size": 24}}
-    alone = _run([sys.executable, *CLI, *distill("alone", **photographs)])
-    assert alone.returncode == 0, alone.stderr
+    assert main(distill("alone", **photographs)) == 0
     done = _run([*launcher, *distill("several", *overrides, **photographs)])
     assert done.returncode == 0, done.stderr
     _assert_close(tmp_path / "several", tmp_path / "alone")
@@ -139,6 +145,24 @@ def _free_port():
         return probe.getsockname()[1]
 
 
+def _without_launcher(folder, function, *arguments, **environment):
+    """Start two ranks that no launcher watches: as on different machines."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [
+        Program(
+            folder,
+            function,
+            *arguments,
+            **place,
+            **environment,
+            OMP_NUM_THREADS="1",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )
+        for rank in range(2)
+    ]
+
+
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "dead", "expected"),
@@ -149,52 +173,57 @@ def _free_port():
     ],
 )
 def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name, dead, expected):
-    # Without a launcher that watches them: as on another machine than the dead one's.
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
-    port = str(_free_port())
-    arguments = [sys.executable, str(script), name, *distill("run")]
-    processes = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DYING_RANK": str(dead)}
-        processes.append(
-            subprocess.Popen(
-                arguments,
-                env=_environment(**place, **where),
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        )
-    try:
-        _, errors = processes[1 - dead].communicate(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[1 - dead].returncode == EXIT_PEER_LOST
-    message = expected.format(host=socket.gethostname(), pid=processes[dead].pid)
-    assert f"singer: error: {message}; rank {1 - dead} ends" in errors
+    ranks = _without_launcher(
+        tmp_path, main_with_signal, name, distill("run"), DYING_RANK=str(dead)
+    )
+    with killed_at_exit(ranks):
+        assert ranks[1 - dead].wait(120) == EXIT_PEER_LOST
+    message = expected.format(host=socket.gethostname(), pid=ranks[dead].pid)
+    assert f"singer: error: {message}; rank {1 - dead} ends" in ranks[1 - dead].stderr
     assert len(_metrics(tmp_path / "run")) >= 4
 
 
-def test_a_mistake_is_told_once(distill, tmp_path):
-    command = [*TORCHRUN, "--nproc-per-node", "2", *CLI, *distill("run", "train.batch_size=5")]
-    done = _run(command)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("singer: error: ")]
+def _assert_told_once(errors):
+    lines = [line for line in errors.splitlines() if line.startswith("singer: error: ")]
     assert len(lines) == 1
     assert "train.batch_size: got 5" in lines[0]
+
+
+def test_a_mistake_is_told_once(distill, tmp_path):
+    ranks = _without_launcher(tmp_path, main, distill("run", "train.batch_size=5"))
+    with killed_at_exit(ranks):
+        assert [rank.wait(120) for rank in ranks] == [2, 2]
+    _assert_told_once("".join(rank.stderr for rank in ranks))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_under_a_launcher(distill, tmp_path):
+    command = [*TORCHRUN, "--nproc-per-node", "2", *CLI, *distill("run", "train.batch_size=5")]
+    done = _run(command)
+    _assert_told_once(done.stderr)
     assert re.search(r"exitcode *: 2", done.stderr)
     assert not (tmp_path / "run").exists()
 
 
+def _assert_stopped_at_one_step(errors, folder):
+    assert "stopped by SIGUSR1 after step 6 of 9" in errors
+    assert errors.count("singer: stopped") == 1
+    folders = sorted((folder / "checkpoints").iterdir())
+    assert folders[-1].name == "step-000000006"
+
+
 def test_a_signal_to_one_process_stops_all_at_one_step(distill, tmp_path):
+    ranks = _without_launcher(tmp_path, main_with_signal, "SIGUSR1", distill("run"))
+    with killed_at_exit(ranks):
+        assert [rank.wait(120) for rank in ranks] == [EXIT_STOPPED, EXIT_STOPPED]
+    _assert_stopped_at_one_step("".join(rank.stderr for rank in ranks), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_under_a_launcher(distill, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     two = [*TORCHRUN, "--nproc-per-node", "2"]
     done = _run([*two, str(script), "SIGUSR1", *distill("run")])
-    assert "stopped by SIGUSR1 after step 6 of 9" in done.stderr
-    assert done.stderr.count("singer: stopped") == 1
-    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert folders[-1].name == "step-000000006"
+    _assert_stopped_at_one_step(done.stderr, tmp_path / "run")

@@ -3,56 +3,58 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from interrupted_runs import QUIET, assert_same, interrupted
 from omegaconf import OmegaConf
+from programs import Program
 
-import singer
 from singer.cli import main
+from singer.engine import checkpoints
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
+from singer.engine.run_dir import RunDir
+from singer.engine.trainer import Trainer
 from singer.errors import SingerError, StoppedError
 from singer.methods import SiNGER
 
-KILLED = """
-import os, signal, sys
-from singer.engine import checkpoints, run_dir, trainer
-from singer.cli import main
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
+
 def from_step(step, method):
     def patched(self, *arguments):
         return die() if self.completed_steps + 1 >= step else method(self, *arguments)
+
     return patched
 
-place = sys.argv[1]
-if place == "step":
-    trainer.Trainer._step = from_step(6, trainer.Trainer._step)
-elif place == "checkpoint":  # its files are there, its state is not
-    canonical = checkpoints._canonical
-    checkpoints._canonical = lambda value: die() if value["step"] == 6 else canonical(value)
-elif place == "export":  # between the checkpoint and the student
-    trainer.Trainer._export = from_step(6, trainer.Trainer._export)
-elif place == "end":  # after the last checkpoint
-    trainer.Trainer._export = from_step(10, trainer.Trainer._export)
-elif place == "metrics":  # in the middle of a line
-    append = run_dir.RunDir.append_metrics
-    def cut(self, records):
-        append(self, records)
-        if records[-1]["step"] >= 6:
-            with open(self.path / "metrics.jsonl", "rb+") as file:
-                file.truncate(file.seek(0, 2) - 20)
-            die()
-    run_dir.RunDir.append_metrics = cut
-sys.exit(main(sys.argv[2:]))
-"""
+
+def main_killed_at(place, arguments):
+    """Run in a process of its own: nothing is put back."""
+    if place == "step":
+        Trainer._step = from_step(6, Trainer._step)
+    elif place == "checkpoint":  # its files are there, its state is not
+        canonical = checkpoints._canonical
+        checkpoints._canonical = lambda value: die() if value["step"] == 6 else canonical(value)
+    elif place == "export":  # between the checkpoint and the student
+        Trainer._export = from_step(6, Trainer._export)
+    elif place == "end":  # after the last checkpoint
+        Trainer._export = from_step(10, Trainer._export)
+    elif place == "metrics":  # in the middle of a line
+        append = RunDir.append_metrics
+
+        def cut(self, records):
+            append(self, records)
+            if records[-1]["step"] >= 6:
+                with open(self.path / "metrics.jsonl", "rb+") as file:
+                    file.truncate(file.seek(0, 2) - 20)
+                die()
+
+        RunDir.append_metrics = cut
+    return main(arguments)
 
 
 @pytest.mark.parametrize("method", ["singer", "fitnet", "vitkd"])
@@ -77,27 +79,15 @@ def test_several_students_go_on_exactly(whole, values, monkeypatch):
         assert_same(f"{config.output}/{name}", expected / name)
 
 
-def _command(place, tmp_path, config):
-    path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
-    arguments = ["distill", "--config", str(path), "--resume"]
-    return [sys.executable, "-c", KILLED, place, *arguments]
-
-
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("place", ["step", "checkpoint", "export", "end", "metrics"])
 def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     config, expected = whole()
-    done = subprocess.run(
-        _command(place, tmp_path, config),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(singer.__file__).parents[1],  # where Python looks first: the package tested
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    arguments = ["distill", "--config", str(path), "--resume"]
+    program = Program(tmp_path, main_killed_at, place, arguments)
+    assert program.wait() == -signal.SIGKILL, program.stderr
     training.train(config, QUIET, resume=True)
     assert_same(config.output, expected)
 

@@ -46,6 +46,7 @@ def _equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.draws
 def test_the_output_directory_holds_all_files(make_config):
     config = make_config()
     result = _distill(config)
