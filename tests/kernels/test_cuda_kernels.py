@@ -31,7 +31,7 @@ CUOBJDUMP = shutil.which("cuobjdump", path=":".join(FOLDERS))
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-@pytest.fixture(scope="module", params=["80", "90"])
+@pytest.fixture(scope="module", params=[pytest.param("80", marks=pytest.mark.slow), "90"])
 def compiled(request, tmp_path_factory):
     """Return the output of ptxas for each cubin, of one architecture."""
     if NVCC is None:

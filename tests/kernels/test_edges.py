@@ -102,7 +102,7 @@ def test_all_zero_features_give_zero_losses_and_finite_gradients():
 # --- NaN and Inf ----------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(13)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.9])  # of 9 patches: a threshold of Inf
 @pytest.mark.parametrize("patches", [1, 2, 9])

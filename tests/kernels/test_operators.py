@@ -41,7 +41,7 @@ def one_step(case, dtypes):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_the_same_input_gives_the_same_bits(dtype):
-    case = random_case(Shape(2, 1, 40, 70, 20), 0.8)
+    case = random_case(Shape(2, 1, 18, 40, 20), 0.8)
     first, second = (one_step(case, (dtype, dtype, F32)) for _ in range(2))
     for a, b in zip(first[1][:3], second[1][:3], strict=True):
         assert torch.equal(a, b)
@@ -69,7 +69,7 @@ def held(case, backend, dtype):
 def test_at_most_a_tenth_of_the_references_memory_is_held(kernels):
     # D / r as in ViT-L with rank 64: per patch 14 r bytes in bfloat16 and 20 r in float32, beside
     # the norms.
-    case = random_case(Shape(1, 1, 49, 256, 16), 0.97)
+    case = random_case(Shape(1, 1, 17, 256, 16), 0.97)
     dtype = F32 if kernels == "cpu" else BF16
     assert held(case, kernels, dtype) <= 0.1 * held(case, "reference", dtype)
 

@@ -55,7 +55,7 @@ def errors(case, dtypes, autocast):
     return relative
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 @pytest.mark.parametrize(("dtypes", "autocast", "product"), MIXES)
 @pytest.mark.parametrize("shape", SHAPES)

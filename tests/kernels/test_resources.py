@@ -1,6 +1,5 @@
 """The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory."""
 
-import functools
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from singer_kernels.backends.triton import configs
-from singer_kernels.resources import DTYPES, RANKS, Usage
+from singer_kernels.resources import DTYPES, RANKS, Usage, main
 
 EXPECTED = Path(__file__).parents[2] / "benchmarks" / "expected"
 
@@ -29,13 +28,6 @@ def resources(*arguments, **environment):
 HOPPER = ("--arch", "90", "--operand", "bfloat16", "--rank", "64")
 # float16 differs from float32 in the pointers' types alone.
 EVERYTHING = ("--operand", "bfloat16", "float32")
-
-
-@functools.cache
-def hopper_text():
-    done = resources(*HOPPER)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(
@@ -56,7 +48,15 @@ def usages(arguments):
     return [Usage(**usage) for usage in json.loads(done.stdout)]
 
 
-def test_they_are_the_committed_ones(usages, arguments):
+@pytest.fixture
+def text(usages, monkeypatch, capsys):
+    """What the command prints, without compiling everything again."""
+    monkeypatch.setattr("singer_kernels.resources.usages", lambda *_: usages)
+    main([])
+    return capsys.readouterr().out
+
+
+def test_they_are_the_committed_ones(text, arguments):
     """To accept a change, write the file anew with the command below."""
     release = ".".join(triton.__version__.split(".")[:2])
     path = EXPECTED / f"resources-triton-{release}.txt"
@@ -68,7 +68,7 @@ def test_they_are_the_committed_ones(usages, arguments):
         # Compiled by now: read from Triton's cache.
         assert resources(*arguments, "--rank", "64").stdout.splitlines() == lines
     else:  # fewer rows, so columns of other widths
-        found = [line.split() for line in hopper_text().splitlines()]
+        found = [line.split() for line in text.splitlines()]
         committed = [line.split() for line in lines]
         arch, operand = (committed[0].index(column) for column in ("arch", "operand"))
         assert found == [
@@ -131,12 +131,19 @@ def test_hopper_and_later_use_their_own_instruction(usages):
         assert set(chosen) == {instruction}
 
 
-def test_the_table_in_text():
-    header, *rows = hopper_text().splitlines()
+def test_the_table_in_text(text):
+    header, *rows = text.splitlines()
     assert header.split() == list(Usage._fields)
     assert any(row.split()[3] == "refine" for row in rows)
 
 
+def test_interpreted_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr("singer_kernels.resources.is_interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        main([*HOPPER])
+
+
+@pytest.mark.slow
 def test_the_interpreter_is_refused():
     done = resources(*HOPPER, TRITON_INTERPRET="1")
     assert done.returncode != 0

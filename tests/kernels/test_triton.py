@@ -111,7 +111,7 @@ def info_error(case):
 @pytest.mark.usefixtures("_by_rows_and_pairs")
 def test_the_identity_is_more_exact_than_bfloat16_products():
     # A small adapter: G(F̂) − G(R) is small beside the rounding error of either.
-    case = random_case(Shape(2, 1, 33, 64, 8), 0.8)
+    case = random_case(Shape(2, 1, 17, 64, 8), 0.8)
     case.up[:] *= 0.02
     assert info_error(case) < 2**-9
 
@@ -129,14 +129,14 @@ def cancelled_case(patches, count):
 
 
 @pytest.mark.usefixtures("_by_rows_and_pairs")
-@pytest.mark.parametrize("count", [1, 33])
+@pytest.mark.parametrize("count", [1, 17])
 def test_cancelled_rows_are_recomputed(count, monkeypatch):
-    case = cancelled_case(33, count)
+    case = cancelled_case(17, count)
     guarded = info_error(case)
     monkeypatch.setattr(gram_tile, "MAX_CANCELLATION", gram_tile.tl.constexpr(float("inf")))
     unguarded = info_error(case)
     assert guarded < 2**-9
-    if count == 33:
+    if count == 17:
         assert unguarded > 2**-6
 
 

@@ -77,6 +77,7 @@ def patch_jacobians(backbone, layer, images):
     return torch.stack(jacobians)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [VIT, REG4, EVA02, PARALLEL, BEIT])
 def test_every_measurement_is_that_of_one_sign_per_patch(name):
     backbone = double_backbone(name, dim=8)
@@ -88,7 +89,7 @@ def test_every_measurement_is_that_of_one_sign_per_patch(name):
         energies.append(change.T @ change / 4)
     energies = torch.stack(energies)
     seen = set()
-    for seed in range(64):
+    for seed in range(32):
         matrix = measure_jacobian(backbone, 1, images, seed)
         errors = (matrix @ matrix - energies).abs().amax((1, 2))
         assert errors.min() < 1e-11 * energies.abs().max()
