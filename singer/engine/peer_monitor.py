@@ -88,11 +88,6 @@ class PeerMonitor:
             thread.start()
             self._threads.append(thread)
 
-    @property
-    def has_lost_peer(self) -> bool:
-        """Whether another rank was found to be lost."""
-        return self._peer_lost.is_set()
-
     def _lost(self, message: str) -> None:
         if not self._closing.is_set() and not self._peer_lost.is_set():
             self._peer_lost.set()
@@ -155,7 +150,7 @@ class PeerMonitor:
         """
         self._collective_failed = True
         deadline = time.monotonic() + min(self.timeout, LOST_PEER_TIMEOUT) + 5 * self.interval
-        while time.monotonic() < deadline and not self.has_lost_peer:
+        while time.monotonic() < deadline and not self._peer_lost.is_set():
             if preemption.signal is not None:
                 self.on_lost(f"another process has died, and {preemption.signal} came")
             time.sleep(0.1)
@@ -227,11 +222,8 @@ def monitor_peers(
     try:
         yield
         accelerator.wait_for_everyone()
-    except SharedError:  # raised on every rank
-        monitor.close()
-        raise
     except BaseException as error:
-        if isinstance(error, StoppedError) and error.is_shared:
+        if isinstance(error, SharedError) or (isinstance(error, StoppedError) and error.is_shared):
             monitor.close()
             raise
         if _is_failed_collective(error):

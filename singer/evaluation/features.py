@@ -1,4 +1,4 @@
-"""How good a student is, measured without training anything more."""
+"""Features of trained models, and statistics of their patches."""
 
 from __future__ import annotations
 
@@ -29,17 +29,14 @@ class Patches:
     student: Tensor
     projected: Tensor
 
-    def own(self) -> dict[str, Tensor]:
-        """Return each model's own patches, by name."""
-        return self._named("student", self.student)
-
-    def in_teacher_space(self) -> dict[str, Tensor]:
-        """Return patches of the teacher's width, by name: the student's are the projected."""
-        return self._named("student, projected", self.projected)
-
-    def _named(self, name: str, student: Tensor) -> dict[str, Tensor]:
-        refined = {} if self.refined is None else {"refined teacher": self.refined}
-        return {"teacher": self.teacher, **refined, name: student}
+    def named(self, *, in_teacher_space: bool = False) -> dict[str, Tensor]:
+        """Return the patches by model, each of its own width or all of the teacher's."""
+        named = {"teacher": self.teacher}
+        if self.refined is not None:
+            named["refined teacher"] = self.refined
+        if in_teacher_space:
+            return {**named, "student, projected": self.projected}
+        return {**named, "student": self.student}
 
 
 _BATCH = 16
@@ -57,23 +54,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _patch_parts(method: Distiller, images: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
-    layer = method.layers[-1]
-    device = next(method.parameters()).device
-    for batch in images.split(_BATCH):
-        teacher = method.teacher_tokens(batch.to(device))
-        student = method.student_tokens(batch.to(device))
-        shared = method.num_prefix_tokens
-        refined = method.refined_teacher(layer, teacher)
-        own = student[method.student_layers[-1]][:, method.student_backbone.num_prefix_tokens :]
-        yield (
-            method.aligned_teacher(layer, teacher)[:, shared:].float().cpu(),
-            None if refined is None else refined[:, shared:].float().cpu(),
-            own.float().cpu(),
-            method.projected_student(layer, student)[:, shared:].float().cpu(),
-        )
-
-
 def extract_patches(method: Distiller, images: Tensor) -> Patches:
     """Run teacher and student on images, in evaluation mode.
 
@@ -84,21 +64,28 @@ def extract_patches(method: Distiller, images: Tensor) -> Patches:
     Returns:
         The patches, float32, on the CPU.
     """
+    layer, shared = method.layers[-1], method.num_prefix_tokens
+    own_prefix = method.student_backbone.num_prefix_tokens
+    device = next(method.parameters()).device
+    batches: list[list[Tensor | None]] = []
     with _evaluating(method):
-        parts = list(_patch_parts(method, images))
-    joined = [
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    ]
-    return Patches(*joined)
+        for batch in images.split(_BATCH):
+            teacher = method.teacher_tokens(batch.to(device))
+            student = method.student_tokens(batch.to(device))
+            refined = method.refined_teacher(layer, teacher)
+            patches = [
+                method.aligned_teacher(layer, teacher)[:, shared:],
+                None if refined is None else refined[:, shared:],
+                student[method.student_layers[-1]][:, own_prefix:],
+                method.projected_student(layer, student)[:, shared:],
+            ]
+            batches.append([None if p is None else p.float().cpu() for p in patches])
+    fields = zip(*batches, strict=True)
+    return Patches(*(None if field[0] is None else torch.cat(field) for field in fields))
 
 
 def patch_cosine(a: Tensor, b: Tensor) -> float:
-    """Return the mean cosine similarity of corresponding patches.
-
-    Args:
-        a: ``[B, P, D]``.
-        b: ``[B, P, D]``.
-    """
+    """Return the mean cosine similarity of corresponding patches, ``[B, P, D]`` each."""
     return nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
 
 
@@ -130,60 +117,10 @@ def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
     """
     model = backbone.model
     device = next(model.parameters()).device
+    pooled = []
     with _evaluating(model):
-        pooled = [
-            model.forward_features(backbone.normalize(batch.to(device)))[
-                :, backbone.num_prefix_tokens :
-            ]
-            .mean(dim=1)
-            .float()
-            .cpu()
-            for batch in images.split(_BATCH)
-        ]
+        for batch in images.split(_BATCH):
+            tokens = model.forward_features(backbone.normalize(batch.to(device)))
+            patches = tokens[:, backbone.num_prefix_tokens :]
+            pooled.append(patches.mean(dim=1).float().cpu())
     return torch.cat(pooled)
-
-
-def digits(
-    image_size: tuple[int, int], train: int, test: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scikit-learn's handwritten digits as images.
-
-    Args:
-        image_size: (height, width); the 8x8 digits are enlarged bilinearly.
-        train: how many of the first digits to label by.
-        test: how many of those after them to classify.
-
-    Returns:
-        train images ``[train, 3, H, W]`` in [0, 1], their labels, test images, their labels.
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.from_numpy(data.images[: train + test]).float()[:, None] / 16
-    images = nn.functional.interpolate(images, image_size, mode="bilinear").clamp(0, 1)
-    images = images.expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(data.target[: train + test])
-    return images[:train], labels[:train], images[train:], labels[train:]
-
-
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    neighbors: int = 10,
-) -> float:
-    """Return the accuracy of a cosine k-nearest-neighbours classifier.
-
-    Args:
-        train_features: ``[N, D]``.
-        train_labels: ``[N]``.
-        test_features: ``[M, D]``.
-        test_labels: ``[M]``.
-        neighbors: k.
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    classifier = KNeighborsClassifier(neighbors, metric="cosine")
-    classifier.fit(train_features.numpy(), train_labels.numpy())
-    return float(classifier.score(test_features.numpy(), test_labels.numpy()))

@@ -14,7 +14,6 @@ import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -198,15 +197,10 @@ class ShardWriter:
         self._tmp_path = self._stack.enter_context(io.atomic_write(self.path))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         # After an error, it passes through as it is: closing may fail for the same reason.
-        with writing(self.path) if error is None else suppress(OSError):
-            self._stack.__exit__(kind, error, traceback)
+        with writing(self.path) if error[0] is None else suppress(OSError):
+            self._stack.__exit__(*error)
 
     def _open(self) -> BinaryIO:
         """Open the file, write the header, and find where each tensor starts."""

@@ -98,37 +98,40 @@ def _value_weight(attention: nn.Module) -> Tensor | None:
     return None
 
 
-def _has_value_path(block: nn.Module) -> bool:
-    return _is_pre_norm(block) and _value_weight(block.attn) is not None
-
-
-def _mlp(block: nn.Module) -> Tensor:
+def _mlp(block: nn.Module) -> Tensor | None:
+    if not _has_plain_mlp(block):
+        return None
     return (block.mlp.fc2.weight.double() @ block.mlp.fc1.weight.double()).T
 
 
-def _mlp_folded(block: nn.Module) -> Tensor:
-    product = _mlp(block)
-    folded = _fold_norm(block.norm2, product.shape[0], product) @ product
-    return folded * _layer_scale(block, "2")
+def _folded(product: Tensor, norm: nn.Module, scale: Tensor | float) -> Tensor:
+    """Return a path with the normalisation before it and the LayerScale after it."""
+    return _fold_norm(norm, product.shape[0], product) @ product * scale
 
 
-def _value_path(block: nn.Module) -> Tensor:
-    path = (block.attn.proj.weight.double() @ _value_weight(block.attn).double()).T
-    folded = _fold_norm(block.norm1, path.shape[0], path) @ path
-    return folded * _layer_scale(block, "1")
+def _mlp_folded(block: nn.Module) -> Tensor | None:
+    if not _is_pre_norm(block):
+        return None
+    return _folded(_mlp(block), block.norm2, _layer_scale(block, "2"))
 
 
-def _block(block: nn.Module) -> Tensor:
+def _block(block: nn.Module) -> Tensor | None:
+    value = _value_weight(block.attn) if _is_pre_norm(block) else None
+    if value is None:
+        return None
+    path = (block.attn.proj.weight.double() @ value.double()).T
     # Side by side, not summed: the attention hands its part to other tokens, so that a direction
     # is ignored only if each path ignores it.
-    return torch.cat([_value_path(block), _mlp_folded(block)], dim=1)
+    attention = _folded(path, block.norm1, _layer_scale(block, "1"))
+    return torch.cat([attention, _mlp_folded(block)], dim=1)
 
 
-_CLOSED_FORMS: dict[str, tuple[Callable[[nn.Module], Tensor], Callable[[nn.Module], bool]]] = {
-    "mlp": (_mlp, _has_plain_mlp),
-    "mlp_folded": (_mlp_folded, _is_pre_norm),
-    "block": (_block, _has_value_path),
+_CLOSED_FORMS: dict[str, Callable[[nn.Module], Tensor | None]] = {
+    "mlp": _mlp,
+    "mlp_folded": _mlp_folded,
+    "block": _block,
 }
+"""Linearisations computed from a block's weights; None where they do not describe the block."""
 
 
 def measure_jacobian(backbone: Backbone, layer: int, images: Tensor, seed: int = 0) -> Tensor:
@@ -213,10 +216,10 @@ def linearize(
     """
     block = backbone.block(layer)
     if linearization in _CLOSED_FORMS:
-        closed_form, describes = _CLOSED_FORMS[linearization]
-        if describes(block):
-            with torch.no_grad():
-                return closed_form(block), linearization
+        with torch.no_grad():
+            matrix = _CLOSED_FORMS[linearization](block)
+        if matrix is not None:
+            return matrix, linearization
         _logger.warning(
             "block %d of %s is not what %r describes; its Jacobian is measured instead",
             layer,

@@ -1,4 +1,9 @@
-"""Figures of a run, as PNG files."""
+"""Figures of a run, as PNG files.
+
+In every function ``images`` are ``[B, 3, H, W]``, uint8; ``tokens`` holds the patches of each
+source by its name, ``[B, P, D]``; ``grid`` is (rows, columns) of patches, P = rows · columns; and
+``path`` is the PNG file.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ from torch import Tensor
 from singer.io import atomic_write, writing
 
 _SETUP = ("step", "epoch", "lr")
+_LOG_FLOOR = 1e-8
+"""Smaller singular values are drawn there."""
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -23,12 +30,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot every loss of a run against the step, and its running mean.
-
-    Args:
-        records: as in ``metrics.jsonl``.
-        path: the PNG file.
-    """
+    """Plot every loss of the records of ``metrics.jsonl`` against the step, and its mean."""
     names = [name for name in records[0] if name not in _SETUP]
     steps = [record["step"] for record in records]
     figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
@@ -45,22 +47,19 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_spectra(
-    spectra: Mapping[str, tuple[Tensor, Tensor]], path: Path, log_floor: float = 1e-8
-) -> None:
+def plot_spectra(spectra: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> None:
     """Plot the singular values of each linearised block, and those behind the adapter.
 
     Args:
         spectra: title to all singular values ``[D]``, descending, and the chosen ones, ascending.
         path: the PNG file.
-        log_floor: smaller values are drawn there.
     """
     figure = Figure(figsize=(4.2 * len(spectra), 3), layout="constrained")
     panels = figure.subplots(1, len(spectra), squeeze=False)[0]
     for axes, (title, (values, chosen)) in zip(panels, spectra.items(), strict=True):
-        axes.semilogy(values.clamp_min(log_floor), color="0.5", label="all")
+        axes.semilogy(values.clamp_min(_LOG_FLOOR), color="0.5", label="all")
         positions = [int((values - value).abs().argmin()) for value in chosen]
-        axes.semilogy(positions, chosen.clamp_min(log_floor), ".", color="C3", label="adapter")
+        axes.semilogy(positions, chosen.clamp_min(_LOG_FLOOR), ".", color="C3", label="adapter")
         axes.set(title=title, xlabel="index", ylabel="singular value")
         axes.legend()
     _save(figure, path)
@@ -71,10 +70,6 @@ def pca_rgb(tokens: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Te
 
     The components and the scale are those of the first source, all images together, so that one
     colour means the same everywhere.
-
-    Args:
-        tokens: name to patches, ``[B, P, D]`` each.
-        grid: (rows, columns), P = rows · columns.
 
     Returns:
         Name to ``[B, rows, columns, 3]`` in [0, 1].
@@ -128,14 +123,7 @@ def _image_grid(
 def plot_norm_maps(
     images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
 ) -> None:
-    """Draw each patch's norm, as a multiple of its image's median.
-
-    Args:
-        images: ``[B, 3, H, W]``, uint8.
-        tokens: name to patches ``[B, P, D]``.
-        grid: (rows, columns).
-        path: the PNG file.
-    """
+    """Draw each patch's norm, as a multiple of its image's median."""
     maps = {}
     for name, patches in tokens.items():
         norms = torch.linalg.vector_norm(patches.float(), dim=-1)
@@ -146,25 +134,12 @@ def plot_norm_maps(
 def plot_pca_maps(
     images: Tensor, tokens: Mapping[str, Tensor], grid: tuple[int, int], path: Path
 ) -> None:
-    """Draw the patches in the first three principal components of the first source, as RGB.
-
-    Args:
-        images: ``[B, 3, H, W]``, uint8.
-        tokens: name to patches ``[B, P, D]``, all of one width.
-        grid: (rows, columns).
-        path: the PNG file.
-    """
+    """Draw the patches, all of one width, in the first source's principal components as RGB."""
     _image_grid(images, pca_rgb(tokens, grid), path)
 
 
 def plot_gram_matrices(images: Tensor, tokens: Mapping[str, Tensor], path: Path) -> None:
-    """Draw the cosine similarity of every pair of patches.
-
-    Args:
-        images: ``[B, 3, H, W]``, uint8.
-        tokens: name to patches ``[B, P, D]``.
-        path: the PNG file.
-    """
+    """Draw the cosine similarity of every pair of patches."""
     rows = {name: torch.nn.functional.normalize(t.float(), dim=-1) for name, t in tokens.items()}
     grams = {name: unit @ unit.mT for name, unit in rows.items()}
     _image_grid(images, grams, path, "viridis", "cosine")

@@ -375,7 +375,8 @@ def test_the_limit_counts_every_image_once():
     assert limit.add(["b", "a", "b"]) == ["b", "a"]
     assert limit.add(["a"]) == []
     assert not limit.exceeded
-    resumed = UnreadableLimit(20, 0.1, limit.names)
+    resumed = UnreadableLimit(20, 0.1)
+    resumed.add(limit.names)
     assert resumed.names == ["a", "b"]
     assert resumed.add(["b", "c"]) == ["c"]
     assert resumed.exceeded
