@@ -115,11 +115,6 @@ def _held_out(config: Config) -> tuple[Tensor, Tensor]:
     return centre.batch(range(len(centre))).images, random.batch(range(len(random))).images
 
 
-def _row(patches: Tensor) -> dict[str, float]:
-    highest, high = outlier_ratios(patches)
-    return {"max_over_median": highest, "p99_over_p50": high}
-
-
 def evaluate(result: RunResult, crops: Tensor) -> dict[str, dict[str, float]]:
     """Measure a trained method on images it has not seen.
 
@@ -135,11 +130,11 @@ def evaluate(result: RunResult, crops: Tensor) -> dict[str, dict[str, float]]:
     if patches.refined is not None:
         rows["refined teacher"] = {
             "patch_cosine_to_teacher": patch_cosine(patches.refined, patches.teacher),
-            **_row(patches.refined),
+            **outlier_ratios(patches.refined),
         }
     rows["student"] = {
         "patch_cosine_to_teacher": patch_cosine(patches.projected, patches.teacher),
-        **_row(patches.student),
+        **outlier_ratios(patches.student),
         "knn_accuracy": digits_accuracy(result.method.student_backbone, *_DIGITS),
         "images_per_second": result.images_per_second,
     }
@@ -247,6 +242,6 @@ def _baselines(result: RunResult, config: Config, crops: Tensor) -> dict[str, di
     patches = extract_patches(result.method, crops)
     teacher_accuracy = digits_accuracy(result.method.teacher, *_DIGITS)
     return {
-        "teacher": {**_row(patches.teacher), "knn_accuracy": teacher_accuracy},
+        "teacher": {**outlier_ratios(patches.teacher), "knn_accuracy": teacher_accuracy},
         "student, untrained": {"knn_accuracy": digits_accuracy(untrained, *_DIGITS)},
     }

@@ -12,11 +12,8 @@ import torch
 def cpu_seed(seed: int) -> Iterator[None]:
     """Seed the CPU generator inside the block, and restore its state afterwards.
 
-    Not ``torch.manual_seed`` within ``torch.random.fork_rng``: that would reseed every GPU too.
+    Not ``torch.manual_seed``: that would reseed every GPU too.
     """
-    state = torch.get_rng_state()
-    torch.random.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""What changed from one configuration to another."""
+"""Differences between two configurations."""
 
 from __future__ import annotations
 

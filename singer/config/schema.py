@@ -1,4 +1,4 @@
-"""The configuration of a run: a YAML file, then ``key=value`` from the command line, checked."""
+"""The configuration of a run: YAML files and ``key=value`` overrides, checked."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class TeacherConfig(ModelConfig):
         precision: of its weights and activations once its adapters' bases are computed: ``fp32``
             (under ``train.precision``'s autocast), ``bf16``, or ``auto``: bf16 where that is
             ``train.precision``, else fp32.
-        cache: a folder for the tokens of fixed crops (``data.crops=center``), in bf16: they are
-            computed once, and later epochs and runs read them; None: computed at every step.
+        cache: a folder for the tokens of fixed crops (``data.crops=center``), in bf16: computed
+            once, read by later epochs and runs; None: computed at every step.
     """
 
     weights: FilePath
@@ -116,7 +116,7 @@ class NamedStudentConfig(ModelConfig):
 
 
 class MethodConfig(_Section):
-    """What every method takes.
+    """Options of every method.
 
     Attributes:
         name: its key in :data:`singer.methods.METHODS`.
@@ -173,7 +173,7 @@ def _import_plugin(module: str) -> str:
 
 
 class DataConfig(_Section):
-    """Where the images come from.
+    """Image source and augmentation.
 
     Attributes:
         source: a folder of images, searched with its subfolders; a ``.tar`` file or a folder of
@@ -212,7 +212,7 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """The recipe.
+    """Optimiser, schedule and logging.
 
     The optimiser, its schedule and the number of epochs are the authors' by default; their global
     batch is 512. timm exempts biases, norms, class token and position table from weight decay.
@@ -226,7 +226,7 @@ class TrainConfig(_Section):
             outlier loss averages over each micro-batch's outliers; they have equally many, unless
             norms tie at the quantile.)
         lr: peak learning rate of AdamW.
-        min_lr: what the cosine schedule falls towards, as a fraction of ``lr``.
+        min_lr: final learning rate of the cosine schedule, as a fraction of ``lr``.
         warmup: fraction of the steps in which the learning rate rises linearly from 0.
         weight_decay: AdamW's.
         decay_norm_and_bias: also decay biases, norms, class token and position table, as the
@@ -242,7 +242,7 @@ class TrainConfig(_Section):
         log_every: steps between two log lines; losses are read from the device only then, and a
             request to stop is answered then (at once, in a single process).
         save_every: steps between two checkpoints; one more is made at the end of every epoch.
-        keep_checkpoints: how many of the last ones stay.
+        keep_checkpoints: number of newest checkpoints to keep.
         trackers: Accelerate's trackers to log to, by name (``tensorboard``, ``wandb``, ``mlflow``,
             ``trackio``, ...); ``metrics.jsonl`` is always written.
         peer_monitor: end a rank when another one has died, see :mod:`singer.engine.peer_monitor`.
@@ -295,7 +295,7 @@ class Config(_Section):
         plugins: modules to import first, which register methods (see :mod:`singer.methods`).
         method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.
         data: the images.
-        train: the recipe.
+        train: optimiser, schedule and logging.
         output: the run's folder. It must not exist yet, unless the run is resumed.
     """
 
@@ -406,11 +406,10 @@ def _naming(what: object) -> Iterator[None]:
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Read YAML files, lay them one over the other, apply overrides, and check the result.
+    """Read and merge YAML files, apply overrides, and check the result.
 
     Args:
-        paths: a YAML file, or several: sections are merged key by key, and where two files have
-            the same key the later one's value holds.
+        paths: one or several YAML files, merged key by key; later files override earlier ones.
         overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``.
 
     Returns:

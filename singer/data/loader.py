@@ -1,4 +1,4 @@
-"""Crops of images, their order, and their way into batches.
+"""Crops of images, their order, and batches of them.
 
 Order and augmentation are functions of the seed, the epoch and the sample alone: they do not
 depend on the number of workers or processes, on the model, or on what ran before.
@@ -42,8 +42,7 @@ class Batch(NamedTuple):
     Attributes:
         images: ``[b, 3, H, W]``, uint8.
         sample_ids: identifiers of the crops, ``[b]``, int64; see :class:`CropDataset`.
-        unreadable: names of images that could not be read while this batch was made, and in whose
-            places others stand.
+        unreadable: names of images that could not be read and were replaced.
     """
 
     images: Tensor
@@ -158,7 +157,7 @@ class EpochBatchSampler(Sampler[list[int]]):
     The order of an epoch is a function of the seed and the epoch alone. Optimiser step ``i`` of it
     takes the sample ids ``i * batch_size`` to ``(i + 1) * batch_size`` of that order, however many
     processes there are: each takes an equal, contiguous slice, in ``grad_accum_steps`` equal parts,
-    one after the other. What is left at the end of the order and fills no step is not used.
+    one after the other. The rest of the order, too short for a step, is not used.
 
     Args:
         epoch_size: samples per epoch.
@@ -248,9 +247,6 @@ class EpochBatchSampler(Sampler[list[int]]):
 class BatchLoader(DataLoader[Batch]):
     """A loader of :class:`Batch`; an error in a worker reaches the main process as it was raised.
 
-    ``dataset`` is the :class:`CropDataset`, ``batch_sampler`` the :class:`EpochBatchSampler`, whose
-    ``seek`` sets where the next iteration starts.
-
     Raises:
         SingerError: while iterating: neither an image nor one of 20 others can be read.
     """
@@ -259,7 +255,7 @@ class BatchLoader(DataLoader[Batch]):
     batch_sampler: EpochBatchSampler
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start at the sampler's place."""
+        """Start at the sampler's position."""
         return self._raise_errors(super().__iter__())
 
     @staticmethod

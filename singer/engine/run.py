@@ -182,7 +182,7 @@ def _teacher_tokens(
         with accelerator.autocast():
             return teacher.tokens(crops(indices), layers).tokens
 
-    identity = {
+    fingerprint = {
         "teacher": config.teacher.name,
         "weights": weights_digest(teacher.model),
         "options": config.teacher.options,
@@ -197,7 +197,7 @@ def _teacher_tokens(
         calls = teacher.tokens(crops([0]), layers).calls  # the same for every batch
     cache = TokenCache.open_or_build(
         Path(config.teacher.cache),
-        identity,
+        fingerprint,
         len(dataset.source),
         compute,
         batch_size=loader.batch_sampler.local_batch_size // config.train.grad_accum_steps,
@@ -207,8 +207,8 @@ def _teacher_tokens(
     )
 
     def read(images: Tensor, sample_ids: Tensor) -> BlockTokens:
-        found = cache.read([dataset.source_index(sample_id) for sample_id in sample_ids.tolist()])
-        tokens = {layer: value.to(device, non_blocking=True) for layer, value in found.items()}
+        cached = cache.read([dataset.source_index(sample_id) for sample_id in sample_ids.tolist()])
+        tokens = {layer: value.to(device, non_blocking=True) for layer, value in cached.items()}
         return BlockTokens(tokens, calls)
 
     return read
@@ -250,9 +250,9 @@ def _step_to_resume(
     checkpoint = store.newest()
     if checkpoint is not None:
         for key, value in identity.items():
-            found = checkpoint.state.get(key)
-            if found != value:
-                changed.append(f"{key}: {found} → {value}")
+            saved = checkpoint.state.get(key)
+            if saved != value:
+                changed.append(f"{key}: {saved} → {value}")
     if changed and not force:
         raise SingerError(
             f"output: {str(output)!r} is of a run with another configuration "

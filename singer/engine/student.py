@@ -33,12 +33,12 @@ class LossLog:
 
     Args:
         accelerator: averages them over the ranks.
-        parts: micro-batches per step, and so calls of :meth:`add`.
+        grad_accum_steps: micro-batches per step, and so calls of :meth:`add`.
     """
 
-    def __init__(self, accelerator: Accelerator, parts: int = 1) -> None:
+    def __init__(self, accelerator: Accelerator, grad_accum_steps: int) -> None:
         self.accelerator = accelerator
-        self.parts = parts
+        self.grad_accum_steps = grad_accum_steps
         self.names: list[str] = []
         self._pending: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -60,13 +60,14 @@ class LossLog:
         Args:
             steps: number of completed steps; micro-batches of a further one are dropped.
         """
-        pending, self._pending = self._pending[: steps * self.parts], []
+        pending, self._pending = self._pending[: steps * self.grad_accum_steps], []
         norms, self._norms = self._norms[:steps], []
         if not pending:
             return []
-        parts = torch.stack(pending).unflatten(0, (steps, self.parts))  # [steps, parts, losses]
-        columns = torch.cat([parts.mean(dim=1), torch.stack(norms)[:, None]], dim=1)
-        values = self.accelerator.reduce(columns, reduction="mean")
+        # [steps, micro-batches, losses]
+        losses = torch.stack(pending).unflatten(0, (steps, self.grad_accum_steps))
+        means = torch.cat([losses.mean(dim=1), torch.stack(norms)[:, None]], dim=1)
+        values = self.accelerator.reduce(means, reduction="mean")
         names = [*self.names, _GRAD_NORM]
         return [dict(zip(names, row, strict=True)) for row in values.tolist()]
 
@@ -139,18 +140,16 @@ class StudentTrainer:
         self.config = config
         self.accelerator = accelerator
         train = config.train
-        self.ema = (
-            None
-            if train.ema is None
-            else ModelEmaV3(method.student, decay=train.ema, use_warmup=True)
-        )
+        self.ema: ModelEmaV3 | None = None
+        if train.ema is not None:
+            self.ema = ModelEmaV3(method.student, decay=train.ema, use_warmup=True)
         if train.compile:  # after the moving average copied it; the copy is never run
             method.student_backbone.compile()
         self._optimizer = create_optimizer(method, train)
         self._schedule = create_schedule(self._optimizer, train, steps)
         self._model, self._stepper = accelerator.prepare(method, self._optimizer)
         self._model.train()
-        self._parts = train.grad_accum_steps
+        self._grad_accum_steps = train.grad_accum_steps
         self._log = LossLog(accelerator, train.grad_accum_steps)
         self._pending: list[dict[str, Any]] = []  # step, epoch, lr; the losses are not read yet
         self.run_dir: RunDir | None = None
@@ -176,23 +175,23 @@ class StudentTrainer:
         for name, report in self.method.reports().items():
             self.run_dir.write_json(f"{name}.json", report)
 
-    def backward(self, images: Tensor, teacher: BlockTokens, part: int) -> None:
+    def backward(self, images: Tensor, teacher: BlockTokens, micro_batch: int) -> None:
         """Accumulate the gradients of one micro-batch.
 
         Args:
             images: ``[b, 3, H, W]``.
             teacher: its tokens of these images.
-            part: index of the micro-batch in its step; gradients are all-reduced at the last one.
+            micro_batch: its index in the step; gradients are all-reduced at the last one.
 
         Raises:
             SharedError: the loss does not depend on a parameter that is trained.
         """
         sync: AbstractContextManager[Any] = nullcontext()
-        if part < self._parts - 1:
+        if micro_batch < self._grad_accum_steps - 1:
             sync = self.accelerator.no_sync(self._model)
         with sync:
             losses = self._model(images, teacher)
-            self.accelerator.backward(losses["loss"] / self._parts)
+            self.accelerator.backward(losses["loss"] / self._grad_accum_steps)
         if not self._log.names:
             self._check_gradients()
         self._log.add(losses)
@@ -239,34 +238,34 @@ class StudentTrainer:
     def log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call; return the records.
 
+        A record holds the gradient norm beside step, epoch, lr and losses.
+
         Raises:
             NonFiniteError: one is NaN or infinite; those before it are written.
         """
         records: list[dict[str, Any]] = []
-        norms: list[float] = []
         pending, self._pending = self._pending, []
-        for entry, losses in zip(pending, self._log.read(len(pending)), strict=True):
-            norm = losses.pop(_GRAD_NORM)
-            bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        for entry, values in zip(pending, self._log.read(len(pending)), strict=True):
+            bad = [name for name in self.loss_names if not math.isfinite(values[name])]
             if bad:
-                self._write(records, norms)
+                self._write(records)
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
-                raise self._non_finite(entry["step"], f"{name} is {losses[name]}")
-            records.append({**entry, **losses})
-            norms.append(norm)
-        self._write(records, norms)
+                raise self._non_finite(entry["step"], f"{name} is {values[name]}")
+            records.append({**entry, **values})
+        self._write(records)
         return records
 
     @run_on_all_ranks
-    def _write(self, records: list[dict[str, Any]], norms: list[float]) -> None:
+    def _write(self, records: list[dict[str, Any]]) -> None:
         if self.run_dir is None or self._trackers is None:
             return
-        self.run_dir.append_metrics(records)
-        for record, norm in zip(records, norms, strict=True):
-            values = {name: record[name] for name in ("lr", *self.loss_names)}
-            values[_GRAD_NORM] = norm
-            named = {f"{self._prefix}{name}": value for name, value in values.items()}
-            self._trackers.add(record["step"], named)
+        # Not the gradient norm: it is infinite where fp16 skips a step, and JSON has no infinity.
+        self.run_dir.append_metrics(
+            [{k: v for k, v in record.items() if k != _GRAD_NORM} for record in records]
+        )
+        for record in records:
+            names = ("lr", *self.loss_names, _GRAD_NORM)
+            self._trackers.add(record["step"], {f"{self._prefix}{n}": record[n] for n in names})
 
     def sync(self) -> None:
         """Flush the records to the disk. Main rank only."""

@@ -43,15 +43,10 @@ TeacherTokens = Callable[[Tensor, Tensor], BlockTokens]
 class Trainer:
     """Trains one or several students on one forward pass of the teacher per batch.
 
-    Args:
-        config: the run's configuration.
-        accelerator: of the run.
-        students: the students.
+    Attributes:
         teacher_tokens: returns the teacher's tokens of a batch.
         loader: this rank's batches of images.
-        store: of the checkpoints.
         preemption: tells whether a signal asked the run to stop.
-        console: shows the progress.
         steps: number of optimiser steps of the whole run.
         identity: saved in checkpoints; must be unchanged when the run is resumed.
         resumed: the checkpoint to resume from; None: start from the beginning.
@@ -190,8 +185,8 @@ class Trainer:
                     self._stop_if_requested()
 
     def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
-        parts = self.config.train.grad_accum_steps
-        for part in range(parts):
+        grad_accum_steps = self.config.train.grad_accum_steps
+        for micro_batch in range(grad_accum_steps):
             epoch, batch = self._throughput.wait_for(batches)
             self._new_unreadable += batch.unreadable
             if batch.unreadable and self.config.teacher.cache is not None:
@@ -204,8 +199,8 @@ class Trainer:
                 teacher = self.teacher_tokens(images, batch.sample_ids)
             self._is_mid_step = True
             for student in self.students:
-                student.backward(images, teacher, part)
-                if part == parts - 1:
+                student.backward(images, teacher, micro_batch)
+                if micro_batch == grad_accum_steps - 1:
                     student.step(step, epoch)
         self.completed_steps = step
         self._is_mid_step = False

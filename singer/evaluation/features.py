@@ -89,20 +89,19 @@ def patch_cosine(a: Tensor, b: Tensor) -> float:
     return nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
 
 
-def outlier_ratios(patches: Tensor) -> tuple[float, float]:
+def outlier_ratios(patches: Tensor) -> dict[str, float]:
     """Return how far the highest patch norms lie above the usual ones.
 
     Args:
         patches: ``[B, P, D]``.
 
     Returns:
-        max / median and p99 / p50 of an image's patch norms, each averaged over the images.
+        ``max_over_median`` and ``p99_over_p50`` of an image's patch norms, averaged over images.
     """
     norms = torch.linalg.vector_norm(patches.double(), dim=-1)  # [B, P]
     median = norms.quantile(0.5, dim=1)
-    highest = norms.amax(dim=1) / median
-    high = norms.quantile(0.99, dim=1) / median
-    return highest.mean().item(), high.mean().item()
+    highest = {"max_over_median": norms.amax(dim=1), "p99_over_p50": norms.quantile(0.99, dim=1)}
+    return {name: (norm / median).mean().item() for name, norm in highest.items()}
 
 
 def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:

@@ -1,22 +1,22 @@
-"""The teacher's tokens of fixed crops, kept on disk: computed once, read by every later epoch.
+"""Cache of the teacher's tokens of fixed crops, on disk: computed once, read by later epochs.
 
 A cache is a directory of shards (:mod:`singer.features.shards`), :data:`IMAGES_PER_SHARD` images
 each, ``tokens-00000.safetensors`` and so on, and ``manifest.json``, written last. Each shard
-says itself what it was made from, so that an interrupted build goes on with those that are there.
+records its fingerprint, so that an interrupted build continues with the shards that are complete.
 
 Tokens are rounded to bfloat16, to the nearest: a relative error of at most 2⁻⁸ (none for a teacher
 that runs in bfloat16).
 
-To read hundreds of GB in order to verify them would take longer than an epoch. So opening checks
-each shard's length and header, and :meth:`TokenCache.read` the checksum of every image that it
-hands out. A cache in use must not be changed: a mapped file that is cut short ends the process.
+Reading hundreds of GB to verify them would take longer than an epoch, so opening checks each
+shard's length and header only, and :meth:`TokenCache.read` verifies the checksum of every image
+it returns. A cache in use must not be changed: truncating a mapped file ends the process.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -41,7 +41,7 @@ from singer.features.shards import (
 from singer.io import atomic_write
 
 IMAGES_PER_SHARD = 512
-"""How many images' tokens one file holds."""
+"""Images per file."""
 
 MANIFEST = "manifest.json"
 
@@ -94,7 +94,7 @@ def _to_disk(tokens: Mapping[int, Tensor], images: list[int]) -> dict[int, Tenso
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a cache's images lie, and what their tokens are made from."""
+    """The files of a cache, and the fingerprint of what its tokens are computed from."""
 
     folder: Path
     fingerprint: dict[str, Any]
@@ -122,7 +122,7 @@ class _Layout:
         return Shard(self.path(shard), self.fingerprint, self.images(shard))
 
     def check(self) -> bool:
-        """Check what is there against this run, and return whether nothing is missing."""
+        """Check the existing files against this run, and return whether the cache is complete."""
         has_manifest = self._check_manifest()
         for shard in self.present():
             self.open(shard)
@@ -168,7 +168,7 @@ class _Layout:
         compute: Callable[[list[int]], Mapping[int, Tensor]],
         batch_size: int,
     ) -> None:
-        """Compute a shard, and put it in its place once it is complete."""
+        """Compute a shard and write it atomically."""
         images = self.images(shard)
         with ShardWriter(self.path(shard), self.fingerprint, images) as writer:
             for first in range(0, len(images), batch_size):
@@ -176,31 +176,25 @@ class _Layout:
                 writer.append(_to_disk(compute(batch), batch))
 
 
-@contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Keep other runs from building in the same folder; the lock goes with the process."""
-    lock = FileLock(folder / ".lock")
-    with writing(folder), suppress(Timeout):
-        lock.acquire(timeout=0)
-    if not lock.is_locked:
-        raise SingerError(
-            f"{KEY}: another run is filling {folder}; start this one when it has finished"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+def _only_builder(folder: Path) -> AbstractContextManager[Any]:
+    """Lock a folder against other runs inside the block; a killed process releases its lock."""
+    with writing(folder):
+        try:
+            return FileLock(folder / ".lock").acquire(timeout=0)
+        except Timeout as error:
+            raise SingerError(
+                f"{KEY}: another run is filling {folder}; start this one when it has finished"
+            ) from error
 
 
 class TokenCache:
-    """The teacher's tokens of fixed crops, on disk: see the module's description.
+    """A complete cache, opened by :meth:`open_or_build`.
 
-    :meth:`open_or_build` gives one. It may be read by several processes at once, forked or spawned:
-    each has its own maps, and they share the system's page cache alone.
+    Several processes may read it at once, forked or spawned: each maps the files itself.
 
     Attributes:
-        folder: where it is.
-        num_images: how many images it holds.
+        folder: its directory.
+        num_images: number of images.
         layers: the teacher's blocks, ascending.
     """
 
@@ -234,30 +228,29 @@ class TokenCache:
     ) -> TokenCache:
         """Open a cache, after computing what is missing in it.
 
-        All processes of a run call this together, on a folder that all of them see. Process p
-        builds the missing ones of the shards p, p + ``num_processes`` and so on; process 0 writes
-        the manifest when all are there. A shard that is there is never overwritten.
+        All processes of a run call this together, on a shared directory. Process p builds the
+        missing ones of the shards p, p + ``num_processes`` and so on; process 0 writes the manifest
+        at the end. An existing shard is never overwritten.
 
         Args:
-            folder: where it is, or will be.
+            folder: its directory.
             fingerprint: what the tokens depend on, in JSON's types: the teacher's name and
                 :func:`weights_digest`, the blocks, the image size, the images.
-            num_images: how many images there are.
+            num_images: number of images.
             compute: indices of b images to the tokens of their fixed crops: block to
                 ``[b, T, D]``, any floating dtype, any device.
             batch_size: the largest b.
             process_index: this process, from 0.
-            num_processes: how many there are.
-            wait: returns when every process has called it (a barrier). It is called twice,
-                whether or not anything is missing.
+            num_processes: number of processes.
+            wait: a barrier of all processes; it is always called twice.
 
         Returns:
             The complete cache.
 
         Raises:
-            SingerError: what is there was made from something else, is corrupt, or is still being
-                filled by another run; a file can't be read or written; or a token is not finite,
-                or no bfloat16 (the image's index is named). Complete shards stay.
+            SingerError: an existing file has another fingerprint, is corrupt, or is being written
+                by another run; a file can't be read or written; or a token is not finite in
+                bfloat16 (the image's index is named). Complete shards stay.
             ValueError: a number is below 1, ``fingerprint`` does not fit into JSON, or ``compute``
                 gives other shapes than it should.
         """
@@ -291,14 +284,14 @@ class TokenCache:
         """Return the tokens of some images.
 
         Args:
-            indices: ``[b]`` image indices, from 0, in any order, repeated or not; on the CPU, best.
+            indices: ``[b]``, from 0, in any order, repeated or not; best on the CPU.
 
         Returns:
             Block to tokens, ``[b, T, D]``, bfloat16, on the CPU, contiguous, newly allocated.
 
         Raises:
             IndexError: an index is out of range.
-            SingerError: an image's tokens no longer have the checksum that they were written with.
+            SingerError: an image's tokens do not match their checksum.
         """
         images = torch.as_tensor(indices, dtype=torch.int64).tolist()
         for image in images:

