@@ -8,7 +8,7 @@ It runs offline, in seconds, on random weights and images. Then with real ones::
 
 Two of the teacher's blocks are distilled: the last, and one at three quarters of its depth, whose
 refined tokens go through the block after it. The teacher may be any ``vit_*`` or ``deit*`` model
-(a block of DINOv3 or EVA wants a rotary embedding besides its tokens; ``singer`` passes it).
+(blocks of DINOv3 and EVA also need a rotary embedding, which ``singer`` passes on).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OUTLIER_WEIGHT, INFO_WEIGHT = 0.01, 1.0
 
 
 def load_images(args: argparse.Namespace) -> Iterator[Tensor]:
-    """Yield batches ``[B, 3, H, W]`` in [0, 1], without end: of a folder, or noise."""
+    """Yield batches ``[B, 3, H, W]`` in [0, 1] endlessly, of a folder's images or of noise."""
     steps = [transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*steps, transforms.ToTensor()])
     noise = torch.rand(4 * args.batch_size, 3, args.image_size, args.image_size)
@@ -64,7 +64,7 @@ def align(tokens: Tensor, own: int, shared: int) -> Tensor:
 
 
 def nullspace(block: nn.Module, rank: int) -> Tensor:
-    """Return directions that a block's MLP ignores, ``[D, rank]``: its least singular vectors."""
+    """Return the left singular vectors, ``[D, rank]``, of an MLP's smallest singular values."""
     matrix = (block.mlp.fc2.weight.double() @ block.mlp.fc1.weight.double()).T
     return torch.linalg.svd(matrix).U[:, -rank:]
 
@@ -93,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     depth, last = len(teacher.blocks), len(teacher.blocks) - 1
     middle = depth * 3 // 4 - 1
     student_block = {b: len(student.blocks) * (b + 1) // depth - 1 for b in (middle, last)}
-    # Tokens in front of the patches: all of them if both models have the same, or CLS if they can.
-    own, other = teacher.num_prefix_tokens, student.num_prefix_tokens
+    # Shared prefix tokens: all of them if both models have the same, else CLS if both have it.
+    teacher_prefix, student_prefix = teacher.num_prefix_tokens, student.num_prefix_tokens
     has_cls = [model.cls_token is not None for model in (teacher, student)]
-    shared = own if own == other and has_cls[0] == has_cls[1] else int(all(has_cls))
+    is_same = teacher_prefix == student_prefix and has_cls[0] == has_cls[1]
+    shared = teacher_prefix if is_same else int(all(has_cls))
 
     projections, adapters = nn.ModuleDict(), nn.ModuleDict()
     for block in (middle, last):
@@ -108,27 +109,28 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             gram=block == last,
             return_refined=block == middle,
         )
-        reader = teacher.blocks[middle + 1 if block == middle else last]
-        adapter.set_basis(nullspace(reader, args.rank))
+        linearized = teacher.blocks[middle + 1 if block == middle else last]
+        adapter.set_basis(nullspace(linearized, args.rank))
     trained = nn.ModuleList([student, projections, adapters]).to(device).train()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=1e-4)
 
     history = []
     for step, images in zip(range(1, args.steps + 1), load_images(args), strict=False):
         images = images.to(device)
-        with torch.no_grad():  # a single pass: the plain side of the next block is in it
-            plain = block_tokens(teacher, images, [middle, middle + 1, last])
-        found = block_tokens(student, images, list(student_block.values()))
-        outs = {}
+        with torch.no_grad():
+            targets = block_tokens(teacher, images, [middle, middle + 1, last])
+        tokens = block_tokens(student, images, list(student_block.values()))
+        out = {}
         for block in (middle, last):
-            tokens = align(found[student_block[block]], other, shared)
-            target = align(plain[block], own, shared)
-            outs[block] = adapters[str(block)](projections[str(block)](tokens), target)
-        refined = cat([plain[middle][:, :own], outs[middle].refined[:, shared:]], 1)
+            aligned = align(tokens[student_block[block]], student_prefix, shared)
+            target = align(targets[block], teacher_prefix, shared)
+            out[block] = adapters[str(block)](projections[str(block)](aligned), target)
+        prefix = targets[middle][:, :teacher_prefix]
+        refined = cat([prefix, out[middle].refined[:, shared:]], dim=1)
         refined_next = teacher.blocks[middle + 1](refined)
-        info = gram_loss(refined_next, plain[middle + 1], own) + outs[last].info
-        kd = outs[middle].kd + outs[last].kd
-        outlier = outs[middle].outlier + outs[last].outlier
+        info = gram_loss(refined_next, targets[middle + 1], teacher_prefix) + out[last].info
+        kd = out[middle].kd + out[last].kd
+        outlier = out[middle].outlier + out[last].outlier
         loss = kd + OUTLIER_WEIGHT * outlier + INFO_WEIGHT * info
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

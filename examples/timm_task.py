@@ -7,8 +7,8 @@ teacher::
     python examples/timm_task.py --teacher vit_base_patch16_224 --pretrained --image-size 224
 
 ``SiNGERTask`` takes the place of timm's ``FeatureDistillationTask`` (of timm 1.0.31) in a training
-script: what trains is one module, which ``prepare_distributed`` wraps; the frozen teacher stays
-outside; a checkpoint's ``state_dict`` is the student's alone. The last block is distilled.
+script: ``prepare_distributed`` wraps one trainable module, without the frozen teacher; a
+checkpoint's ``state_dict`` is the student's alone. The last block is distilled.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def last_block(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SiNGERHead(nn.Module):
-    """The student's projection and the adapter. It stands where timm keeps its own projection."""
+    """The student's projection and the adapter, in the place of timm's projection."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, rank: int) -> None:
         super().__init__()
-        # Tokens in front of the patches: all if both models have the same, or CLS if they can.
+        # Shared prefix tokens: all of them if both models have the same, else CLS if both have it.
         self.prefixes = own, other = student.num_prefix_tokens, teacher.num_prefix_tokens
         has_cls = [model.cls_token is not None for model in (student, teacher)]
         self.shared = own if own == other and has_cls[0] == has_cls[1] else int(all(has_cls))
@@ -61,7 +61,7 @@ class SiNGERHead(nn.Module):
 
 
 class SiNGERModule(FeatureDistillationTrainableModule):
-    """What trains: the student and the head."""
+    """The trainable part: the student and the head."""
 
     def forward(self, input: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return logits and the losses kd, outlier and info; ``teacher`` is ``[B, T, D]``."""

@@ -32,13 +32,16 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def nullspace(block: nn.Module, rank: int) -> Tensor | None:
-    """Return directions that a block's MLP ignores, ``[D, rank]``; None: it is no fc1 → fc2 MLP."""
+    """Return the left singular vectors, ``[D, rank]``, of an MLP's smallest singular values.
+
+    None: the block has no fc1 → fc2 MLP.
+    """
     mlp = getattr(block, "mlp", None)
     fc1, fc2 = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
     if fc1 is None or fc2 is None:
         return None
     matrix = (fc2.weight.double() @ fc1.weight.double()).T
-    return torch.linalg.svd(matrix).U[:, -rank:]  # of the smallest singular values
+    return torch.linalg.svd(matrix).U[:, -rank:]
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
@@ -69,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     teacher = teacher.to(device).eval().requires_grad_(False)
     config = teacher.config
     size, patch, dim = config.image_size, config.patch_size, config.hidden_size
-    # The same grid of patches; hence the same number of them, whatever stands in front.
+    # The student gets the teacher's patch grid.
     options = {"num_classes": 0, "img_size": size, "patch_size": patch}
     student = timm.create_model(args.student, **options).to(device).train()
 
-    batches = torch.rand(4, args.batch_size, 3, size, size, device=device)  # put yours here
-    # Tokens in front of the patches: all of them if both models have the same, or CLS if they can.
+    batches = torch.rand(4, args.batch_size, 3, size, size, device=device)  # replace by real images
+    # Shared prefix tokens: all of them if both models have the same, else CLS if both have it.
     own = teacher(batches[0]).last_hidden_state.shape[1] - student.patch_embed.num_patches
     other = student.num_prefix_tokens
     shared = own if own == other else int(student.cls_token is not None)

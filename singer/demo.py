@@ -37,7 +37,7 @@ GRID = 9
 
 STUDENT = "vit_tiny_patch16_224"
 PHOTO_NOTICE = (
-    "images: photographs of scikit-image and scikit-learn (their licences stand in the wheels)"
+    "images: photographs of scikit-image and scikit-learn (their licences are in the wheels)"
 )
 _EVALUATION_CROPS = 32
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -46,7 +46,7 @@ _DIGITS = (500, 250)
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What ``singer demo`` is asked for.
+    """Options of ``singer demo``.
 
     Attributes:
         steps: optimiser steps.
@@ -105,7 +105,7 @@ def _held_out(config: Config) -> tuple[Tensor, Tensor]:
     """Return a centre crop of each held-out photograph, and random crops of them, uint8."""
     photos = ImageFiles(photo_paths(HELD_OUT_PHOTOS), keep=True)
     for index in range(len(photos)):
-        photos.read(index)  # a broken one is an error here: crops would put another in its place
+        photos.read(index)  # a broken one is an error here; CropDataset would replace it
 
     def crops(**options: Any) -> CropDataset:
         return CropDataset(photos, config.image_size, DataConfig(source=PHOTOS, **options), seed=0)

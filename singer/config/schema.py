@@ -290,7 +290,7 @@ class Config(_Section):
     Attributes:
         teacher: the frozen model.
         student: the model to train.
-        students: in its place, several models that learn from one pass of the teacher.
+        students: several models instead, which learn from one pass of the teacher.
         image_size: pixels, for square images.
         plugins: modules to import first, which register methods (see :mod:`singer.methods`).
         method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.

@@ -142,7 +142,7 @@ class ImageFiles(ImageSource):
 
 
 def _has_extension(name: str, extensions: str | tuple[str, ...]) -> bool:
-    """Tell a file's kind by its name; macOS leaves a ``._x.jpg`` beside ``x.jpg`` that is none."""
+    """Return whether a name has one of the extensions and is none of macOS's ``._x.jpg`` files."""
     return name.lower().endswith(extensions) and not os.path.basename(name).startswith("._")
 
 

@@ -129,7 +129,7 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     _, keys, *_ = np.random.get_state()
     lengths = [8 * (len(words) + 3), 8 * (len(keys) + 3), torch.get_rng_state().numel()]
     python, numpy, cpu, own = state.split([*lengths, state.numel() - sum(lengths)])
-    # Slices may start anywhere; a view as int64 wants a start that is a multiple of 8.
+    # A view as int64 needs an offset that is a multiple of 8: copy the slices.
     version, *inner, present, bits = python.clone().view(torch.int64).tolist()
     random.setstate((version, tuple(inner), _float(bits) if present else None))
     *inner, position, present, bits = numpy.clone().view(torch.int64).tolist()

@@ -55,7 +55,7 @@ class LossLog:
     def read(self, steps: int) -> list[dict[str, float]]:
         """Return each step's losses since the last call, averaged over micro-batches and ranks.
 
-        The gradient norm is beside them, as ``grad_norm``.
+        With them the gradient norm, as ``grad_norm``.
 
         Args:
             steps: number of completed steps; micro-batches of a further one are dropped.

@@ -90,7 +90,7 @@ def patch_cosine(a: Tensor, b: Tensor) -> float:
 
 
 def outlier_ratios(patches: Tensor) -> dict[str, float]:
-    """Return how far the highest patch norms lie above the usual ones.
+    """Return the ratios of the highest patch norms to the median.
 
     Args:
         patches: ``[B, P, D]``.
@@ -100,8 +100,8 @@ def outlier_ratios(patches: Tensor) -> dict[str, float]:
     """
     norms = torch.linalg.vector_norm(patches.double(), dim=-1)  # [B, P]
     median = norms.quantile(0.5, dim=1)
-    highest = {"max_over_median": norms.amax(dim=1), "p99_over_p50": norms.quantile(0.99, dim=1)}
-    return {name: (norm / median).mean().item() for name, norm in highest.items()}
+    high = {"max_over_median": norms.amax(dim=1), "p99_over_p50": norms.quantile(0.99, dim=1)}
+    return {name: (norm / median).mean().item() for name, norm in high.items()}
 
 
 def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that the student wants no weight decay on (read by timm)."""
+        """Return the student's parameters without weight decay (timm calls it)."""
         own = {name for name, _ in self.student.named_parameters()}
         names: set[str] = getattr(self.student, "no_weight_decay", set)()
         return {f"student.{name}" for name in names & own}
