@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singer_kernels import backends
 from singer_kernels.backends import CallSpec
-from singer_kernels.backends.precision import product_dtype
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import BackendName
 from singer_kernels.validation import (
@@ -145,12 +145,13 @@ def gram_loss(
     check_tensor("tokens", tokens, "[B, T, D]")
     check_same_shape("target", check_tensor("target", target, "[B, T, D]"), "tokens", tokens)
     prefix = check_num_prefix_tokens(num_prefix_tokens, tokens.shape[1])
+    precision = MatmulPrecision.of(accumulation_dtype(tokens, target), tokens, target)
     spec = CallSpec(
         images=tokens.shape[0],
         patches=tokens.shape[1] - prefix,
         rank=0,
-        acc=accumulation_dtype(tokens, target),
-        product=product_dtype(tokens, target),
+        acc=precision.acc,
+        product=precision.product,
     )
     return backends.resolve(backend, tokens.device, spec).gram_loss(tokens, target, prefix)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from singer_kernels import backends
 from singer_kernels.backends import CallSpec
-from singer_kernels.backends.precision import product_dtype
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import BackendName, FusedLossesInputs, FusedLossesOutput
 from singer_kernels.validation import (
@@ -183,12 +183,13 @@ def fused_losses(
         check_same_shape("gram_target", gram_target, "teacher", teacher)
     prefix = check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1])
     inputs = [student, teacher, down, up, teacher if gram_target is None else gram_target]
+    precision = MatmulPrecision.of(accumulation_dtype(*inputs), *inputs[1:])
     spec = CallSpec(
         images=teacher.shape[0],
         patches=teacher.shape[1] - prefix,
         rank=down.shape[1],
-        acc=accumulation_dtype(*inputs),
-        product=product_dtype(*inputs[1:]),
+        acc=precision.acc,
+        product=precision.product,
     )
     return backends.resolve(backend, teacher.device, spec).fused_losses(
         FusedLossesInputs(

@@ -160,7 +160,7 @@ def _recording(arch: int) -> Iterator[list[tuple[Launch, int]]]:
     try:
         for name, (module, kernel) in _KERNELS.items():
             setattr(module, name, _Recorder(name, kernel, found))
-        triton_launch.architecture = lambda device: arch
+        triton_launch.architecture = lambda: arch
         yield found
     finally:
         for name, (module, kernel) in _KERNELS.items():

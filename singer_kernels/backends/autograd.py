@@ -9,8 +9,10 @@ from torch import Tensor
 
 from singer_kernels.backends import Backend
 from singer_kernels.backends.gradients import (
-    forbid_double_backward,
+    fused_losses_backward,
     gram_loss_backward,
+    gram_loss_forward,
+    mark_outputs,
     scaled_patches,
 )
 from singer_kernels.backends.operators import (
@@ -18,10 +20,8 @@ from singer_kernels.backends.operators import (
     BackwardOutput,
     ForwardInputs,
     ForwardOutput,
-    GramLossInputs,
-    GramLossOutput,
 )
-from singer_kernels.backends.precision import no_autocast, product_dtype, saved
+from singer_kernels.backends.precision import MatmulPrecision, no_autocast, saved
 from singer_kernels.reference import accumulation_dtype
 from singer_kernels.types import FusedLossesInputs, FusedLossesOutput
 
@@ -50,10 +50,8 @@ class _FusedLosses(torch.autograd.Function):
         x = FusedLossesInputs(*args)
         target = x.teacher if x.gram_target is None else x.gram_target
         acc = accumulation_dtype(x.student, x.teacher, x.down, x.up, target)
-        product = gram_product = acc
-        if acc != torch.float64:
-            product = product_dtype(x.teacher, x.down, x.up)
-            gram_product = product_dtype(x.teacher, x.down, x.up, target)
+        product = MatmulPrecision.of(acc, x.teacher, x.down, x.up).product
+        gram_product = MatmulPrecision.of(acc, x.teacher, x.down, x.up, target).product
         needs_student, _, needs_down, needs_up, needs_target = (
             tracks_gradients and needed for needed in ctx.needs_input_grad[2:7]
         )
@@ -79,10 +77,9 @@ class _FusedLosses(torch.autograd.Function):
             )
             operator = getattr(torch.ops.singer_kernels, f"{backend}_losses_forward")
             out = ForwardOutput(*operator(*inputs))
-        ctx.set_materialize_grads(False)
         ctx.options = (acc, product, x.num_prefix_tokens, x.down.dtype, x.up.dtype, backend)
         needs_rows = needs_student or needs_adapter
-        tensors = (
+        ctx.save_for_backward(
             saved(x.student, needs_rows),
             saved(x.teacher, needs_rows),
             saved(x.down, needs_adapter),
@@ -97,41 +94,27 @@ class _FusedLosses(torch.autograd.Function):
             out.grad_hz if inputs.has_grad_hz else None,
             out.grad_target if inputs.has_grad_target else None,
         )
-        ctx.save_for_backward(*tensors)
         info = out.info if x.gram else None
         refined = out.refined if x.return_refined else None
-        differentiable = (
-            (out.kd, needs_rows),
-            (out.outlier, needs_adapter),
-            (info, needs_adapter or needs_target),
-            (refined, needs_adapter),
-            (out.norms, False),
-            (out.threshold, False),
-        )
-        constants = [out for out, needed in differentiable if out is not None and not needed]
-        ctx.mark_non_differentiable(*constants)
-        return out.kd, out.outlier, info, refined, out.norms, out.threshold
+        outputs = (out.kd, out.outlier, info, refined, out.norms, out.threshold)
+        return mark_outputs(ctx, outputs, needs_student, needs_adapter, needs_target)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Read once: under gradient checkpointing a second access raises.
-        tensors = _Saved(*ctx.saved_tensors)
-        device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-        with torch.no_grad(), no_autocast(device_type):
-            grads = _backward(ctx, tensors, *grad_outputs[:4])
-        student, down, up, target = forbid_double_backward(grads, *tensors[:5])
+        student, down, up, target = fused_losses_backward(ctx, _backward, grad_outputs)
         return None, None, student, None, down, up, target, None, None, None, None
 
 
 def _backward(
     ctx: Any,
-    x: _Saved,
+    tensors: tuple[Tensor | None, ...],
     grad_kd: Tensor | None,
     grad_outlier: Tensor | None,
     grad_info: Tensor | None,
     grad_refined: Tensor | None,
 ) -> list[Tensor | None]:
     """Return the gradients of student, down, up and gram_target."""
+    x = _Saved(*tensors)
     acc, product, prefix, down_dtype, up_dtype, backend = ctx.options
     needs_student, _, needs_down, needs_up, needs_target = ctx.needs_input_grad[2:7]
     grad_target = None
@@ -141,12 +124,6 @@ def _backward(
         )
     if not (needs_down or needs_up):
         grad_outlier = grad_info = grad_refined = None
-    grad_outputs = (grad_kd, grad_outlier, grad_info, grad_refined)
-    reaches = any(grad is not None for grad in grad_outputs)
-    needs_student = needs_student and grad_kd is not None
-    needs_down, needs_up = needs_down and reaches, needs_up and reaches
-    if not (needs_student or needs_down or needs_up):
-        return [None, None, None, grad_target]
     inputs = BackwardInputs(
         student=x.student,
         teacher=x.teacher,
@@ -168,39 +145,21 @@ def _backward(
         down_dtype=down_dtype if needs_down else None,
         up_dtype=up_dtype if needs_up else None,
     )
+    if not any(inputs.needs):
+        return [None, None, None, grad_target]
     operator = getattr(torch.ops.singer_kernels, f"{backend}_losses_backward")
     grads = BackwardOutput(*operator(*inputs))
-    needs = (needs_student, needs_down, needs_up)
-    return [*(grad if n else None for grad, n in zip(grads, needs, strict=True)), grad_target]
+    return [
+        *(grad if n else None for grad, n in zip(grads, inputs.needs, strict=True)),
+        grad_target,
+    ]
 
 
 class _GramLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        target: Tensor,
-        num_prefix_tokens: int,
-        tracks_gradients: bool,
-        backend: str,
-    ) -> Tensor:
-        acc = accumulation_dtype(tokens, target)
-        product = acc if acc == torch.float64 else product_dtype(tokens, target)
-        needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
+    def forward(ctx: Any, tokens: Tensor, target: Tensor, backend: str, *options: Any) -> Tensor:
         operator = getattr(torch.ops.singer_kernels, f"{backend}_gram_loss")
-        with no_autocast(tokens.device.type):
-            inputs = GramLossInputs(
-                tokens, target, num_prefix_tokens, needs[0], needs[1], acc, product
-            )
-            out = GramLossOutput(*operator(*inputs))
-        ctx.prefix = num_prefix_tokens
-        ctx.save_for_backward(
-            saved(tokens, needs[0]),
-            saved(target, needs[1]),
-            out.grad_tokens if needs[0] else None,
-            out.grad_target if needs[1] else None,
-        )
-        return out.loss
+        return gram_loss_forward(ctx, operator, tokens, target, *options)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,6 +178,5 @@ class KernelBackend(Backend):
 
     def gram_loss(self, tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
         """See :func:`singer_kernels.reference.gram_loss`."""
-        tracks_gradients = torch.is_grad_enabled()
-        out = _GramLoss.apply(tokens, target, num_prefix_tokens, tracks_gradients, self.name)
-        return cast("Tensor", out)
+        options = (num_prefix_tokens, torch.is_grad_enabled())
+        return cast("Tensor", _GramLoss.apply(tokens, target, self.name, *options))

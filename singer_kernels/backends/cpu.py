@@ -25,7 +25,7 @@ from singer_kernels import extension
 from singer_kernels.backends import constant_while_tracing, operators
 from singer_kernels.backends.autograd import KernelBackend
 
-operators.define("cpu", lambda product, acc: acc)
+operators.define("cpu", lambda precision: precision.acc)
 
 
 @constant_while_tracing

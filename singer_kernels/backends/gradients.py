@@ -1,4 +1,4 @@
-"""Gradients that raise when differentiated again, and scaling of precomputed gradients.
+"""Parts of the backends' ``autograd.Function``s; gradients that raise when differentiated again.
 
 ``torch.autograd.function.once_differentiable`` attaches its error to new leaves, which
 ``torch.autograd.grad`` never reaches: a second derivative would silently lack a part. Here the
@@ -7,11 +7,14 @@ error is attached to the inputs, so that every path of a second derivative reach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+
+from singer_kernels.backends.precision import MatmulPrecision, no_autocast, saved
+from singer_kernels.reference import accumulation_dtype
 
 
 class _ForbidDoubleBackward(torch.autograd.Function):
@@ -70,6 +73,80 @@ def scaled_patches(tensor: Tensor, unit: Tensor, prefix: int, grad_output: Tenso
     grad = torch.zeros_like(tensor)
     grad[:, prefix:] = unit * grad_output
     return grad
+
+
+def mark_outputs(
+    ctx: Any,
+    outputs: tuple[Tensor | None, ...],
+    needs_student: bool,
+    needs_adapter: bool,
+    needs_target: bool,
+) -> tuple[Tensor | None, ...]:
+    """Mark the outputs of ``fused_losses`` that no gradient comes back from, and return all."""
+    needed = (
+        needs_student or needs_adapter,  # kd
+        needs_adapter,  # outlier
+        needs_adapter or needs_target,  # info
+        needs_adapter,  # refined
+        False,  # norms
+        False,  # threshold
+    )
+    pairs = zip(outputs, needed, strict=True)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*[out for out, n in pairs if out is not None and not n])
+    return outputs
+
+
+def fused_losses_backward(
+    ctx: Any,
+    compute: Callable[..., list[Tensor | None]],
+    grad_outputs: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Return the gradients of student, down, up and gram_target.
+
+    Args:
+        ctx: it has saved student, teacher, down, up and gram_target, then further tensors.
+        compute: from ``ctx``, the saved tensors and the gradients of kd, outlier, info and refined.
+        grad_outputs: the gradients of all outputs.
+    """
+    tensors = ctx.saved_tensors  # read once: under gradient checkpointing a second access raises
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    with torch.no_grad(), no_autocast(device_type):
+        grads = compute(ctx, tensors, *grad_outputs[:4])
+    return forbid_double_backward(grads, *tensors[:5])
+
+
+def gram_loss_forward(
+    ctx: Any,
+    compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    tokens: Tensor,
+    target: Tensor,
+    num_prefix_tokens: int,
+    tracks_gradients: bool,
+) -> Tensor:
+    """Return the Gram loss, and save what :func:`gram_loss_backward` needs.
+
+    Args:
+        ctx: of the ``autograd.Function``, whose first arguments are ``tokens`` and ``target``.
+        compute: the operator ``gram_loss``, or a function with its signature.
+        tokens: ``[B, T, D]``.
+        target: ``[B, T, D]``.
+        num_prefix_tokens: how many leading tokens are no patches.
+        tracks_gradients: whether the caller was in grad mode.
+    """
+    precision = MatmulPrecision.of(accumulation_dtype(tokens, target), tokens, target)
+    needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
+    with no_autocast(tokens.device.type):
+        loss, *units = compute(
+            tokens, target, num_prefix_tokens, *needs, precision.acc, precision.product
+        )
+    ctx.prefix = num_prefix_tokens
+    ctx.save_for_backward(
+        saved(tokens, needs[0]),
+        saved(target, needs[1]),
+        *(unit if needed else None for unit, needed in zip(units, needs, strict=True)),
+    )
+    return loss
 
 
 def gram_loss_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:

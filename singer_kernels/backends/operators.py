@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from singer_kernels.backends.precision import storage_dtype
+from singer_kernels.backends.precision import MatmulPrecision
 
 LIBRARY = torch.library.Library("singer_kernels", "FRAGMENT")
 
@@ -79,10 +79,15 @@ class BackwardInputs(NamedTuple):
     up_dtype: torch.dtype | None  # of dWu; likewise
 
     @property
-    def reaches_adapter(self) -> bool:
-        """Whether the gradient of any output comes back."""
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether to compute dS, dWd and dWu: those requested that an output's gradient reaches."""
         grads = (self.grad_kd, self.grad_outlier, self.grad_info, self.grad_refined)
-        return any(grad is not None for grad in grads)
+        reaches_adapter = any(grad is not None for grad in grads)
+        return (
+            self.student_dtype is not None and self.grad_kd is not None,
+            self.down_dtype is not None and reaches_adapter,
+            self.up_dtype is not None and reaches_adapter,
+        )
 
 
 class BackwardOutput(NamedTuple):
@@ -118,14 +123,8 @@ def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = No
     return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-StorageDtype = Callable[[torch.dtype, torch.dtype], torch.dtype]
-"""From the products' and the accumulation dtype to that of saved tensors."""
+StorageDtype = Callable[[MatmulPrecision], torch.dtype]
 
-_SIGNATURES: dict[str, tuple[type, type]] = {
-    "losses_forward": (ForwardInputs, ForwardOutput),
-    "losses_backward": (BackwardInputs, BackwardOutput),
-    "gram_loss": (GramLossInputs, GramLossOutput),
-}
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -137,12 +136,12 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
-def _schema(operator: str, signature: tuple[type, type]) -> str:
-    inputs, outputs = (
+def _schema(operator: str, inputs: type, outputs: type) -> str:
+    arguments, results = (
         ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(part).items())
-        for part in signature
+        for part in (inputs, outputs)
     )
-    return f"{operator}({inputs}) -> ({outputs})"
+    return f"{operator}({arguments}) -> ({results})"
 
 
 def _fake_forward(x: ForwardInputs, stored: StorageDtype) -> ForwardOutput:
@@ -152,7 +151,9 @@ def _fake_forward(x: ForwardInputs, stored: StorageDtype) -> ForwardOutput:
     def new(*shape: int, dtype: torch.dtype = x.acc, wanted: bool = True) -> Tensor:
         return x.teacher.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    residual_dtype, gram_dtype = stored(x.product, x.acc), stored(x.gram_product, x.acc)
+    residual_dtype, gram_dtype = (
+        stored(MatmulPrecision(product, x.acc)) for product in (x.product, x.gram_product)
+    )
     return ForwardOutput(
         kd=new(),
         outlier=new(),
@@ -169,16 +170,14 @@ def _fake_forward(x: ForwardInputs, stored: StorageDtype) -> ForwardOutput:
 
 
 def _fake_backward(x: BackwardInputs, stored: StorageDtype) -> BackwardOutput:
-    def new(shape: tuple[int, ...], dtype: torch.dtype | None, arrives: bool) -> Tensor:
-        if dtype is None or not arrives:
-            return x.hz.new_empty(0)
-        return x.teacher.new_empty(shape, dtype=dtype)
-
     rank, width = x.up.shape
+    shapes = (x.teacher.shape, (width, rank), (rank, width))
+    dtypes = (x.student_dtype, x.down_dtype, x.up_dtype)
     return BackwardOutput(
-        new(x.teacher.shape, x.student_dtype, x.grad_kd is not None),
-        new((width, rank), x.down_dtype, x.reaches_adapter),
-        new((rank, width), x.up_dtype, x.reaches_adapter),
+        *(
+            x.teacher.new_empty(shape, dtype=dtype) if needed else x.hz.new_empty(0)
+            for shape, dtype, needed in zip(shapes, dtypes, x.needs, strict=True)
+        )
     )
 
 
@@ -192,23 +191,22 @@ def _fake_gram_loss(x: GramLossInputs, stored: StorageDtype) -> GramLossOutput:
     )
 
 
-_FAKES: dict[str, Callable[[Any, StorageDtype], Any]] = {
-    "losses_forward": _fake_forward,
-    "losses_backward": _fake_backward,
-    "gram_loss": _fake_gram_loss,
+_OPERATORS: dict[str, tuple[type, type, Callable[[Any, StorageDtype], Any]]] = {
+    "losses_forward": (ForwardInputs, ForwardOutput, _fake_forward),
+    "losses_backward": (BackwardInputs, BackwardOutput, _fake_backward),
+    "gram_loss": (GramLossInputs, GramLossOutput, _fake_gram_loss),
 }
 
 
-def define(backend: str, stored: StorageDtype = storage_dtype) -> None:
+def define(backend: str, stored: StorageDtype = lambda precision: precision.storage_dtype) -> None:
     """Define a backend's three operators and their fake implementations.
 
     Args:
         backend: its name.
         stored: how the backend chooses the dtype of saved tensors.
     """
-    for name, (inputs, outputs) in _SIGNATURES.items():
-        LIBRARY.define(_schema(f"{backend}_{name}", (inputs, outputs)))
-        fake = _FAKES[name]
+    for name, (inputs, outputs, fake) in _OPERATORS.items():
+        LIBRARY.define(_schema(f"{backend}_{name}", inputs, outputs))
 
         def unpacked(*args: Any, _inputs: type = inputs, _fake: Any = fake, **kwargs: Any) -> Any:
             return _fake(_inputs(*args, **kwargs), stored)
@@ -221,7 +219,7 @@ Implementation = TypeVar("Implementation", bound=Callable[[Any], Any])
 
 def implement(backend: str, name: str) -> Callable[[Implementation], Implementation]:
     """Register a function from the operator's inputs to its outputs as its implementation."""
-    inputs = _SIGNATURES[name][0]
+    inputs = _OPERATORS[name][0]
 
     def register(function: Implementation) -> Implementation:
         def unpacked(*args: Any, **kwargs: Any) -> Any:

@@ -4,24 +4,55 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 
-def product_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype of a product's operands: the promoted one, or that of autocast."""
-    device_type = tensors[0].device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+class MatmulPrecision(NamedTuple):
+    """Dtypes of matrix products."""
 
+    product: torch.dtype  # of the operands
+    acc: torch.dtype  # of the sums
 
-def storage_dtype(product: torch.dtype, acc: torch.dtype) -> torch.dtype:
-    """Return the dtype of operands and saved tensors: float16 lacks the range of H and X."""
-    return torch.bfloat16 if product == torch.bfloat16 else acc
+    @classmethod
+    def of(cls, acc: torch.dtype, *operands: Tensor) -> MatmulPrecision:
+        """Return the dtypes of a call: the promoted one or autocast's, but float64 stays float64.
+
+        Args:
+            acc: the accumulation dtype.
+            operands: the operands of all products.
+        """
+        device_type = operands[0].device.type
+        if acc == torch.float64:
+            return cls(acc, acc)
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            return cls(torch.get_autocast_dtype(device_type), acc)
+        return cls(reduce(torch.promote_types, [tensor.dtype for tensor in operands]), acc)
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of a kernel's operands and of saved tensors: float16 lacks the range of H and X."""
+        return torch.bfloat16 if self.product == torch.bfloat16 else self.acc
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``a b`` in ``acc``, of rounded operands; matrices, or batches of them."""
+        a, b = a.to(self.storage_dtype), b.to(self.storage_dtype)
+        if self.storage_dtype == self.acc:
+            return torch.matmul(a, b)
+        if a.is_cuda:
+            return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=self.acc)
+        return torch.matmul(a.to(self.acc), b.to(self.acc))
+
+    def multiply_split(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``a b`` with a split into a high and a low operand: twice the digits."""
+        if self.storage_dtype == self.acc:
+            return self.multiply(a, b)
+        high = a.to(self.storage_dtype)
+        low = (a - high.to(a.dtype)).to(self.storage_dtype)
+        return self.multiply(torch.cat([high, low], dim=1), torch.cat([b, b], dim=0))
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

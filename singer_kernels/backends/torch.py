@@ -37,11 +37,13 @@ from torch.compiler import is_compiling
 
 from singer_kernels.backends import Backend
 from singer_kernels.backends.gradients import (
-    forbid_double_backward,
+    fused_losses_backward,
     gram_loss_backward,
+    gram_loss_forward,
+    mark_outputs,
     scaled_patches,
 )
-from singer_kernels.backends.precision import no_autocast, product_dtype, saved
+from singer_kernels.backends.precision import MatmulPrecision, no_autocast, saved
 from singer_kernels.reference import NORM_EPS, accumulation_dtype, norm_threshold
 from singer_kernels.types import FusedLossesInputs, FusedLossesOutput
 
@@ -58,20 +60,15 @@ def _has_exact_products(dtype: torch.dtype) -> bool:
     return dtype == torch.float64
 
 
-def _in_range(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Return columns ``[B, P, m]`` in a dtype, and by what each was divided ``[m]``.
+def _in_range(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Return a factor ``[B, P, m]`` in a dtype, and the divisor of each of its columns, ``[m]``.
 
     Only float16 needs it: where a patch is all but cancelled, X H leaves its range.
     """
     if dtype != torch.float16:
-        return columns.to(dtype), 1.0
-    peak = columns.abs().amax(dim=(0, 1)).clamp_min(1.0)
-    return (columns / peak).to(dtype), peak
-
-
-def _reciprocal_norms(norms: Tensor) -> Tensor:
-    """Return ``1 / max(n, 1e-12)``, and 0 where n = 0 (the row is 0, and so is its gradient)."""
-    return torch.where(norms == 0, 0.0, norms.clamp_min(NORM_EPS).reciprocal())
+        return factor.to(dtype), 1.0
+    peak = factor.abs().amax(dim=(0, 1)).clamp_min(1.0)
+    return (factor / peak).to(dtype), peak
 
 
 _PANELS, _MIN_PANEL = 8, 128
@@ -84,12 +81,14 @@ class _Rows(NamedTuple):
 
     patches: Tensor  # [B, P, D], accumulation dtype
     norms: Tensor  # [B, P]
-    inverse: Tensor  # [B, P]
+    inv_norms: Tensor  # [B, P]
 
     @classmethod
     def of(cls, patches: Tensor) -> _Rows:
         norms = torch.linalg.vector_norm(patches, dim=-1)
-        return cls(patches, norms, _reciprocal_norms(norms))
+        # 0 where n = 0: the row is 0, and so is its gradient.
+        inv_norms = torch.where(norms == 0, 0.0, norms.clamp_min(NORM_EPS).reciprocal())
+        return cls(patches, norms, inv_norms)
 
     def products(self) -> Tensor:
         """Return every pair's inner product, ``[B, P, P]``: half is computed, half mirrored."""
@@ -105,31 +104,32 @@ class _Rows(NamedTuple):
 
     def cosines_(self, products: Tensor) -> Tensor:
         """Turn every pair's inner product into G, in place; ``[B, P, P]``."""
-        return products.mul_(self.inverse[:, :, None]).mul_(self.inverse[:, None, :])
+        return products.mul_(self.inv_norms[:, :, None]).mul_(self.inv_norms[:, None, :])
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return G, ``[B, P, P]``, from products in the given dtype."""
         if _is_exact(dtype):
             return self.cosines_(self.products())
-        rows = (self.patches * self.inverse[..., None]).to(dtype)
+        rows = (self.patches * self.inv_norms[..., None]).to(dtype)
         return torch.bmm(rows, rows.mT).to(self.patches.dtype)
 
     def apply_gradient(
-        self, difference: Tensor, row_dots: Tensor, columns: Tensor, dtype: torch.dtype
+        self, difference: Tensor, gram: Tensor, factor: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return ``X columns``, X the gradient operator of ``mean E²`` in these rows.
+        """Return ``X factor``, X the gradient operator of ``mean E²`` in these rows.
 
         Args:
             difference: E, ``[B, P, P]``, symmetric: G of these rows minus a constant.
-            row_dots: s, ``[B, P]``.
-            columns: ``[B, P, m]``.
+            gram: G of these rows, ``[B, P, P]``; overwritten.
+            factor: ``[B, P, m]``.
             dtype: of the product's operands.
         """
-        norm_grad_coef = torch.where(self.norms < NORM_EPS, 0.0, row_dots * self.inverse.square())
-        scaled, peak = _in_range(columns * self.inverse[..., None], dtype)
-        product = torch.bmm(difference.to(dtype), scaled).to(columns.dtype)
-        product = product.mul_(self.inverse[..., None] * peak).sub_(
-            columns * norm_grad_coef[..., None]
+        row_dots = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
+        norm_grad_coef = torch.where(self.norms < NORM_EPS, 0.0, row_dots * self.inv_norms.square())
+        scaled, peak = _in_range(factor * self.inv_norms[..., None], dtype)
+        product = torch.bmm(difference.to(dtype), scaled).to(factor.dtype)
+        product = product.mul_(self.inv_norms[..., None] * peak).sub_(
+            factor * norm_grad_coef[..., None]
         )
         return product.mul_(4.0 / difference.numel())
 
@@ -156,12 +156,12 @@ def _threshold(norms: Tensor, quantile: float) -> Tensor:
 
 def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outlier loss, and ``c [B, P]``: its gradient in F̂ is ``c F̂``."""
-    limit = threshold[:, None]
-    is_outlier = ~((norms <= limit) & norms.isfinite())
-    excess = torch.where(is_outlier, norms - limit, 0.0)
+    threshold = threshold[:, None]
+    is_outlier = ~((norms <= threshold) & norms.isfinite())
+    excess = torch.where(is_outlier, norms - threshold, 0.0)
     count = is_outlier.sum().clamp_min(1)
-    norm_grad_coef = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
-    return excess.square().sum() / count, norm_grad_coef
+    outlier_coef = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
+    return excess.square().sum() / count, outlier_coef
 
 
 class _Saved(NamedTuple):
@@ -175,7 +175,7 @@ class _Saved(NamedTuple):
     refined: Tensor  # F̂, [B, T, D]
     h: Tensor  # H, [B, T, r], 0 on prefix tokens
     z: Tensor  # Z, [B, P, r]
-    norm_grad_coef: Tensor  # c, [B, P]
+    outlier_coef: Tensor  # c, [B, P]
     grad_hz: Tensor | None  # X [H | Z], [B, P, 2r]
     grad_target: Tensor | None  # [B, P, D]
 
@@ -187,10 +187,8 @@ class _FusedLosses(torch.autograd.Function):
         student, teacher, down, up, gram_target = x[:5]
         target = teacher if gram_target is None else gram_target
         acc = accumulation_dtype(student, teacher, down, up, target)
-        product = gram_product = acc
-        if acc != torch.float64:
-            product = product_dtype(teacher, down, up)
-            gram_product = product_dtype(teacher, down, up, target)
+        product = MatmulPrecision.of(acc, teacher, down, up).product
+        gram_product = MatmulPrecision.of(acc, teacher, down, up, target).product
         prefix, shape = x.num_prefix_tokens, teacher.shape
         needs_student, _, needs_down, needs_up, needs_target = (
             tracks_gradients and needed for needed in ctx.needs_input_grad[1:6]
@@ -204,7 +202,7 @@ class _FusedLosses(torch.autograd.Function):
             refined = _refined(teacher, h, up, acc)  # F̂, [B, T, D]
             rows = _Rows.of(refined[:, prefix:])
             threshold = _threshold(rows.norms, x.quantile)
-            outlier, norm_grad_coef = _outlier_terms(rows.norms, threshold)
+            outlier, outlier_coef = _outlier_terms(rows.norms, threshold)
             kd = _mean_square(refined - student)
             z = refined.flatten(0, 1).to(product) @ up.to(product).mT
             z = z.view(*shape[:2], -1)[:, prefix:].to(acc)  # Z, [B, P, r]
@@ -222,7 +220,6 @@ class _FusedLosses(torch.autograd.Function):
                     needs_target,
                 )
             returned = refined.to(teacher.dtype) if x.return_refined else None
-        ctx.set_materialize_grads(False)
         ctx.options = (acc, product, prefix)
         ctx.save_for_backward(
             saved(student, needs_student or needs_adapter),
@@ -233,30 +230,16 @@ class _FusedLosses(torch.autograd.Function):
             saved(refined, needs_student or needs_adapter),
             saved(h, needs_adapter),
             saved(z, needs_down),
-            saved(norm_grad_coef, needs_adapter),
+            saved(outlier_coef, needs_adapter),
             grad_hz,
             grad_target,
         )
-        differentiable = (
-            (kd, needs_student or needs_adapter),
-            (outlier, needs_adapter),
-            (info, needs_adapter or needs_target),
-            (returned, needs_adapter),
-            (rows.norms, False),
-            (threshold, False),
-        )
-        constants = [out for out, needed in differentiable if out is not None and not needed]
-        ctx.mark_non_differentiable(*constants)
-        return kd, outlier, info, returned, rows.norms, threshold
+        outputs = (kd, outlier, info, returned, rows.norms, threshold)
+        return mark_outputs(ctx, outputs, needs_student, needs_adapter, needs_target)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Read once: under gradient checkpointing a second access raises.
-        tensors = _Saved(*ctx.saved_tensors)
-        device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-        with torch.no_grad(), no_autocast(device_type):
-            grads = _backward(ctx, tensors, *grad_outputs[:4])
-        student, down, up, target = forbid_double_backward(grads, *tensors[:5])
+        student, down, up, target = fused_losses_backward(ctx, _backward, grad_outputs)
         return None, student, None, down, up, target, None, None, None, None
 
 
@@ -290,16 +273,29 @@ def _information(
         gram = rows.cosines_(products)
     else:
         gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
+    factor = torch.cat([h, z], dim=-1) if needs_adapter else None  # [B, P, 2r]
+    return _gram_difference(rows, target_rows, gram, target_gram, factor, needs_target, dtype)
+
+
+def _gram_difference(
+    rows: _Rows,
+    target_rows: _Rows,
+    gram: Tensor,
+    target_gram: Tensor,
+    factor: Tensor | None,
+    needs_target: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return ``mean E²``, ``X factor`` and the target's gradient; ``gram`` are overwritten."""
     difference = gram - target_gram  # E, [B, P, P]
-    grad_hz, grad_target = None, None
-    if needs_adapter:
-        row_dots = gram.mul_(difference).sum(dim=-1)  # s, [B, P]
-        columns = torch.cat([h, z], dim=-1)  # [B, P, 2r]
-        grad_hz = rows.apply_gradient(difference, row_dots, columns, dtype)
+    grad_factor, grad_target = None, None
+    if factor is not None:
+        grad_factor = rows.apply_gradient(difference, gram, factor, dtype)
     if needs_target:
-        row_dots = target_gram.mul_(difference).sum(dim=-1).neg_()
-        grad_target = target_rows.apply_gradient(-difference, row_dots, target_rows.patches, dtype)
-    return _mean_square(difference), grad_hz, grad_target
+        grad_target = target_rows.apply_gradient(
+            -difference, target_gram, target_rows.patches, dtype
+        )
+    return _mean_square(difference), grad_factor, grad_target
 
 
 def _total(*terms: Tensor | None) -> Tensor | None:
@@ -326,95 +322,87 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def _backward(
     ctx: Any,
-    x: _Saved,
+    tensors: tuple[Tensor | None, ...],
     grad_kd: Tensor | None,
     grad_outlier: Tensor | None,
     grad_info: Tensor | None,
     grad_refined: Tensor | None,
 ) -> list[Tensor | None]:
     """Return the gradients of student, down, up and gram_target."""
-    student, teacher, down, up, gram_target, refined, h, z, norm_grad_coef = x[:9]
+    x = _Saved(*tensors)
+    student, teacher, down, up, gram_target, refined, h, z, outlier_coef = x[:9]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, _ = ctx.needs_input_grad[1:6]
     grad_student = grad_down = grad_up = grad_target = None
     if grad_info is not None and gram_target is not None and x.grad_target is not None:
         grad_target = scaled_patches(gram_target, x.grad_target, prefix, grad_info)
-    grad_s = None  # dS = α (S − F̂), [B, T, D]
+    grad_student_acc = None  # dS = α (S − F̂), [B, T, D]
     if grad_kd is not None:
-        grad_s = (student - refined).mul_(grad_kd * (2.0 / refined.numel()))
-        grad_student = grad_s.to(student.dtype) if needs_student else None
+        grad_student_acc = (student - refined).mul_(grad_kd * (2.0 / refined.numel()))
+        grad_student = grad_student_acc.to(student.dtype) if needs_student else None
     if not (needs_down or needs_up):
         return [grad_student, None, None, grad_target]
 
     # The adapter, by patches alone: 0 times a NaN in a prefix token would be NaN.
     h = h[:, prefix:]
-    grad_refined_kd, sign = None, 1  # Y − dS = sign · grad_refined_kd
+    grad_delta, sign = None, 1  # Y − dS = sign · grad_delta
     if grad_refined is None:
-        grad_refined_kd, sign = grad_s, -1
-    elif grad_s is None:
-        grad_refined_kd = grad_refined.to(acc)
+        grad_delta, sign = grad_student_acc, -1
+    elif grad_student_acc is None:
+        grad_delta = grad_refined.to(acc)
     else:
-        grad_refined_kd = grad_refined.to(acc) - grad_s
-    if grad_refined_kd is not None:
-        grad_refined_kd = grad_refined_kd[:, prefix:].to(product)
-    grad_norm = None if grad_outlier is None else (norm_grad_coef * grad_outlier)[..., None]
+        grad_delta = grad_refined.to(acc) - grad_student_acc
+    if grad_delta is not None:
+        grad_delta = grad_delta[:, prefix:].to(product)
+    c = None if grad_outlier is None else (outlier_coef * grad_outlier)[..., None]
     grad_hz_h = grad_hz_z = None
     if x.grad_hz is not None:
         grad_hz_h, grad_hz_z = x.grad_hz.split(down.shape[1], dim=-1)
     if needs_down:
-        dense_up = None
-        if grad_refined_kd is not None:
+        grad_delta_up = None  # (Y − dS) Wuᵀ
+        if grad_delta is not None:
             # Not matmul, which would copy the slice to fold its first two dimensions.
-            factor = up.to(product).mT.expand(len(grad_refined_kd), -1, -1)
-            dense_up = torch.bmm(grad_refined_kd, factor).to(acc) * sign
-        grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, grad_norm)), dense_up)
+            factor = up.to(product).mT.expand(len(grad_delta), -1, -1)
+            grad_delta_up = torch.bmm(grad_delta, factor).to(acc) * sign
+        grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, c)), grad_delta_up)
         if grad_h is not None:
             scaled, peak = _in_range(grad_h, product)
             patches = teacher[:, prefix:].to(product)
             grad_down = (_outer(patches, scaled).to(acc) * peak).to(down.dtype)
     if needs_up:
-        v = _sum_of_products((grad_hz_h, grad_info), (h, grad_norm))  # V
-        through_norms = None
+        v = _sum_of_products((grad_hz_h, grad_info), (h, c))
+        v_refined = h_grad_delta = None  # Vᵀ F̂ and Hᵀ (Y − dS)
         if v is not None:
             scaled, peak = _in_range(v, product)
             patches = refined[:, prefix:].to(product)
-            through_norms = (_outer(scaled, patches).to(acc).mT * peak).mT
-        total = _total(
-            through_norms,
-            None if grad_refined_kd is None else _outer(h, grad_refined_kd).to(acc) * sign,
-        )
+            v_refined = (_outer(scaled, patches).to(acc).mT * peak).mT
+        if grad_delta is not None:
+            h_grad_delta = _outer(h, grad_delta).to(acc) * sign
+        total = _total(v_refined, h_grad_delta)
         grad_up = None if total is None else total.to(up.dtype)
     return [grad_student, grad_down, grad_up, grad_target]
 
 
+def _gram_loss(
+    tokens: Tensor,
+    target: Tensor,
+    prefix: int,
+    needs_tokens: bool,
+    needs_target: bool,
+    acc: torch.dtype,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the Gram loss and the gradients of the patches of both, ``[B, P, D]``, or None."""
+    rows, target_rows = (_Rows.of(x[:, prefix:].to(acc)) for x in (tokens, target))
+    gram, target_gram = rows.gram(product), target_rows.gram(product)
+    factor = rows.patches if needs_tokens else None
+    return _gram_difference(rows, target_rows, gram, target_gram, factor, needs_target, product)
+
+
 class _GramLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, target: Tensor, num_prefix_tokens: int, tracks_gradients: bool
-    ) -> Tensor:
-        acc = accumulation_dtype(tokens, target)
-        dtype = acc if acc == torch.float64 else product_dtype(tokens, target)
-        needs = [tracks_gradients and needed for needed in ctx.needs_input_grad[:2]]
-        with no_autocast(tokens.device.type):
-            rows = _Rows.of(tokens[:, num_prefix_tokens:].to(acc))
-            target_rows = _Rows.of(target[:, num_prefix_tokens:].to(acc))
-            gram, target_gram = rows.gram(dtype), target_rows.gram(dtype)
-            difference = gram - target_gram
-            grad_tokens = grad_target = None
-            if needs[0]:
-                row_dots = gram.mul_(difference).sum(dim=-1)
-                grad_tokens = rows.apply_gradient(difference, row_dots, rows.patches, dtype)
-            if needs[1]:
-                row_dots = target_gram.mul_(difference).sum(dim=-1).neg_()
-                grad_target = target_rows.apply_gradient(
-                    -difference, row_dots, target_rows.patches, dtype
-                )
-            loss = _mean_square(difference)
-        ctx.prefix = num_prefix_tokens
-        ctx.save_for_backward(
-            saved(tokens, needs[0]), saved(target, needs[1]), grad_tokens, grad_target
-        )
-        return loss
+    def forward(ctx: Any, tokens: Tensor, target: Tensor, *options: Any) -> Tensor:
+        return gram_loss_forward(ctx, _gram_loss, tokens, target, *options)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -121,7 +121,7 @@ def test_every_stage_gives_the_same_whatever_is_tried(with_target, monkeypatch):
 
     monkeypatch.setenv("SINGER_BACKEND", "triton")
     monkeypatch.setenv(tuning.SWITCH, "1")
-    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch, "architecture", lambda: 90)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     monkeypatch.setattr(configs, "lookup", lambda *_: Config(32, 32, 1, 1))
     tried = [Config(16, 64, 1, 1), Config(32, 32, 1, 1)]

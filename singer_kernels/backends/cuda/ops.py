@@ -13,6 +13,7 @@ from singer_kernels.backends.operators import (
     GramLossOutput,
     or_empty,
 )
+from singer_kernels.backends.precision import MatmulPrecision
 
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
@@ -44,9 +45,9 @@ operators.define("cuda")
 def losses_forward(x: ForwardInputs) -> ForwardOutput:
     """Run the stages ``refine``, ``outlier`` and ``gram``."""
     x = x._replace(student=x.student.contiguous(), teacher=x.teacher.contiguous())
-    precision = stages.MatmulPrecision(x.product, x.acc)
-    gram_precision = stages.MatmulPrecision(x.gram_product, x.acc)
-    refined = stages.run_refine(x, precision, gram_precision.operand if x.gram else None)
+    precision = MatmulPrecision(x.product, x.acc)
+    gram_precision = MatmulPrecision(x.gram_product, x.acc)
+    refined = stages.run_refine(x, precision, gram_precision.storage_dtype if x.gram else None)
     outliers = stages.run_outlier(refined.norms, x.quantile)
     info = refined.kd.new_empty(0)
     grad_hz = grad_target = None
@@ -60,8 +61,8 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
             gram_precision,
             factor=refined.hz if x.has_grad_hz else None,
             factor_is_tokens=False,
-            grad_factor_dtype=gram_precision.operand,
-            grad_target_dtype=gram_precision.operand if x.has_grad_target else None,
+            grad_factor_dtype=gram_precision.storage_dtype,
+            grad_target_dtype=gram_precision.storage_dtype if x.has_grad_target else None,
         )
     return ForwardOutput(
         kd=refined.kd,
@@ -72,9 +73,9 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
         threshold=outliers.threshold,
         outlier_weight=outliers.weight,
         hz=refined.hz,
-        residual=or_empty(refined.residual, info, precision.operand),
-        grad_hz=or_empty(grad_hz, info, gram_precision.operand),
-        grad_target=or_empty(grad_target, info, gram_precision.operand),
+        residual=or_empty(refined.residual, info, precision.storage_dtype),
+        grad_hz=or_empty(grad_hz, info, gram_precision.storage_dtype),
+        grad_target=or_empty(grad_target, info, gram_precision.storage_dtype),
     )
 
 
@@ -85,18 +86,15 @@ def losses_backward(x: BackwardInputs) -> BackwardOutput:
         student=None if x.student is None else x.student.contiguous(),
         teacher=x.teacher.contiguous(),
         grad_refined=None if x.grad_refined is None else x.grad_refined.contiguous(),
-        student_dtype=None if x.grad_kd is None else x.student_dtype,
-        down_dtype=x.down_dtype if x.reaches_adapter else None,
-        up_dtype=x.up_dtype if x.reaches_adapter else None,
     )
-    grads = stages.run_backward(x, stages.MatmulPrecision(x.product, x.acc))
+    grads = stages.run_backward(x, MatmulPrecision(x.product, x.acc))
     return BackwardOutput(*(or_empty(grad, x.hz) for grad in grads))
 
 
 @operators.implement("cuda", "gram_loss")
 def gram_loss(x: GramLossInputs) -> GramLossOutput:
     """Run the stage ``gram`` on two tensors of tokens."""
-    precision, tokens = stages.MatmulPrecision(x.product, x.acc), x.tokens.contiguous()
+    precision, tokens = MatmulPrecision(x.product, x.acc), x.tokens.contiguous()
     norms, rows = stages.normalized(tokens, x.num_prefix_tokens, precision)
     loss, grad_tokens, grad_target = stages.run_gram(
         rows,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from singer_kernels.backends.operators import BackwardInputs, ForwardInputs
-from singer_kernels.backends.precision import storage_dtype
+from singer_kernels.backends.precision import MatmulPrecision
 
 MAX_ENTRIES = 2**26
 """Entries of a Gram matrix in memory at once, over all images: 256 MiB in float32. G(F̂), G(R) and E
@@ -17,35 +17,6 @@ are in memory together."""
 
 def _kernel(name: str) -> Any:
     return getattr(torch.ops.singer_kernels, f"cuda_{name}")
-
-
-class MatmulPrecision(NamedTuple):
-    """Dtypes of matrix products."""
-
-    product: torch.dtype  # of the operands
-    acc: torch.dtype  # of the sums
-
-    @property
-    def operand(self) -> torch.dtype:
-        """Dtype of the operands, and of intermediate results in memory."""
-        return storage_dtype(self.product, self.acc)
-
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``a b`` in ``acc``, of rounded operands; matrices, or batches of them."""
-        a, b = a.to(self.operand), b.to(self.operand)
-        if self.operand == self.acc:
-            return torch.matmul(a, b)
-        if a.is_cuda:
-            return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=self.acc)
-        return torch.matmul(a.to(self.acc), b.to(self.acc))
-
-    def multiply_split(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return ``a b`` with a split into a high and a low operand: twice the digits."""
-        if self.operand == self.acc:
-            return self.multiply(a, b)
-        high = a.to(self.operand)
-        low = (a - high.to(a.dtype)).to(self.operand)
-        return self.multiply(torch.cat([high, low], dim=1), torch.cat([b, b], dim=0))
 
 
 class Refined(NamedTuple):
@@ -81,16 +52,18 @@ def run_refine(
     norms, kd_partials = new((images, patches), dtype=acc), new((images, tokens), dtype=acc)
     refined = new(teacher.shape) if x.has_refined else None
     rows = None if rows_dtype is None else new((images, patches, width), dtype=rows_dtype)
-    differences = None
+    kd_difference = None
     if x.has_residual:
-        differences = new((images, patches, width), dtype=precision.operand)
+        kd_difference = new((images, patches, width), dtype=precision.storage_dtype)
     _kernel("refine")(
-        teacher, x.student, delta, prefix, norms, kd_partials, refined, rows, differences
+        teacher, x.student, delta, prefix, norms, kd_partials, refined, rows, kd_difference
     )
     residual = None
-    if differences is not None:
+    if kd_difference is not None:
         # Project F̂ − S itself: subtracting two rounded products would cancel.
-        residual = precision.multiply(differences.flatten(0, 1), up.mT).to(precision.operand)
+        residual = precision.multiply(kd_difference.flatten(0, 1), up.mT).to(
+            precision.storage_dtype
+        )
         residual = residual.view(images, patches, rank)
     kd = kd_partials.sum() / teacher.numel()
     hz = torch.cat([h, z], dim=1).view(images, tokens, -1)[:, prefix:].contiguous()
@@ -117,7 +90,7 @@ def normalized(tokens: Tensor, prefix: int, precision: MatmulPrecision) -> tuple
     """Return the patches' norms ``[B, P]``, and the patches divided by them ``[B, P, D]``."""
     images, count, width = tokens.shape
     norms = tokens.new_empty((images, count - prefix), dtype=precision.acc)
-    rows = tokens.new_empty((images, count - prefix, width), dtype=precision.operand)
+    rows = tokens.new_empty((images, count - prefix, width), dtype=precision.storage_dtype)
     _kernel("normalize")(tokens, prefix, norms, rows)
     return norms, rows
 
@@ -163,20 +136,18 @@ def run_gram(
     needs_difference = grad_factor is not None or grad_target is not None
 
     def some_images(some: slice) -> None:
-        cosines, target_cosines = (
-            precision.multiply(x[some], x[some].mT) for x in (rows, target_rows)
-        )
-        difference = new(cosines.shape, dtype=precision.operand) if needs_difference else None
+        gram, target_gram = (precision.multiply(x[some], x[some].mT) for x in (rows, target_rows))
+        difference = new(gram.shape, dtype=precision.storage_dtype) if needs_difference else None
         squares, row_dots, target_row_dots = (x[some] for x in sums)
         _kernel("gram_difference")(
-            cosines, target_cosines, difference, squares, row_dots, target_row_dots
+            gram, target_gram, difference, squares, row_dots, target_row_dots
         )
-        del cosines, target_cosines  # free them before the products below
+        del gram, target_gram  # free them before the products below
         if factor is not None and difference is not None and grad_factor is not None:
             if factor_is_tokens:
                 scaled = rows[some]
             else:
-                scaled = torch.empty_like(factor[some], dtype=precision.operand)
+                scaled = torch.empty_like(factor[some], dtype=precision.storage_dtype)
                 _kernel("gram_scale")(factor[some], norms[some], scaled)
             _kernel("gram_gradient")(
                 precision.multiply(difference, scaled),
@@ -212,7 +183,7 @@ def run_backward(
     """Run the stage ``backward``.
 
     Args:
-        x: the operator's inputs; tokens contiguous, a dtype None where no gradient comes.
+        x: the operator's inputs; tokens contiguous.
         precision: dtypes of the products.
 
     Returns:
@@ -222,13 +193,13 @@ def run_backward(
     images, tokens, width = teacher.shape
     patches, rank = tokens - prefix, up.shape[0]
     has_v = x.grad_outlier is not None or x.grad_info is not None
-    needs_down, needs_up = x.down_dtype is not None, x.up_dtype is not None
+    needs_student, needs_down, needs_up = x.needs
     new = teacher.new_empty
     h = x.hz[..., :rank]
-    grad_h = new((images, patches, rank), dtype=precision.operand) if needs_down else None
+    grad_h = new((images, patches, rank), dtype=precision.storage_dtype) if needs_down else None
     v = None
     if needs_up and has_v:
-        v = new((images, patches, rank), dtype=precision.operand)
+        v = new((images, patches, rank), dtype=precision.storage_dtype)
     if grad_h is not None or v is not None:
         grad_refined_up = None  # Y Wuᵀ
         if x.grad_refined is not None and needs_down:
@@ -250,14 +221,13 @@ def run_backward(
             tokens,
             width,
         )
-    grad_student = refined = grad_refined = None
-    if x.student_dtype is not None:
-        grad_student = new(teacher.shape, dtype=x.student_dtype)
+    grad_student = new(teacher.shape, dtype=x.student_dtype) if needs_student else None
+    refined = grad_delta = None
     if v is not None:
-        refined = new((images, patches, width), dtype=precision.operand)
+        refined = new((images, patches, width), dtype=precision.storage_dtype)
     if needs_up and (x.grad_kd is not None or x.grad_refined is not None):
-        grad_refined = new((images, patches, width), dtype=precision.operand)  # Y − dS
-    if grad_student is not None or refined is not None or grad_refined is not None:
+        grad_delta = new((images, patches, width), dtype=precision.storage_dtype)  # Y − dS
+    if grad_student is not None or refined is not None or grad_delta is not None:
         padded = torch.nn.functional.pad(h, (0, 0, prefix, 0))  # H = 0 on the prefix
         delta = precision.multiply_split(padded.flatten(0, 1), up).view(teacher.shape)
         _kernel("backward_tokens")(
@@ -268,7 +238,7 @@ def run_backward(
             x.grad_kd,
             grad_student,
             refined,
-            grad_refined,
+            grad_delta,
             prefix,
         )
         del padded, delta  # the largest: free them before the products below
@@ -279,7 +249,7 @@ def run_backward(
     if needs_up:
         terms = [
             precision.multiply(left.mT, right).sum(dim=0)
-            for left, right in ((v, refined), (h, grad_refined))
+            for left, right in ((v, refined), (h, grad_delta))
             if left is not None and right is not None
         ]
         grad_up = sum(terms[1:], terms[0]).to(x.up_dtype) if terms else None

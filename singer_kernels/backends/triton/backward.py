@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from singer_kernels.backends.operators import BackwardInputs
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.language import (
     dot,
@@ -19,11 +20,12 @@ from singer_kernels.backends.triton.language import (
     token_offsets,
 )
 from singer_kernels.backends.triton.launch import (
-    MatmulPrecision,
     block_of,
     compiler_options,
     kernel_dtype,
+    kernel_options,
     meta_params,
+    run_configured,
     token_strides,
 )
 
@@ -96,9 +98,9 @@ def backward_rows_kernel(
         is_inlier = (norms <= threshold) & (tl.abs(norms) < float("inf"))
         excess = tl.where(is_inlier, 0.0, norms - threshold)
         weight = tl.load(outlier_weight_ptr) * tl.load(grad_outlier_ptr).to(ACC)
-        coefficient = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
-        v += coefficient * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
-        grad_h += coefficient * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
+        outlier_coef = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
+        v += outlier_coef * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
+        grad_h += outlier_coef * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
     # 4. V += X H and dH += X Z
     if HAS_INFO:
         grad_info = tl.load(grad_info_ptr).to(ACC)
@@ -177,14 +179,14 @@ def backward_tokens_kernel(
         delta = split_dot(h, up, delta, OPERAND, PRECISION)
         refined = teacher.to(ACC) + tl.where(is_patch[:, None], delta, 0.0)
         # 2. gradient in F̂ of the kd loss, α (F̂ − S) = −dS
-        grad_refined = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+        grad_delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         if HAS_KD:
             offsets = token_offsets(image, token, student_stride_image, student_stride_token)
             student = load_tile(student_ptr, offsets, d, in_range, width).to(ACC)
-            grad_refined = alpha * (refined - student)
+            grad_delta = alpha * (refined - student)
             if NEEDS_STUDENT:
                 row_offsets = row.to(tl.int64) * width
-                store_tile(grad_student_ptr, row_offsets, d, in_range, width, -grad_refined)
+                store_tile(grad_student_ptr, row_offsets, d, in_range, width, -grad_delta)
         # 3. dWd += Fᵀ dH
         if NEEDS_DOWN:
             inner = load_tile(grad_h_ptr, rank_offsets, k, is_patch, rank)
@@ -200,9 +202,9 @@ def backward_tokens_kernel(
                 offsets = token_offsets(
                     image, token, grad_refined_stride_image, grad_refined_stride_token
                 )
-                grad_refined += load_tile(grad_refined_ptr, offsets, d, in_range, width).to(ACC)
+                grad_delta += load_tile(grad_refined_ptr, offsets, d, in_range, width).to(ACC)
             if HAS_KD or HAS_REFINED:
-                left = operand(tl.where(is_patch[:, None], grad_refined, 0.0), OPERAND)
+                left = operand(tl.where(is_patch[:, None], grad_delta, 0.0), OPERAND)
                 grad_up = dot(tl.trans(left), operand(h, OPERAND), grad_up, PRECISION)
     offsets = (split * width + d).to(tl.int64) * rank
     if NEEDS_DOWN:
@@ -252,7 +254,7 @@ def _low_rank_gradients(
     has_kd, has_refined = x.grad_kd is not None, x.grad_refined is not None
     has_outlier, has_info = x.grad_outlier is not None, x.grad_info is not None
     grad_h, v = (
-        x.hz.new_empty((images, patches, rank), dtype=precision.storage_dtype) for _ in "12"
+        x.hz.new_empty((images, patches, rank), dtype=precision.storage_dtype) for _ in range(2)
     )
 
     def launch(config: configs.Config) -> None:
@@ -281,12 +283,12 @@ def _low_rank_gradients(
             HAS_OUTLIER=has_outlier,
             HAS_INFO=has_info,
             HAS_REFINED=has_refined and needs_down,
-            **precision.kernel_options(rank),
+            **kernel_options(precision, rank),
             **meta_params(config, block_of(rank)),
         )
 
     key = (images, patches, width, has_kd, has_outlier or has_info, has_refined)
-    precision.run("backward_rows", rank, launch, *key)
+    run_configured("backward_rows", precision, rank, launch, *key)
     return grad_h, v
 
 
@@ -337,18 +339,14 @@ def run_backward(
     (images, tokens, width), rank = x.teacher.shape, x.up.shape[0]
     has_kd, has_refined = x.grad_kd is not None, x.grad_refined is not None
     has_v = x.grad_outlier is not None or x.grad_info is not None
-    needs_student = x.student_dtype is not None and has_kd
-    reaches_adapter = has_kd or has_refined or has_v
-    needs_down = x.down_dtype is not None and reaches_adapter
-    needs_up = x.up_dtype is not None and reaches_adapter
-    if not (needs_student or needs_down or needs_up):
+    needs_student, needs_down, needs_up = x.needs
+    if not any(x.needs):
         return None, None, None
     new = x.teacher.new_empty
-    grad_h = v = grad_student = None
+    grad_h = v = None
     if needs_down or (needs_up and has_v):
         grad_h, v = _low_rank_gradients(x, precision, needs_down)
-    if needs_student:
-        grad_student = new((images, tokens, width), dtype=x.student_dtype)
+    grad_student = new(x.teacher.shape, dtype=x.student_dtype) if needs_student else None
 
     def launch(config: configs.Config) -> tuple[Tensor | None, Tensor | None]:
         blocks = triton.cdiv(images * tokens, config.rows)
@@ -383,14 +381,12 @@ def run_backward(
             NEEDS_STUDENT=needs_student,
             NEEDS_DOWN=needs_down,
             NEEDS_UP=needs_up,
-            **precision.kernel_options(rank),
+            **kernel_options(precision, rank),
             **meta_params(config, block_of(rank)),
         )
         return down_partials, up_partials
 
-    flags = (has_kd, has_v, has_refined, needs_student, needs_down, needs_up)
-    down_partials, up_partials = precision.run(
-        "backward_tokens", rank, launch, images, tokens, width, *flags
-    )
+    key = (images, tokens, width, has_kd, has_v, has_refined, *x.needs)
+    down_partials, up_partials = run_configured("backward_tokens", precision, rank, launch, *key)
     grad_down, grad_up = _sum_splits(down_partials, up_partials, x.down_dtype, x.up_dtype)
     return grad_student, grad_down, grad_up

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.gram_tile import (
     GramInputs,
     GramOutput,
-    config_in_mode,
     gram_tile,
+    launch_modes,
     skips_image,
 )
 from singer_kernels.backends.triton.language import (
@@ -25,10 +26,9 @@ from singer_kernels.backends.triton.language import (
     to_scalar,
 )
 from singer_kernels.backends.triton.launch import (
-    MatmulPrecision,
-    block_of,
     compiler_options,
-    meta_params,
+    kernel_options,
+    run_configured,
 )
 
 
@@ -217,15 +217,16 @@ def _launch_gradient(
     row_dots: Tensor,
     norms: Tensor,
     factor: Tensor,
-    out: Tensor,
     precision: MatmulPrecision,
+    dtype: torch.dtype,
     *,
     negative: bool,
 ) -> Tensor:
-    """Write ``X factor`` (``[B, P, C]``) to ``out`` and return it."""
-    images, patches, num_columns = out.shape
+    """Return ``± X factor``, ``[B, P, C]``, in the given dtype."""
+    images, patches, num_columns = factor.shape
+    out = norms.new_empty(factor.shape, dtype=dtype)
 
-    def launch(config: configs.Config) -> Tensor:
+    def launch(config: configs.Config) -> None:
         grid = (triton.cdiv(num_columns, config.inner), triton.cdiv(patches, config.rows), images)
         gram_gradient_kernel[grid](
             difference,
@@ -239,21 +240,20 @@ def _launch_gradient(
             patches,
             num_columns,
             NEGATIVE=negative,
-            **precision.kernel_options(1),
+            **kernel_options(precision, 1),
             BLOCK_P=config.rows,
             BLOCK_K=config.rows,
             BLOCK_C=config.inner,
             **compiler_options(config),
         )
-        return out
 
-    return precision.run("gram_gradient", 1, launch, images, patches, num_columns)
+    run_configured("gram_gradient", precision, 1, launch, images, patches, num_columns)
+    return out
 
 
 def run_gram_pairs(
-    inputs: GramInputs,
+    x: GramInputs,
     factor: Tensor,
-    prefix: int,
     precision: MatmulPrecision,
     *,
     grad_factor_dtype: torch.dtype | None,
@@ -262,20 +262,16 @@ def run_gram_pairs(
     """Launch the stage ``gram`` by pairs of tiles.
 
     Args:
-        inputs: the operands of the Gram matrices.
+        x: the operands of the Gram matrices.
         factor: the right factor of X, ``[B, P, C]``: [H | Z], or the tokens themselves.
-        prefix: the number of prefix tokens.
-        precision: dtypes of the products and of their sums.
+        precision: dtypes of the products.
         grad_factor_dtype: the dtype of ``X factor``; None: do not compute it.
         grad_target_dtype: the dtype of the target's gradient; None: do not compute it.
     """
-    images, patches = inputs.norms.shape
-    width, rank = inputs.target.shape[-1], inputs.rank
-    block_r = block_of(rank)
-    needs_factor, needs_target = grad_factor_dtype is not None, grad_target_dtype is not None
-    new = inputs.norms.new_empty
-    sizes = (patches, prefix, width, rank)
-    stores = needs_factor or needs_target
+    images, patches = x.norms.shape
+    needs_target = grad_target_dtype is not None
+    stores = needs_target or grad_factor_dtype is not None
+    new = x.norms.new_empty
     stride = 16 * triton.cdiv(patches, 16)  # rows begin at 16-byte boundaries
     difference = new((images, patches, stride) if stores else (0,), dtype=precision.storage_dtype)
 
@@ -284,47 +280,37 @@ def run_gram_pairs(
         loss_partials = new((images, tiles, tiles))
         row_dots = new((images, tiles, patches) if stores else (0,))
         target_row_dots = new((images, tiles, patches) if needs_target else (0,))
-        for mode in inputs.modes:
-            gram_pairs_kernel[(tiles, tiles, images)](
-                *inputs.pointers(),
-                inputs.norms,
-                inputs.target_norms,
-                inputs.cancellation_ratio,
-                difference,
-                row_dots,
-                target_row_dots,
-                loss_partials,
-                *inputs.strides(),
-                stride,
-                *sizes,
-                STORES=stores,
-                HAS_TARGET_ROW_DOTS=needs_target,
-                MODE=mode,
-                **precision.kernel_options(1),
-                **meta_params(
-                    config_in_mode(precision, "gram_pairs", mode, config, rank), block_r, "BLOCK_P"
-                ),
-            )
+        launch_modes(
+            gram_pairs_kernel,
+            "gram_pairs",
+            (tiles, tiles, images),
+            x,
+            (difference, row_dots, target_row_dots, loss_partials),
+            (stride,),
+            precision,
+            config,
+            STORES=stores,
+            HAS_TARGET_ROW_DOTS=needs_target,
+        )
         return loss_partials, row_dots, target_row_dots
 
-    key = (images, *sizes, inputs.mode, stores, needs_target)
-    loss_partials, row_dots, target_row_dots = precision.run("gram_pairs", rank, launch, *key)
+    key = (images, *x.sizes, x.mode, stores, needs_target)
+    loss_partials, row_dots, target_row_dots = run_configured(
+        "gram_pairs", precision, x.rank, launch, *key
+    )
     grad_factor = grad_target = None
-    if needs_factor:
-        out = new(factor.shape, dtype=grad_factor_dtype)
+    if grad_factor_dtype is not None:
         grad_factor = _launch_gradient(
-            difference, row_dots, inputs.norms, factor, out, precision, negative=False
+            difference, row_dots, x.norms, factor, precision, grad_factor_dtype, negative=False
         )
-    if needs_target:
-        out = new((images, patches, width), dtype=grad_target_dtype)
-        target_patches = inputs.target[:, prefix:]
+    if grad_target_dtype is not None:
         grad_target = _launch_gradient(
             difference,
             target_row_dots,
-            inputs.target_norms,
-            target_patches,
-            out,
+            x.target_norms,
+            x.target[:, x.num_prefix_tokens :],
             precision,
+            grad_target_dtype,
             negative=True,
         )
     return GramOutput(loss_partials, grad_factor, grad_target)

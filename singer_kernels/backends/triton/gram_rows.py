@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.gram_tile import (
     GramInputs,
     GramOutput,
-    config_in_mode,
     gram_tile,
+    launch_modes,
     skips_image,
 )
 from singer_kernels.backends.triton.language import (
@@ -24,7 +25,7 @@ from singer_kernels.backends.triton.language import (
     store_tile,
     to_scalar,
 )
-from singer_kernels.backends.triton.launch import MatmulPrecision, block_of, meta_params
+from singer_kernels.backends.triton.launch import run_configured
 
 
 @triton.jit
@@ -138,43 +139,27 @@ def gram_rows_kernel(
 
 
 def run_gram_rows(
-    inputs: GramInputs, prefix: int, precision: MatmulPrecision, *, grad_hz_dtype: torch.dtype
+    x: GramInputs, precision: MatmulPrecision, *, grad_hz_dtype: torch.dtype
 ) -> GramOutput:
     """Launch the stage ``gram`` by rows: the loss and ``X [H | Z]``.
 
     Args:
-        inputs: the operands, ``hz`` among them.
-        prefix: the number of prefix tokens.
-        precision: dtypes of the products and of their sums.
+        x: the operands, ``hz`` among them.
+        precision: dtypes of the products.
         grad_hz_dtype: the dtype of ``X [H | Z]``.
     """
-    images, patches = inputs.norms.shape
-    width, rank = inputs.target.shape[-1], inputs.rank
-    block_r = block_of(rank)
-    sizes = (patches, prefix, width, rank)
-    new = inputs.norms.new_empty
-    grad_hz = new((images, patches, 2 * rank), dtype=grad_hz_dtype)
+    images, patches = x.norms.shape
+    new = x.norms.new_empty
+    grad_hz = new((images, patches, 2 * x.rank), dtype=grad_hz_dtype)
 
     def launch(config: configs.Config) -> Tensor:
         tiles = triton.cdiv(patches, config.rows)
         loss_partials = new((images, tiles))
-        for mode in inputs.modes:
-            gram_rows_kernel[(tiles, images)](
-                *inputs.pointers(),
-                inputs.norms,
-                inputs.target_norms,
-                inputs.cancellation_ratio,
-                grad_hz,
-                loss_partials,
-                *inputs.strides(),
-                *sizes,
-                MODE=mode,
-                **precision.kernel_options(1),
-                **meta_params(
-                    config_in_mode(precision, "gram_rows", mode, config, rank), block_r, "BLOCK_P"
-                ),
-            )
+        outputs = (grad_hz, loss_partials)
+        grid = (tiles, images)
+        launch_modes(gram_rows_kernel, "gram_rows", grid, x, outputs, (), precision, config)
         return loss_partials
 
-    loss_partials = precision.run("gram_rows", rank, launch, images, *sizes, inputs.mode)
+    key = (images, *x.sizes, x.mode)
+    loss_partials = run_configured("gram_rows", precision, x.rank, launch, *key)
     return GramOutput(loss_partials, grad_hz, None)

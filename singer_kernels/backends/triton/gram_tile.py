@@ -14,13 +14,14 @@ MODE says how a tile computes ``F̂ᵢ·F̂ⱼ``:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs
 from singer_kernels.backends.triton.language import (
     dot,
@@ -31,10 +32,12 @@ from singer_kernels.backends.triton.language import (
     sqrt,
 )
 from singer_kernels.backends.triton.launch import (
-    MatmulPrecision,
     block_of,
     compiler_options,
     kernel_dtype,
+    kernel_options,
+    meta_params,
+    table_config,
     token_strides,
 )
 
@@ -176,23 +179,24 @@ def row_norms_kernel(
 class GramOutput(NamedTuple):
     """Tensors of the stage ``gram``; None where not requested."""
 
-    loss_partials: Tensor  # sums of E²
+    loss_partials: Tensor | None  # sums of E²
     grad_factor: Tensor | None  # X factor, [B, P, C]; grad_hz where the factor is [H | Z]
     grad_target: Tensor | None  # gradient in the target's patches, [B, P, D]
 
 
 class GramInputs(NamedTuple):
-    """Operands of the Gram matrices; those without default are always needed."""
+    """Operands of the Gram matrices, the tensors in the kernels' order."""
 
-    mode: str  # "identity" or "materialized"
     tokens: Tensor | None  # F̂, [B, T, D]; "materialized"
     target: Tensor  # R, [B, T, D]
+    up: Tensor | None  # Wu, [r, D]; "recompute"
+    hz: Tensor | None  # [H | Z], [B, P, 2r]; None without an adapter
+    split_bf16: Tensor | None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
     norms: Tensor  # n, [B, P]
     target_norms: Tensor  # norms of R, [B, P]
-    up: Tensor | None = None  # Wu, [r, D]
-    hz: Tensor | None = None  # [H | Z], [B, P, 2r]
-    split_bf16: Tensor | None = None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
-    cancellation_ratio: Tensor | None = None  # largest ‖F‖ / n, [B]; "identity"
+    cancellation_ratio: Tensor | None  # largest ‖F‖ / n, [B]; "identity"
+    num_prefix_tokens: int
+    mode: str  # "identity" or "materialized"
 
     @property
     def rank(self) -> int:
@@ -200,18 +204,52 @@ class GramInputs(NamedTuple):
         return 1 if self.hz is None else self.hz.shape[-1] // 2
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """The launches' modes: images beyond MAX_CANCELLATION take a second launch."""
-        return ("identity", "recompute") if self.mode == "identity" else ("materialized",)
+    def sizes(self) -> tuple[int, int, int, int]:
+        """P, number of prefix tokens, D and r."""
+        return self.norms.shape[1], self.num_prefix_tokens, self.target.shape[2], self.rank
 
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """Return the operands in the kernels' order."""
-        return self.tokens, self.target, self.up, self.hz, self.split_bf16
 
-    def strides(self) -> tuple[int, ...]:
-        """Return the image and token strides of F̂ and R."""
-        tokens = self.target if self.tokens is None else self.tokens
-        return (*token_strides(tokens), *token_strides(self.target))
+def launch_modes(
+    kernel: Any,
+    name: str,
+    grid: tuple[int, ...],
+    x: GramInputs,
+    outputs: tuple[Tensor, ...],
+    difference_stride: tuple[int, ...],
+    precision: MatmulPrecision,
+    config: configs.Config,
+    **flags: bool,
+) -> None:
+    """Launch a kernel of Gram tiles, with the identity once more for images beyond its limit.
+
+    Args:
+        kernel: it takes the tensors of ``x``, the outputs, strides and sizes.
+        name: its key in ``configs.TABLE``.
+        grid: the numbers of programs.
+        x: the operands.
+        outputs: the tensors that it writes.
+        difference_stride: that of a row of E, where the kernel takes one.
+        precision: dtypes of the products.
+        config: the configuration of the first launch.
+        flags: further constexpr arguments.
+    """
+    tokens = x.target if x.tokens is None else x.tokens
+    for mode in ("identity", "recompute") if x.mode == "identity" else ("materialized",):
+        if mode == "recompute":  # of the same tile rows: both write the same partials
+            recompute = table_config(f"{name}_recompute", precision, x.rank)
+            config = recompute._replace(rows=config.rows)
+        kernel[grid](
+            *x[:8],
+            *outputs,
+            *token_strides(tokens),
+            *token_strides(x.target),
+            *difference_stride,
+            *x.sizes,
+            MODE=mode,
+            **flags,
+            **kernel_options(precision, 1),
+            **meta_params(config, block_of(x.rank), "BLOCK_P"),
+        )
 
 
 def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
@@ -233,12 +271,3 @@ def row_norms(tokens: Tensor, prefix: int, acc: torch.dtype) -> Tensor:
         **compiler_options(configs.SMALL),
     )
     return norms
-
-
-def config_in_mode(
-    precision: MatmulPrecision, kernel: str, mode: str, config: configs.Config, rank: int
-) -> configs.Config:
-    """Return the configuration of one mode; both modes write the same partials: same tile rows."""
-    if mode != "recompute":
-        return config
-    return precision.config(f"{kernel}_recompute", rank)._replace(rows=config.rows)

@@ -24,16 +24,8 @@ def _nearest_bfloat16(x):
 
 
 @triton.jit
-def cast(x, DTYPE: tl.constexpr):
-    """Round to a dtype, to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        x = _nearest_bfloat16(x.to(tl.float32))
-    return x.to(DTYPE)
-
-
-@triton.jit
 def operand(x, OPERAND: tl.constexpr):
-    """Round to the dtype of a product's operands."""
+    """Round to nearest even, to the dtype of a product's operands."""
     if INTERPRETED and OPERAND == tl.bfloat16:
         return _nearest_bfloat16(x.to(tl.float32))
     else:
@@ -81,7 +73,7 @@ def load_tile(ptr, row_offsets, columns, row_mask, num_columns):
 def store_tile(ptr, row_offsets, columns, row_mask, num_columns, value):
     """Store a tile, rounded to the pointer's dtype."""
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
-    value = cast(value, ptr.dtype.element_ty)
+    value = operand(value, ptr.dtype.element_ty).to(ptr.dtype.element_ty)
     tl.store(ptr + row_offsets[:, None] + columns[None, :], value, mask=mask)
 
 

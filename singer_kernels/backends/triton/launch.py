@@ -1,103 +1,81 @@
-"""Helpers of the launches: precision, tile sizes, devices, layouts."""
+"""Shared by the launches: configurations, kernel arguments, devices, layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from singer_kernels.backends.precision import storage_dtype
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs, tuning
 from singer_kernels.backends.triton.language import INTERPRETED
 
 Result = TypeVar("Result")
 
 
-class MatmulPrecision(NamedTuple):
-    """Dtypes of matrix products on one architecture."""
-
-    product: torch.dtype  # of the operands
-    acc: torch.dtype  # of the sums
-    arch: int | None  # one of configs.ARCHITECTURES; None: the interpreter
-
-    @property
-    def operand(self) -> Any:
-        """Operand dtype in a kernel; float32 for float16, which lacks the range of F̂ and X."""
-        if self.product == torch.float16:
-            return tl.float32
-        return getattr(tl, self.operand_name)
-
-    @property
-    def operand_name(self) -> str:
-        """Name of the operand dtype in a kernel."""
-        dtype = torch.float32 if self.product == torch.float16 else self.product
-        return str(dtype).removeprefix("torch.")
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """Dtype of intermediate results in memory; float16 would lose their range."""
-        return storage_dtype(self.product, self.acc)
-
-    def input_precision(self, rank: int) -> str:
-        """Return ``tl.dot``'s input_precision: three TF32 products for float32, where they fit.
-
-        Never a single one: the matrix unit truncates 13 bits of the operands.
-        """
-        is_narrow = self.operand_name == "float32" and rank <= configs.MAX_MATRIX_RANK
-        return "tf32x3" if is_narrow else "ieee"
-
-    def kernel_options(self, rank: int) -> dict[str, Any]:
-        """Return the constexpr arguments of every kernel with products."""
-        return {
-            "OPERAND": self.operand,
-            "PRECISION": self.input_precision(rank),
-            "ACC": kernel_dtype(self.acc),
-        }
-
-    def config(self, kernel: str, rank: int) -> configs.Config:
-        """Return a kernel's configuration in the table."""
-        return configs.lookup(kernel, self.arch, self.operand_name, rank)
-
-    def run(
-        self,
-        kernel: str,
-        rank: int,
-        launch: Callable[[configs.Config], Result],
-        *sizes: object,
-    ) -> Result:
-        """Call ``launch`` with a kernel's configuration: the table's, or the autotuned one.
-
-        Args:
-            kernel: a key of ``configs.TABLE``.
-            rank: r.
-            launch: launches the kernel with a configuration.
-            sizes: further parts of the autotuning key.
-        """
-        config = self.config(kernel, rank)
-        if self.arch is None or not tuning.is_on():
-            return launch(config)
-        device = torch.cuda.get_device_name().replace(" ", "-")
-        key = (
-            device,
-            triton.__version__,
-            self.operand_name,
-            self.input_precision(rank),
-            rank,
-            *sizes,
-        )
-        return tuning.run_tuned(kernel, config, launch, key)
-
-
-def architecture(device: torch.device) -> int | None:
-    """Return the table's architecture for a device; None: the interpreter."""
+def architecture() -> int | None:
+    """Return the current device's architecture in the table; None: the interpreter."""
     if INTERPRETED.value:
         return None
-    return configs.architecture(torch.cuda.get_device_capability(device))
+    return configs.architecture(torch.cuda.get_device_capability())
+
+
+def input_precision(precision: MatmulPrecision, rank: int) -> str:
+    """Return ``tl.dot``'s input_precision: three TF32 products for float32, where they fit.
+
+    Never a single one: the matrix unit truncates 13 bits of the operands.
+    """
+    is_float32 = precision.storage_dtype == torch.float32
+    return "tf32x3" if is_float32 and rank <= configs.MAX_MATRIX_RANK else "ieee"
+
+
+def kernel_options(precision: MatmulPrecision, rank: int) -> dict[str, Any]:
+    """Return the constexpr arguments of every kernel with products."""
+    return {
+        "OPERAND": kernel_dtype(precision.storage_dtype),
+        "PRECISION": input_precision(precision, rank),
+        "ACC": kernel_dtype(precision.acc),
+    }
+
+
+def table_config(kernel: str, precision: MatmulPrecision, rank: int) -> configs.Config:
+    """Return a kernel's configuration in the table, for the current device."""
+    return configs.lookup(kernel, architecture(), dtype_name(precision.storage_dtype), rank)
+
+
+def run_configured(
+    kernel: str,
+    precision: MatmulPrecision,
+    rank: int,
+    launch: Callable[[configs.Config], Result],
+    *sizes: object,
+) -> Result:
+    """Call ``launch`` with a kernel's configuration: the table's, or the autotuned one.
+
+    Args:
+        kernel: a key of ``configs.TABLE``.
+        precision: dtypes of the products.
+        rank: r.
+        launch: launches the kernel with a configuration, on the current device.
+        sizes: further parts of the autotuning key.
+    """
+    config = table_config(kernel, precision, rank)
+    if architecture() is None or not tuning.is_on():
+        return launch(config)
+    key = (
+        torch.cuda.get_device_name().replace(" ", "-"),
+        triton.__version__,
+        dtype_name(precision.storage_dtype),
+        input_precision(precision, rank),
+        rank,
+        *sizes,
+    )
+    return tuning.run_tuned(kernel, config, launch, key)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -141,6 +119,11 @@ def meta_params(config: configs.Config, block_r: int, rows: str = "BLOCK_T") -> 
     }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name, the same in torch and Triton."""
+    return str(dtype).removeprefix("torch.")
+
+
 def kernel_dtype(dtype: torch.dtype) -> Any:
     """Return Triton's dtype for a torch dtype."""
-    return getattr(tl, str(dtype).removeprefix("torch."))
+    return getattr(tl, dtype_name(dtype))

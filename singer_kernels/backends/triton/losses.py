@@ -95,9 +95,3 @@ def sum_losses(
         **compiler_options(configs.SMALL),
     )
     return kd, outlier_loss, info, weight
-
-
-def mean_of_partials(partials: Tensor, norms: Tensor) -> Tensor:
-    """Return the Gram loss alone, ``[]``, from the sums of E²; norms ``[B, P]``."""
-    images, patches = norms.shape
-    return partials.sum() / (images * patches * patches)

@@ -17,6 +17,7 @@ from singer_kernels.backends.operators import (
     GramLossOutput,
     or_empty,
 )
+from singer_kernels.backends.precision import MatmulPrecision
 
 operators.define("triton")
 
@@ -27,81 +28,67 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
     from singer_kernels.backends.triton import configs, launch
     from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
     from singer_kernels.backends.triton.gram_rows import run_gram_rows
-    from singer_kernels.backends.triton.gram_tile import GramInputs, row_norms
+    from singer_kernels.backends.triton.gram_tile import GramInputs, GramOutput, row_norms
     from singer_kernels.backends.triton.losses import sum_losses
     from singer_kernels.backends.triton.outlier import run_outlier
     from singer_kernels.backends.triton.refine import run_refine
 
     prefix, (width, rank) = x.num_prefix_tokens, x.down.shape
-    arch = launch.architecture(x.teacher.device)
-    precision = launch.MatmulPrecision(x.product, x.acc, arch)
-    gram_precision = launch.MatmulPrecision(x.gram_product, x.acc, arch)
-    student, teacher = launch.rows_contiguous(x.student), launch.rows_contiguous(x.teacher)
+    x = x._replace(
+        student=launch.rows_contiguous(x.student), teacher=launch.rows_contiguous(x.teacher)
+    )
+    precision = MatmulPrecision(x.product, x.acc)
+    gram_precision = MatmulPrecision(x.gram_product, x.acc)
+    gram_dtype = gram_precision.storage_dtype
     is_own = x.gram_target is None
     identity = x.gram and is_own and x.product == torch.bfloat16
     identity = identity and configs.takes_identity(rank, width)
-    gram_dtype = gram_precision.storage_dtype
-    with launch.on_device(teacher):
-        refined = run_refine(
-            student,
-            teacher,
-            x.down,
-            x.up,
-            prefix,
-            precision,
-            identity=identity,
-            residual_dtype=precision.storage_dtype if x.has_residual else None,
-            has_refined=x.has_refined,
-            gram_tokens_dtype=gram_dtype if x.gram and not identity else None,
-        )
+    with launch.on_device(x.teacher):
+        gram_tokens_dtype = gram_dtype if x.gram and not identity else None
+        refined = run_refine(x, precision, identity=identity, gram_tokens_dtype=gram_tokens_dtype)
         teacher_norms = refined.teacher_norms if identity else None
         outliers = run_outlier(refined.norms, teacher_norms, x.quantile)
-        found = None
+        gram = GramOutput(None, None, None)
         if x.gram:
-            target = teacher if x.gram_target is None else launch.rows_contiguous(x.gram_target)
-            target_norms = refined.teacher_norms if is_own else row_norms(target, prefix, x.acc)
+            target = x.teacher if x.gram_target is None else launch.rows_contiguous(x.gram_target)
             inputs = GramInputs(
-                "identity" if identity else "materialized",
                 refined.gram_tokens,
                 target,
-                refined.norms,
-                target_norms,
                 x.up,
                 refined.hz,
                 refined.split_bf16,
+                refined.norms,
+                refined.teacher_norms if is_own else row_norms(target, prefix, x.acc),
                 outliers.cancellation_ratio,
+                prefix,
+                "identity" if identity else "materialized",
             )
             takes_rows = configs.takes_gram_rows(rank, refined.norms.shape[1])
             if x.has_grad_hz and not x.has_grad_target and takes_rows:
-                found = run_gram_rows(inputs, prefix, gram_precision, grad_hz_dtype=gram_dtype)
+                gram = run_gram_rows(inputs, gram_precision, grad_hz_dtype=gram_dtype)
             else:
-                found = run_gram_pairs(
+                gram = run_gram_pairs(
                     inputs,
                     refined.hz,
-                    prefix,
                     gram_precision,
                     grad_factor_dtype=gram_dtype if x.has_grad_hz else None,
                     grad_target_dtype=gram_dtype if x.has_grad_target else None,
                 )
         kd, outlier, info, weight = sum_losses(
-            refined.kd_partials,
-            outliers,
-            None if found is None else found.loss_partials,
-            teacher.shape,
-            prefix,
+            refined.kd_partials, outliers, gram.loss_partials, x.teacher.shape, prefix
         )
     return ForwardOutput(
         kd=kd,
         outlier=outlier,
         info=info if x.gram else info.new_empty(0),
-        refined=or_empty(refined.refined, teacher),
+        refined=or_empty(refined.refined, x.teacher),
         norms=refined.norms,
         threshold=outliers.threshold,
         outlier_weight=weight,
         hz=refined.hz,
         residual=or_empty(refined.residual, kd, precision.storage_dtype),
-        grad_hz=or_empty(None if found is None else found.grad_factor, kd, gram_dtype),
-        grad_target=or_empty(None if found is None else found.grad_target, kd, gram_dtype),
+        grad_hz=or_empty(gram.grad_factor, kd, gram_dtype),
+        grad_target=or_empty(gram.grad_target, kd, gram_dtype),
     )
 
 
@@ -116,9 +103,8 @@ def losses_backward(x: BackwardInputs) -> BackwardOutput:
         teacher=launch.rows_contiguous(x.teacher),
         grad_refined=None if x.grad_refined is None else launch.rows_contiguous(x.grad_refined),
     )
-    precision = launch.MatmulPrecision(x.product, x.acc, launch.architecture(x.teacher.device))
     with launch.on_device(x.teacher):
-        grads = run_backward(x, precision)
+        grads = run_backward(x, MatmulPrecision(x.product, x.acc))
     return BackwardOutput(*(or_empty(grad, x.hz) for grad in grads))
 
 
@@ -128,23 +114,20 @@ def gram_loss(x: GramLossInputs) -> GramLossOutput:
     from singer_kernels.backends.triton import launch
     from singer_kernels.backends.triton.gram_pairs import run_gram_pairs
     from singer_kernels.backends.triton.gram_tile import GramInputs, row_norms
-    from singer_kernels.backends.triton.losses import mean_of_partials
 
     prefix = x.num_prefix_tokens
-    precision = launch.MatmulPrecision(x.product, x.acc, launch.architecture(x.tokens.device))
     tokens, target = launch.rows_contiguous(x.tokens), launch.rows_contiguous(x.target)
     with launch.on_device(tokens):
-        norms = row_norms(tokens, prefix, x.acc)
-        target_norms = row_norms(target, prefix, x.acc)
-        found = run_gram_pairs(
-            GramInputs("materialized", tokens, target, norms, target_norms),
+        norms, target_norms = (row_norms(rows, prefix, x.acc) for rows in (tokens, target))
+        inputs = GramInputs(
+            tokens, target, None, None, None, norms, target_norms, None, prefix, "materialized"
+        )
+        gram = run_gram_pairs(
+            inputs,
             tokens[:, prefix:],
-            prefix,
-            precision,
+            MatmulPrecision(x.product, x.acc),
             grad_factor_dtype=x.acc if x.has_grad_tokens else None,
             grad_target_dtype=x.acc if x.has_grad_target else None,
         )
-        loss = mean_of_partials(found.loss_partials, norms)
-    return GramLossOutput(
-        loss, or_empty(found.grad_factor, loss), or_empty(found.grad_target, loss)
-    )
+        loss = gram.loss_partials.sum() / (norms.numel() * norms.shape[1])
+    return GramLossOutput(loss, or_empty(gram.grad_factor, loss), or_empty(gram.grad_target, loss))

@@ -101,12 +101,15 @@ class OutlierOutput(NamedTuple):
     cancellation_ratio: Tensor | None  # largest ‖F‖ / n, [B]
 
 
+def _to_float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
 def quantile_position(quantile: float, patches: int, acc: torch.dtype) -> tuple[int, float]:
     """Return ``⌊γ (P − 1)⌋`` and the fraction, in the accumulation dtype's arithmetic as torch."""
     position = quantile * (patches - 1)
     if acc == torch.float32:
-        (gamma,) = struct.unpack("f", struct.pack("f", quantile))
-        (position,) = struct.unpack("f", struct.pack("f", gamma * (patches - 1)))
+        position = _to_float32(_to_float32(quantile) * (patches - 1))
     index = math.floor(position)
     return index, position - index
 
@@ -125,7 +128,7 @@ def run_outlier(norms: Tensor, teacher_norms: Tensor | None, quantile: float) ->
     cancellation_ratio = None if teacher_norms is None else new((images,))
     index, fraction = quantile_position(quantile, patches, norms.dtype)
     # Triton passes a float as float32: the rest goes in a second argument.
-    (fraction_high,) = struct.unpack("f", struct.pack("f", fraction))
+    fraction_high = _to_float32(fraction)
     block_p = block_of(patches)
     outlier_kernel[(images,)](
         norms,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from singer_kernels.backends.operators import ForwardInputs
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton.configs import Config
 from singer_kernels.backends.triton.language import (
     dot,
@@ -21,9 +23,10 @@ from singer_kernels.backends.triton.language import (
     token_offsets,
 )
 from singer_kernels.backends.triton.launch import (
-    MatmulPrecision,
     block_of,
+    kernel_options,
     meta_params,
+    run_configured,
     token_strides,
 )
 
@@ -126,14 +129,14 @@ def refine_kernel(
         delta = tl.zeros((BLOCK_T, BLOCK_D), ACC)
         delta = split_dot(h, up, delta, OPERAND, PRECISION)
         refined = teacher + tl.where(is_patch[:, None], delta, 0.0)
-        difference = refined - student
+        kd_difference = refined - student
         squares += tl.sum(refined * refined, axis=1)
         teacher_squares += tl.sum(teacher * teacher, axis=1)
-        kd += tl.sum(difference * difference, axis=1)
+        kd += tl.sum(kd_difference * kd_difference, axis=1)
         if not IDENTITY:
             z = dot(operand(refined, OPERAND), tl.trans(up), z, PRECISION)
         if HAS_RESIDUAL:
-            residual = dot(operand(difference, OPERAND), tl.trans(up), residual, PRECISION)
+            residual = dot(operand(kd_difference, OPERAND), tl.trans(up), residual, PRECISION)
         if HAS_REFINED:
             store_tile(refined_ptr, row_offsets, d, in_range, width, refined)
         if HAS_GRAM_TOKENS:
@@ -162,62 +165,49 @@ class RefineOutput(NamedTuple):
 
 
 def run_refine(
-    student: Tensor,
-    teacher: Tensor,
-    down: Tensor,
-    up: Tensor,
-    prefix: int,
+    x: ForwardInputs,
     precision: MatmulPrecision,
     *,
     identity: bool,
-    residual_dtype: torch.dtype | None,
-    has_refined: bool,
     gram_tokens_dtype: torch.dtype | None,
 ) -> RefineOutput:
     """Launch the stage ``refine``.
 
     Args:
-        student: S, ``[B, T, D]``.
-        teacher: F, ``[B, T, D]``.
-        down: Wd, ``[D, r]``, contiguous, rounded to the products' dtype.
-        up: Wu, ``[r, D]``, likewise.
-        prefix: the number of prefix tokens.
-        precision: dtypes of the products and of their sums.
+        x: the operator's inputs; the last dimension of student and teacher contiguous.
+        precision: dtypes of the products.
         identity: whether the Gram identity follows, which reads H and L split into bfloat16.
-        residual_dtype: the dtype of ``(F̂ − S) Wuᵀ``; None: do not compute it.
-        has_refined: whether to write F̂ in the teacher's dtype.
         gram_tokens_dtype: the dtype of F̂ for the Gram products; None: do not write it.
     """
-    images, tokens, width = teacher.shape
-    rank, patches = down.shape[1], tokens - prefix
+    (images, tokens, width), rank = x.teacher.shape, x.down.shape[1]
+    patches = tokens - x.num_prefix_tokens
     block_r, acc = block_of(rank), precision.acc
-    new = teacher.new_empty
+    new = x.teacher.new_empty
     hz = new((images, patches, 2 * rank), dtype=acc)
-    split_bf16 = None
+    norms, teacher_norms = (new((images, patches), dtype=acc) for _ in range(2))
+    split_bf16 = residual = up_gram = None
     if identity:
         split_bf16 = new((images, patches, 4, block_r), dtype=precision.product)
-    has_residual, residual = residual_dtype is not None, None
-    if has_residual:
-        residual = new((images, patches, rank), dtype=residual_dtype)
-    norms, teacher_norms = (new((images, patches), dtype=acc) for _ in range(2))
-    refined = new((images, tokens, width)) if has_refined else None
+        # Exact products: bfloat16 operands fit in TF32. Only the sums round.
+        up_gram = torch.mm(x.up.to(acc), x.up.to(acc).T)
+    if x.has_residual:
+        residual = new((images, patches, rank), dtype=precision.storage_dtype)
+    refined = new(x.teacher.shape) if x.has_refined else None
     gram_tokens, writes_gram_tokens = None, False
     if gram_tokens_dtype is not None:
         writes_gram_tokens = refined is None or refined.dtype != gram_tokens_dtype
         gram_tokens = (
-            new((images, tokens, width), dtype=gram_tokens_dtype) if writes_gram_tokens else refined
+            new(x.teacher.shape, dtype=gram_tokens_dtype) if writes_gram_tokens else refined
         )
-    # Exact products: bfloat16 operands fit in TF32. Only the sums round.
-    up_gram = torch.mm(up.to(acc), up.to(acc).T) if identity else None
 
     def launch(config: Config) -> Tensor:
         programs = triton.cdiv(images * tokens, config.rows)
         kd_partials = new((programs,), dtype=acc)
         refine_kernel[(programs,)](
-            teacher,
-            student,
-            down,
-            up,
+            x.teacher,
+            x.student,
+            x.down,
+            x.up,
             up_gram,
             hz,
             split_bf16,
@@ -227,24 +217,25 @@ def run_refine(
             kd_partials,
             refined,
             gram_tokens,
-            *token_strides(teacher),
-            *token_strides(student),
+            *token_strides(x.teacher),
+            *token_strides(x.student),
             images * tokens,
             tokens,
-            prefix,
+            x.num_prefix_tokens,
             width,
             rank,
             IDENTITY=identity,
-            HAS_RESIDUAL=has_residual,
-            HAS_REFINED=has_refined,
+            HAS_RESIDUAL=x.has_residual,
+            HAS_REFINED=x.has_refined,
             HAS_GRAM_TOKENS=writes_gram_tokens,
-            **precision.kernel_options(rank),
+            **kernel_options(precision, rank),
             **meta_params(config, block_r),
         )
         return kd_partials
 
-    sizes = (images, tokens, width, identity, has_residual, has_refined, writes_gram_tokens)
-    kd_partials = precision.run("refine", rank, launch, *sizes)
+    flags = (identity, x.has_residual, x.has_refined, writes_gram_tokens)
+    sizes = (images, tokens, width, *flags)
+    kd_partials = run_configured("refine", precision, rank, launch, *sizes)
     return RefineOutput(
         hz, norms, teacher_norms, kd_partials, split_bf16, residual, refined, gram_tokens
     )
