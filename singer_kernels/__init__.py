@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # These need torch alone (Triton itself comes with a first call there). Loaded now, they need no
 # import in a first call under torch.compile.
-for _name in backends.names():
+for _name in backends.NAMES:
     backends.load(_name)
 
 __all__ = [

@@ -146,13 +146,7 @@ def gram_loss(
     check_same_shape("target", check_tensor("target", target, "[B, T, D]"), "tokens", tokens)
     prefix = check_num_prefix_tokens(num_prefix_tokens, tokens.shape[1])
     precision = MatmulPrecision.of(accumulation_dtype(tokens, target), tokens, target)
-    spec = CallSpec(
-        images=tokens.shape[0],
-        patches=tokens.shape[1] - prefix,
-        rank=0,
-        acc=precision.acc,
-        product=precision.product,
-    )
+    spec = CallSpec(tokens.shape[0], tokens.shape[1] - prefix, 0, precision)
     return backends.resolve(backend, tokens.device, spec).gram_loss(tokens, target, prefix)
 
 

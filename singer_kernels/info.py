@@ -71,7 +71,7 @@ def report() -> str:
     lines += _extension()
     for device in _devices():
         lines.append(f"{device}: {_device_name(device)}")
-        for name in backends.names():
+        for name in backends.NAMES:
             reason = backends.unavailable_reason(name, device)
             lines.append(f"  {name:<12}  {'available' if reason is None else f'off: {reason}'}")
         if device.type == "cuda":

@@ -182,28 +182,15 @@ def fused_losses(
         check_tensor("gram_target", gram_target, "[B, T, D]")
         check_same_shape("gram_target", gram_target, "teacher", teacher)
     prefix = check_num_prefix_tokens(num_prefix_tokens, teacher.shape[1])
-    inputs = [student, teacher, down, up, teacher if gram_target is None else gram_target]
-    precision = MatmulPrecision.of(accumulation_dtype(*inputs), *inputs[1:])
-    spec = CallSpec(
-        images=teacher.shape[0],
-        patches=teacher.shape[1] - prefix,
-        rank=down.shape[1],
-        acc=precision.acc,
-        product=precision.product,
+    quantile = check_quantile(quantile)
+    target = teacher if gram_target is None else gram_target
+    acc = accumulation_dtype(student, teacher, down, up, target)
+    precision = MatmulPrecision.of(acc, teacher, down, up, target)
+    spec = CallSpec(teacher.shape[0], teacher.shape[1] - prefix, down.shape[1], precision)
+    inputs = FusedLossesInputs(
+        student, teacher, down, up, gram_target, gram, quantile, prefix, return_refined
     )
-    return backends.resolve(backend, teacher.device, spec).fused_losses(
-        FusedLossesInputs(
-            student,
-            teacher,
-            down,
-            up,
-            gram_target,
-            gram,
-            check_quantile(quantile),
-            prefix,
-            return_refined,
-        )
-    )
+    return backends.resolve(backend, teacher.device, spec).fused_losses(inputs)
 
 
 class FusedLosses(nn.Module):

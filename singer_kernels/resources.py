@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,35 +81,20 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Resources of one compiled kernel.
+    """Resources of one compiled kernel."""
 
-    Attributes:
-        arch: the architecture, for example 90 for sm_90.
-        operand: the dtype of the products' operands.
-        rank: r of the call that launches it.
-        kernel: the kernel's name.
-        variant: the mode and the flags that are on.
-        tile: rows and inner width of its tiles.
-        warps: per program.
-        registers: per thread.
-        spills: bytes of stack per thread.
-        shared: bytes of shared memory per program.
-        matrix: the tensor core instruction, or "" if there is none.
-        narrow: loads and stores of two bytes or less; features should take vectors of 16 bytes.
-    """
-
-    arch: int
-    operand: str
-    rank: int
+    arch: int  # 90 for sm_90
+    operand: str  # dtype of the products' operands
+    rank: int  # r of the call that launches it
     kernel: str
-    variant: str
-    tile: str
-    warps: int
-    registers: int
-    spills: int
-    shared: int
-    matrix: str
-    narrow: int
+    variant: str  # the mode and the flags that are on
+    tile: str  # rows and inner width
+    warps: int  # per program
+    registers: int  # per thread
+    spills: int  # bytes of stack per thread
+    shared: int  # bytes of shared memory per program
+    matrix: str  # tensor core instruction; "": none
+    narrow: int  # loads and stores of two bytes or less; features should take vectors of 16 bytes
 
 
 def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -155,6 +139,8 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _recording(arch: int) -> Iterator[list[tuple[Launch, int]]]:
+    if is_interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels can't be compiled")
     found: list[tuple[Launch, int]] = []
     architecture = triton_launch.architecture
     try:
@@ -253,20 +239,15 @@ def training_step(
     )
 
 
-def _calls(dtype: torch.dtype, rank: int) -> Iterator[Callable[[], Any]]:
-    """Yield the training steps whose launches are compiled."""
-    step = partial(training_step, ops, dtype, rank)
-    yield lambda: step(196)
-    yield lambda: step(196, gram=False)
-    yield lambda: step(196, target=True)
-    yield lambda: step(196, target=True, trains_target=True)
-    yield lambda: step(1369)
-    yield lambda: step(196, trains=False)
-
-
-def _require_compiler() -> None:
-    if is_interpreted():
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels can't be compiled")
+_STEPS: tuple[tuple[int, dict[str, bool]], ...] = (
+    (196, {}),
+    (196, {"gram": False}),
+    (196, {"target": True}),
+    (196, {"target": True, "trains_target": True}),
+    (1369, {}),
+    (196, {"trains": False}),
+)
+"""Patches and options of the training steps whose launches are compiled."""
 
 
 def launches(arch: int, operand: str, rank: int) -> list[Launch]:
@@ -283,10 +264,9 @@ def launches(arch: int, operand: str, rank: int) -> list[Launch]:
     Raises:
         RuntimeError: Triton's interpreter is on: there is nothing to compile.
     """
-    _require_compiler()
     with _recording(arch) as found:
-        for call in _calls(DTYPES[operand], rank):
-            call()
+        for patches, options in _STEPS:
+            training_step(ops, DTYPES[operand], rank, patches, **options)
     return list(dict.fromkeys(launch for launch, _ in found))
 
 
@@ -311,16 +291,9 @@ def traffic(
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    _require_compiler()
     with _recording(arch) as found:
         training_step(ops, DTYPES[operand], rank, patches, **sizes)
     return [(launch.kernel.removesuffix("_kernel"), num_bytes) for launch, num_bytes in found]
-
-
-def _cuobjdump() -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
@@ -351,9 +324,9 @@ def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(cuobjdump), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     read = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if read is None:
         raise RuntimeError(f"{launch.kernel}: no resource usage in {text!r}")

@@ -28,9 +28,6 @@ def check_tensor(name: str, value: object, dims: str) -> Tensor:
         value: what came.
         dims: the expected dimensions, for example ``"[B, T, D]"``.
 
-    Returns:
-        The value.
-
     Raises:
         TypeError: the value is no tensor, not dense, or of no supported floating dtype.
         ValueError: the number of dimensions is wrong, or one of them is 0.
@@ -53,11 +50,7 @@ def check_tensor(name: str, value: object, dims: str) -> Tensor:
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that two tensors live on one device.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise a ValueError unless two tensors live on one device."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: got device {value.device}, expected {other.device}, that of {other_name}"
@@ -65,11 +58,7 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 
 def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that two tensors have one shape and live on one device.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise a ValueError unless two tensors have one shape and live on one device."""
     if value.shape != other.shape:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, expected {tuple(other.shape)}, "
@@ -79,11 +68,7 @@ def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -
 
 
 def check_frozen(name: str, value: Tensor) -> None:
-    """Check that a tensor takes no gradient.
-
-    Raises:
-        ValueError: it requires grad.
-    """
+    """Raise a ValueError if a tensor requires grad."""
     if value.requires_grad:
         raise ValueError(
             f"{name}: got a tensor that requires grad, expected frozen features "
@@ -150,14 +135,7 @@ def check_quantile(quantile: object) -> float:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Check that an option is True or False.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: it is no bool.
-    """
+    """Return an option; raise a TypeError if it is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {_describe(value)}, expected True or False")
     return value

@@ -17,17 +17,17 @@ from typing import NamedTuple, TypeVar, cast, get_args
 # and likewise for "reference".
 from torch import Tensor
 from torch import device as Device
-from torch import dtype as DType
 from torch.compiler import is_compiling
 
 from singer_kernels import reference as specification
 from singer_kernels.backends.gradients import once_differentiable
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.types import BackendName, FusedLossesInputs, FusedLossesOutput
 
 _logger = logging.getLogger("singer_kernels")
 
-_PREFERENCE: tuple[str, ...] = get_args(BackendName)
-"""The backends that exist, the one to prefer first."""
+NAMES: tuple[str, ...] = get_args(BackendName)
+"""The backends, the preferred one first."""
 
 ENVIRONMENT_VARIABLE = "SINGER_BACKEND"
 
@@ -38,21 +38,12 @@ _logged_fallbacks: set[str] = set()  # messages, each logged once
 
 
 class CallSpec(NamedTuple):
-    """Sizes and dtypes of one call, by which a backend decides whether it supports it.
+    """Sizes and dtypes of one call, by which a backend decides whether it supports it."""
 
-    Attributes:
-        images: B.
-        patches: P.
-        rank: r; 0 where there is no adapter.
-        acc: the accumulation dtype, float64 or float32.
-        product: the dtype of the products' operands.
-    """
-
-    images: int
-    patches: int
-    rank: int
-    acc: DType
-    product: DType
+    images: int  # B
+    patches: int  # P
+    rank: int  # r; 0 without an adapter
+    precision: MatmulPrecision
 
 
 class Backend(ABC):
@@ -114,11 +105,6 @@ def constant_while_tracing(function: Function) -> Function:
     return function
 
 
-def names() -> tuple[str, ...]:
-    """Return the names of the backends that exist, the preferred one first."""
-    return _PREFERENCE
-
-
 def load(name: str) -> Backend:
     """Import a backend's module and return the backend.
 
@@ -152,7 +138,7 @@ def _select_for_device(device: Device) -> str:
     if device in _chosen:
         return _chosen[device]
     skipped: list[str] = []
-    for name in _PREFERENCE:
+    for name in NAMES:
         reason = unavailable_reason(name, device, explicit=False)
         if reason is None:
             note = f" ({'; '.join(skipped)})" if skipped else ""
@@ -167,7 +153,7 @@ def _select_for_device(device: Device) -> str:
 def _select_for_call(first: str, device: Device, spec: CallSpec) -> str:
     """Return the first backend, from the one chosen for the device on, that supports a call."""
     skipped: list[str] = []
-    for name in _PREFERENCE[_PREFERENCE.index(first) :]:
+    for name in NAMES[NAMES.index(first) :]:
         if name != first and unavailable_reason(name, device, explicit=False) is not None:
             continue
         reason = load(name).unsupported_reason(spec)
@@ -194,8 +180,8 @@ def check_name(backend: str | None, source: str = "backend") -> BackendName | No
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"{source}: got {backend!r}, expected a string or None")
-    if backend is not None and backend not in _PREFERENCE:
-        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(_PREFERENCE)}")
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(NAMES)}")
     return cast("BackendName | None", backend)
 
 

@@ -213,8 +213,8 @@ class _FusedLosses(torch.autograd.Function):
                     h[:, prefix:].to(acc),
                     z,
                     up.to(acc),
-                    None if gram_target is None else _Rows.of(target[:, prefix:].to(acc)),
-                    teacher[:, prefix:],
+                    _Rows.of(target[:, prefix:].to(acc)),
+                    gram_target is None,
                     gram_product,
                     needs_adapter,
                     needs_target,
@@ -256,15 +256,14 @@ def _information(
     h: Tensor,
     z: Tensor,
     up: Tensor,
-    target: _Rows | None,
-    teacher: Tensor,
+    target_rows: _Rows,
+    is_teacher: bool,
     dtype: torch.dtype,
     needs_adapter: bool,
     needs_target: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the information loss and, if needed, ``X [H | Z]`` and the target's gradient."""
-    target_rows = _Rows.of(teacher.to(rows.patches.dtype)) if target is None else target
-    if target is None and _has_exact_products(dtype):
+    if is_teacher and _has_exact_products(dtype):
         products = rows.products()
         up_gram = (up @ up.mT).expand(len(h), -1, -1)  # M
         l = torch.baddbmm(z, h, up_gram, alpha=-0.5)  # noqa: E741  L = Z - H M / 2, [B, P, r]

@@ -9,7 +9,7 @@ from singer_kernels import backends
 emulation.load()
 
 CPU = torch.device("cpu")
-BACKENDS = [name for name in backends.names() if backends.unavailable_reason(name, CPU) is None]
+BACKENDS = [name for name in backends.NAMES if backends.unavailable_reason(name, CPU) is None]
 
 
 @pytest.fixture(autouse=True)

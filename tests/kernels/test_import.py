@@ -87,7 +87,7 @@ def test_info_prints_versions_and_backends():
     assert any(re.fullmatch(r"triton +\S.*", line) for line in lines)
     assert "SINGER_BACKEND  not set" in lines
     assert any(line.startswith("cpu: ") for line in lines)
-    for name in backends.names():
+    for name in backends.NAMES:
         assert any(re.fullmatch(rf"  {name} +(available|off: .+)", line) for line in lines)
     assert any(re.fullmatch(r"  reference +available", line) for line in lines)
 
@@ -98,7 +98,7 @@ def test_info_prints_the_forced_backend(monkeypatch):
 
 
 def test_info_gives_the_reason_of_a_backend_that_is_off(monkeypatch):
-    monkeypatch.setattr(backends, "_PREFERENCE", ("missing", "reference"))
+    monkeypatch.setattr(backends, "NAMES", ("missing", "reference"))
     assert re.search(r"^  missing +off: it can't be imported: .+missing", info.report(), re.M)
 
 

@@ -182,7 +182,7 @@ def fake(monkeypatch, fresh):
     module = types.ModuleType("singer_kernels.backends.fake")
     module.backend = Fake()
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(backends, "_PREFERENCE", ("fake", "reference"))
+    monkeypatch.setattr(backends, "NAMES", ("fake", "reference"))
     return module.backend
 
 
@@ -270,7 +270,7 @@ def test_resolve_backend_names_what_a_call_would_use(fake, monkeypatch):
 
 
 def test_a_backend_that_can_not_be_imported_is_one_that_can_not_run(monkeypatch, fresh, log):
-    monkeypatch.setattr(backends, "_PREFERENCE", ("missing", "reference"))
+    monkeypatch.setattr(backends, "NAMES", ("missing", "reference"))
     assert isinstance(kd(), torch.Tensor)
     assert "missing: it can't be imported" in log.records[0].getMessage()
     with pytest.raises(RuntimeError, match="it can't be imported"):
@@ -278,13 +278,13 @@ def test_a_backend_that_can_not_be_imported_is_one_that_can_not_run(monkeypatch,
 
 
 def test_no_backend_can_run(fake, monkeypatch):
-    monkeypatch.setattr(backends, "_PREFERENCE", ("fake",))
+    monkeypatch.setattr(backends, "NAMES", ("fake",))
     with pytest.raises(RuntimeError, match="no backend can run on cpu: fake: the driver is from"):
         kd()
 
 
 def test_every_backend_has_every_function():
-    for name in backends.names():
+    for name in backends.NAMES:
         if backends.unavailable_reason(name, CPU) is None:
             module = backends.load(name)
             for function in (fused_losses, refine, token_norms, outlier_loss, gram_loss, kd_loss):

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from singer_kernels import backends, fused_losses
 from singer_kernels.backends import CallSpec
+from singer_kernels.backends.precision import MatmulPrecision
 from singer_kernels.backends.triton import configs, outlier
 
 CPU = torch.device("cpu")
@@ -43,24 +44,23 @@ def test_what_is_not_served_is_refused_with_the_reason():
 def test_float64_is_for_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
-    assert (
-        backend.unsupported_reason(CallSpec(2, 9, 3, F64, F64)) == "it does not compute in float64"
-    )
-    assert backend.unsupported_reason(CallSpec(2, 9, 3, F32, F32)) is None
+    reason = backend.unsupported_reason(CallSpec(2, 9, 3, MatmulPrecision(F64, F64)))
+    assert reason == "it does not compute in float64"
+    assert backend.unsupported_reason(CallSpec(2, 9, 3, MatmulPrecision(F32, F32))) is None
 
 
 def test_wide_float16_products_are_not_served(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backend = backends.load("triton")
-    assert backend.unsupported_reason(CallSpec(2, 9, 128, F32, F16)) is None
-    assert backend.unsupported_reason(CallSpec(2, 9, 129, F32, BF16)) is None
-    reason = backend.unsupported_reason(CallSpec(2, 9, 129, F32, F16))
+    assert backend.unsupported_reason(CallSpec(2, 9, 128, MatmulPrecision(F16, F32))) is None
+    assert backend.unsupported_reason(CallSpec(2, 9, 129, MatmulPrecision(BF16, F32))) is None
+    reason = backend.unsupported_reason(CallSpec(2, 9, 129, MatmulPrecision(F16, F32)))
     assert reason == "float16 products of rank 129 are wider than 128"
 
 
 def test_the_automatic_choice_passes_over_what_is_not_served(monkeypatch, caplog):
     monkeypatch.delenv("SINGER_BACKEND")
-    monkeypatch.setattr(backends, "_PREFERENCE", ("triton", "torch", "reference"))
+    monkeypatch.setattr(backends, "NAMES", ("triton", "torch", "reference"))
     monkeypatch.setattr(backends, "_chosen", {CPU: "triton"})
     monkeypatch.setattr(backends, "_logged_fallbacks", set())
     x = torch.randn(1, 3, 300, generator=torch.Generator().manual_seed(0))

@@ -48,7 +48,7 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
     precision = MatmulPrecision(x.product, x.acc)
     gram_precision = MatmulPrecision(x.gram_product, x.acc)
     refined = stages.run_refine(x, precision, gram_precision.storage_dtype if x.gram else None)
-    outliers = stages.run_outlier(refined.norms, x.quantile)
+    outlier, threshold, outlier_weight = stages.run_outlier(refined.norms, x.quantile)
     info = refined.kd.new_empty(0)
     grad_hz = grad_target = None
     if refined.rows is not None:
@@ -66,12 +66,12 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
         )
     return ForwardOutput(
         kd=refined.kd,
-        outlier=outliers.loss,
+        outlier=outlier,
         info=info,
         refined=or_empty(refined.refined, x.teacher),
         norms=refined.norms,
-        threshold=outliers.threshold,
-        outlier_weight=outliers.weight,
+        threshold=threshold,
+        outlier_weight=outlier_weight,
         hz=refined.hz,
         residual=or_empty(refined.residual, info, precision.storage_dtype),
         grad_hz=or_empty(grad_hz, info, gram_precision.storage_dtype),

@@ -33,13 +33,7 @@ class Refined(NamedTuple):
 def run_refine(
     x: ForwardInputs, precision: MatmulPrecision, rows_dtype: torch.dtype | None
 ) -> Refined:
-    """Run the stage ``refine``.
-
-    Args:
-        x: the operator's inputs; student and teacher contiguous.
-        precision: dtypes of the products.
-        rows_dtype: the dtype of ``F̂ / n``; None: do not return it.
-    """
+    """Run the stage ``refine`` on contiguous tokens; ``F̂ / n`` in ``rows_dtype``, unless None."""
     teacher, up, prefix = x.teacher, x.up, x.num_prefix_tokens
     images, tokens, width = teacher.shape
     rank, patches, acc = x.down.shape[1], tokens - prefix, precision.acc
@@ -70,20 +64,12 @@ def run_refine(
     return Refined(kd, hz, norms, residual, refined, rows)
 
 
-class Outliers(NamedTuple):
-    """Results of the stage ``outlier``."""
-
-    loss: Tensor  # []
-    threshold: Tensor  # q, [B]
-    weight: Tensor  # 2 / count, []
-
-
-def run_outlier(norms: Tensor, quantile: float) -> Outliers:
-    """Run the stage ``outlier`` on norms ``[B, P]``."""
+def run_outlier(norms: Tensor, quantile: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the stage ``outlier`` on n ``[B, P]``: loss ``[]``, q ``[B]`` and 2 / count ``[]``."""
     threshold, squares, counts = (norms.new_empty(len(norms)) for _ in range(3))
     _kernel("outlier")(norms, quantile, threshold, squares, counts)
     count = counts.sum().clamp_min(1)
-    return Outliers(squares.sum() / count, threshold, 2 / count)
+    return squares.sum() / count, threshold, 2 / count
 
 
 def normalized(tokens: Tensor, prefix: int, precision: MatmulPrecision) -> tuple[Tensor, Tensor]:
@@ -180,15 +166,7 @@ def run_gram(
 def run_backward(
     x: BackwardInputs, precision: MatmulPrecision
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Run the stage ``backward``.
-
-    Args:
-        x: the operator's inputs; tokens contiguous.
-        precision: dtypes of the products.
-
-    Returns:
-        dS, dWd and dWu; None where not requested.
-    """
+    """Run the stage ``backward`` on contiguous tokens: dS, dWd, dWu; None where not requested."""
     teacher, up, prefix = x.teacher, x.up, x.num_prefix_tokens
     images, tokens, width = teacher.shape
     patches, rank = tokens - prefix, up.shape[0]

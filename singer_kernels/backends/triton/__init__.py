@@ -75,12 +75,12 @@ class TritonBackend(KernelBackend):
         """See :class:`singer_kernels.backends.Backend`."""
         from singer_kernels.backends.triton import configs
 
-        if spec.acc == torch.float64 and not is_interpreted():
+        if spec.precision.acc == torch.float64 and not is_interpreted():
             return "it does not compute in float64"
         if spec.rank > configs.MAX_RANK:
             return f"rank {spec.rank} is more than {configs.MAX_RANK}"
         is_wide = spec.rank > configs.MAX_MATRIX_RANK
-        if is_wide and spec.product == torch.float16 and not is_interpreted():
+        if is_wide and spec.precision.product == torch.float16 and not is_interpreted():
             return f"float16 products of rank {spec.rank} are wider than {configs.MAX_MATRIX_RANK}"
         if spec.images > configs.MAX_IMAGES:
             return f"{spec.images} images are more than {configs.MAX_IMAGES}"

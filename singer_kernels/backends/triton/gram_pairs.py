@@ -17,9 +17,9 @@ from singer_kernels.backends.triton.gram_tile import (
     skips_image,
 )
 from singer_kernels.backends.triton.language import (
-    NORM_EPS,
     dot,
     load_tile,
+    norm_gradient_coef,
     operand,
     reciprocal,
     store_tile,
@@ -202,9 +202,7 @@ def gram_gradient_kernel(
     # 3. 4/(B P²) (product / n − s/n² factor)
     norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
     inv_norms = reciprocal(norms)
-    norm_grad_coef = tl.where(
-        norms < tl.full((), NORM_EPS, ACC), 0.0, row_dots * inv_norms * inv_norms
-    )
+    norm_grad_coef = norm_gradient_coef(norms, row_dots)
     scale = 4.0 / (to_scalar(num_images, ACC) * num_patches * num_patches)
     factor_offsets = patch.to(tl.int64) * factor_stride_row
     factor = load_tile(factor_ptr, factor_offsets, c, mask, num_columns).to(ACC)
@@ -259,14 +257,9 @@ def run_gram_pairs(
     grad_factor_dtype: torch.dtype | None,
     grad_target_dtype: torch.dtype | None,
 ) -> GramOutput:
-    """Launch the stage ``gram`` by pairs of tiles.
+    """Launch the stage ``gram`` by pairs of tiles; a gradient whose dtype is None is not computed.
 
-    Args:
-        x: the operands of the Gram matrices.
-        factor: the right factor of X, ``[B, P, C]``: [H | Z], or the tokens themselves.
-        precision: dtypes of the products.
-        grad_factor_dtype: the dtype of ``X factor``; None: do not compute it.
-        grad_target_dtype: the dtype of the target's gradient; None: do not compute it.
+    ``factor`` is the right factor of X, ``[B, P, C]``: [H | Z], or the tokens themselves.
     """
     images, patches = x.norms.shape
     needs_target = grad_target_dtype is not None

@@ -17,9 +17,9 @@ from singer_kernels.backends.triton.gram_tile import (
     skips_image,
 )
 from singer_kernels.backends.triton.language import (
-    NORM_EPS,
     dot,
     load_tile,
+    norm_gradient_coef,
     operand,
     reciprocal,
     store_tile,
@@ -125,9 +125,7 @@ def gram_rows_kernel(
     scale = 4.0 / (to_scalar(num_images, ACC) * num_patches * num_patches)
     norms = tl.load(norms_ptr + patch_i, mask=mask_i, other=0.0)
     inv_norms = reciprocal(norms)
-    norm_grad_coef = tl.where(
-        norms < tl.full((), NORM_EPS, ACC), 0.0, row_dots * inv_norms * inv_norms
-    )
+    norm_grad_coef = norm_gradient_coef(norms, row_dots)
     inv_norms, norm_grad_coef = (scale * inv_norms)[:, None], (scale * norm_grad_coef)[:, None]
     offsets_i = patch_i.to(tl.int64) * 2 * rank
     h_i = load_tile(hz_ptr, offsets_i, k, mask_i, rank)
@@ -141,13 +139,7 @@ def gram_rows_kernel(
 def run_gram_rows(
     x: GramInputs, precision: MatmulPrecision, *, grad_hz_dtype: torch.dtype
 ) -> GramOutput:
-    """Launch the stage ``gram`` by rows: the loss and ``X [H | Z]``.
-
-    Args:
-        x: the operands, ``hz`` among them.
-        precision: dtypes of the products.
-        grad_hz_dtype: the dtype of ``X [H | Z]``.
-    """
+    """Launch the stage ``gram`` by rows: the loss and ``X [H | Z]``."""
     images, patches = x.norms.shape
     new = x.norms.new_empty
     grad_hz = new((images, patches, 2 * x.rank), dtype=grad_hz_dtype)

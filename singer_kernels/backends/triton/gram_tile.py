@@ -220,18 +220,10 @@ def launch_modes(
     config: configs.Config,
     **flags: bool,
 ) -> None:
-    """Launch a kernel of Gram tiles, with the identity once more for images beyond its limit.
+    """Launch a kernel of Gram tiles; with the identity, again for the images beyond its limit.
 
-    Args:
-        kernel: it takes the tensors of ``x``, the outputs, strides and sizes.
-        name: its key in ``configs.TABLE``.
-        grid: the numbers of programs.
-        x: the operands.
-        outputs: the tensors that it writes.
-        difference_stride: that of a row of E, where the kernel takes one.
-        precision: dtypes of the products.
-        config: the configuration of the first launch.
-        flags: further constexpr arguments.
+    ``name`` is its key in ``configs.TABLE``. It takes the tensors of ``x``, the outputs, strides
+    (that of a row of E where it has one), the sizes of ``x`` and constexpr ``flags``.
     """
     tokens = x.target if x.tokens is None else x.tokens
     for mode in ("identity", "recompute") if x.mode == "identity" else ("materialized",):

@@ -100,6 +100,14 @@ def reciprocal(norms):
 
 
 @triton.jit
+def norm_gradient_coef(norms, row_dots):
+    """Return ``s / n²``, the coefficient of F̂ in X F̂ through the norms; 0 where n < 1e-12."""
+    inv_norms = reciprocal(norms)
+    is_small = norms < tl.full((), NORM_EPS, norms.dtype)
+    return tl.where(is_small, 0.0, row_dots * inv_norms * inv_norms)
+
+
+@triton.jit
 def to_scalar(count, ACC: tl.constexpr):
     """Return an integer argument as a scalar tensor; Triton specialises 1 to a Python int."""
     return tl.zeros((), ACC) + count

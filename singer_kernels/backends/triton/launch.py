@@ -57,12 +57,7 @@ def run_configured(
 ) -> Result:
     """Call ``launch`` with a kernel's configuration: the table's, or the autotuned one.
 
-    Args:
-        kernel: a key of ``configs.TABLE``.
-        precision: dtypes of the products.
-        rank: r.
-        launch: launches the kernel with a configuration, on the current device.
-        sizes: further parts of the autotuning key.
+    Kernel, precision, rank and the further ``sizes`` are the autotuning key.
     """
     config = table_config(kernel, precision, rank)
     if architecture() is None or not tuning.is_on():

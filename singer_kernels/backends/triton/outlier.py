@@ -115,13 +115,7 @@ def quantile_position(quantile: float, patches: int, acc: torch.dtype) -> tuple[
 
 
 def run_outlier(norms: Tensor, teacher_norms: Tensor | None, quantile: float) -> OutlierOutput:
-    """Launch the stage ``outlier``.
-
-    Args:
-        norms: n, ``[B, P]``.
-        teacher_norms: norms of F, ``[B, P]``; None: do not compute the cancellation ratio.
-        quantile: γ.
-    """
+    """Launch the stage ``outlier`` on n and, for the cancellation ratio, norms of F: ``[B, P]``."""
     images, patches = norms.shape
     new = norms.new_empty
     threshold, squares, counts = (new((images,)) for _ in range(3))

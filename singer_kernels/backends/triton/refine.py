@@ -171,10 +171,10 @@ def run_refine(
     identity: bool,
     gram_tokens_dtype: torch.dtype | None,
 ) -> RefineOutput:
-    """Launch the stage ``refine``.
+    """Launch the stage ``refine``; the last dimension of student and teacher is contiguous.
 
     Args:
-        x: the operator's inputs; the last dimension of student and teacher contiguous.
+        x: the operator's inputs.
         precision: dtypes of the products.
         identity: whether the Gram identity follows, which reads H and L split into bfloat16.
         gram_tokens_dtype: the dtype of F̂ for the Gram products; None: do not write it.
