@@ -1,18 +1,18 @@
-"""The specification of every loss, in plain torch.
+"""Reference implementation of every loss, in plain torch: the specification.
 
 Differentiable by autograd, for float64, float32, bfloat16 and float16. The other backends are
-tested against this file; where it and they differ, this file is right.
+tested against it.
 
-Letters (shapes in brackets): ``F`` teacher tokens ``[B, T, D]``, ``S`` projected student tokens
-``[B, T, D]``, ``Wd`` = ``down`` ``[D, r]``, ``Wu`` = ``up`` ``[r, D]``, ``F̂`` refined tokens.
-``T = num_prefix_tokens + P``: the prefix tokens (CLS, registers) come first, then P patches.
+Letters: F teacher tokens, S projected student tokens, F̂ refined tokens, all ``[B, T, D]``; Wd
+``[D, r]``, Wu ``[r, D]``. ``T = num_prefix_tokens + P``: prefix tokens (CLS, registers), then P
+patches.
 
 Precision: a matrix product takes its operands' promoted dtype, or the autocast dtype under
-``torch.autocast``; everything else, reductions above all, is computed in the accumulation dtype:
-float64 if an operand is float64, float32 otherwise.
+``torch.autocast``; everything else is computed in the accumulation dtype: float64 if an operand is
+float64, float32 otherwise.
 
-Non-finite input is never swallowed: a NaN or Inf in a patch makes every loss that reads the patch
-non-finite. (The authors' code gives outlier loss 0 for an image that holds a NaN.)
+A NaN or Inf in a patch makes every loss that reads the patch non-finite. (The authors' code gives
+outlier loss 0 for an image that holds a NaN.)
 
 Source: SiNGER (arXiv 2509.20986), sections 3.1 to 3.3, and the authors' code
 (github.com/AIRLABkhu/SiNGER, ``mdistiller/distillers/SiNGER.py``).
@@ -108,10 +108,10 @@ def norm_threshold(norms: Tensor, quantile: float) -> Tensor:
 
 
 def _outlier_excess_loss(norms: Tensor, threshold: Tensor) -> Tensor:
-    limit = threshold[:, None]  # [B, 1]
-    # "Not finite and within the limit" instead of "above the limit": NaN and Inf count as outliers.
-    is_outlier = ~((norms <= limit) & norms.isfinite())
-    excess = torch.where(is_outlier, norms - limit, 0.0)
+    threshold = threshold[:, None]  # [B, 1]
+    # Not "above the threshold" alone: NaN and Inf count as outliers too.
+    is_outlier = ~((norms <= threshold) & norms.isfinite())
+    excess = torch.where(is_outlier, norms - threshold, 0.0)
     return excess.square().sum() / is_outlier.sum().clamp_min(1)
 
 

@@ -36,6 +36,20 @@ class Bounds:
     info: float
 
 
+def refined_bound(case: Case, product: torch.dtype, u_operand: float = 0.0) -> truth.Array:
+    """Bound the error of F̂ ``[B, T, D]`` in float32, of products ``F Wd`` and ``H Wu``."""
+    exact, prefix, u = case.values(), case.prefix, unit(product)
+    width, rank = case.down.shape
+    # H = F Wd, then H Wu, then one float32 addition. Under autocast F, Wd and Wu are rounded too.
+    f = case.teacher[:, prefix:]
+    d_hidden = (u + 2 * u_operand + width * U32) * (np.abs(f) @ np.abs(case.down))
+    d_delta = d_hidden @ np.abs(case.up)
+    d_delta += (u + u_operand + rank * U32) * (np.abs(f @ case.down) @ np.abs(case.up))
+    d_refined = np.zeros_like(case.teacher)
+    d_refined[:, prefix:] = SLACK * (d_delta + U32 * np.abs(exact.refined[:, prefix:]))
+    return d_refined
+
+
 def loss_bounds(
     case: Case,
     product: torch.dtype,
@@ -54,17 +68,9 @@ def loss_bounds(
     """
     exact = case.values()
     prefix = case.prefix
-    patches, width, rank = exact.norms.shape[1], case.down.shape[0], case.down.shape[1]
-    u = unit(product)
+    patches, width = exact.norms.shape[1], case.down.shape[0]
     u_operand = 0.0 if operand is None else unit(operand)
-
-    # H = F Wd, then H Wu, then one float32 addition. Under autocast F, Wd and Wu are rounded too.
-    f = case.teacher[:, prefix:]
-    d_hidden = (u + 2 * u_operand + width * U32) * (np.abs(f) @ np.abs(case.down))
-    d_delta = d_hidden @ np.abs(case.up)
-    d_delta += (u + u_operand + rank * U32) * (np.abs(f @ case.down) @ np.abs(case.up))
-    d_refined = np.zeros_like(case.teacher)
-    d_refined[:, prefix:] = SLACK * (d_delta + U32 * np.abs(exact.refined[:, prefix:]))
+    d_refined = refined_bound(case, product, u_operand)
 
     # A mean of squares a²: 2|a| δa + δa², and the sum over its terms.
     def mean_square(a, d_a):

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from bounds import refined_bound, unit
 from cases import (
     WEIGHTS,
     Shape,
     assert_gradients,
+    assert_near,
     assert_values,
     random_case,
     total,
@@ -15,7 +17,7 @@ from conftest import BACKENDS
 
 pytest.importorskip("triton")
 
-from singer_kernels import gram_loss
+from singer_kernels import gram_loss, refine
 from singer_kernels.backends.triton import configs, gram_tile
 
 CPU = torch.device("cpu")
@@ -97,6 +99,66 @@ def test_gram_loss_alone_with_several_tiles(prefix, backward):
             torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
         ):
             torch.testing.assert_close(found, wanted)
+
+
+# --- several functions on the same tensors, in one process ----------------------------------------
+
+
+def fused(case, tensors, grad_refined):
+    """Return the outputs of ``fused_losses`` and the gradients of all, ``grad_refined`` of F̂."""
+    out = case.run(tensors, return_refined=True, backend="triton")
+    inputs = [tensors[name] for name in ("student", "down", "up")]
+    loss = total(out) + (out.refined * grad_refined).sum()
+    return out, torch.autograd.grad(loss, inputs)
+
+
+def refined(case, tensors, grad_refined):
+    """Return ``refine`` and the gradients of down and up."""
+    inputs = [tensors["down"], tensors["up"]]
+    out = refine(tensors["teacher"], *inputs, case.prefix, backend="triton")
+    return out, torch.autograd.grad(out, inputs, grad_refined)
+
+
+ORDERS = [("refine",), ("fused", "refine", "fused"), ("refine", "fused", "refine")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_refine_beside_fused_losses_in_float64(order):
+    case = random_case(Shape(2, 1, 33, 64, 8), 0.8)
+    tensors = case.tensors()
+    grad_refined = np.random.default_rng(5).standard_normal(case.teacher.shape)
+    for name in order:
+        if name == "refine":
+            out, grads = refined(case, tensors, torch.from_numpy(grad_refined))
+            assert_near(out, case.values().refined)
+            expected = case.gradients((0.0, 0.0, 0.0), grad_refined)
+        else:
+            out, (grad_student, *grads) = fused(case, tensors, torch.from_numpy(grad_refined))
+            assert_values(out, case)
+            expected = case.gradients(WEIGHTS, grad_refined)
+            assert_near(grad_student, expected.student)
+        assert_near(grads[0], expected.down)
+        assert_near(grads[1], expected.up)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_refine_beside_fused_losses_in_bfloat16(order):
+    # The Gram identity: bfloat16, and 6 r <= D.
+    case = random_case(Shape(2, 1, 33, 64, 8), 0.8).rounded(BF16, BF16, BF16)
+    tensors = case.tensors(BF16, BF16, BF16)
+    grad_refined = torch.ones_like(tensors["teacher"])
+    exact = case.values().refined
+    # F̂ is rounded once more, to the teacher's dtype.
+    bound = refined_bound(case, BF16)
+    bound += unit(BF16) * (np.abs(exact) + bound)
+    seen = {}
+    for name in order:
+        out, grads = {"refine": refined, "fused": fused}[name](case, tensors, grad_refined)
+        results = [*(out[:4] if name == "fused" else [out]), *grads]
+        found = (out.refined if name == "fused" else out).detach().double().numpy()
+        assert (np.abs(found - exact) <= bound).all()
+        for a, b in zip(results, seen.setdefault(name, results), strict=True):
+            assert torch.equal(a, b)
 
 
 # --- the Gram identity ----------------------------------------------------------------------------
