@@ -1,4 +1,4 @@
-"""The losses of SiNGER, for anyone's distillation code. Importing this needs torch alone."""
+"""SiNGER's losses, for any distillation code. Importing this package needs only torch."""
 
 from singer_kernels import backends
 from singer_kernels.backends import resolve_backend
@@ -8,8 +8,7 @@ from singer_kernels.types import FusedLossesOutput
 
 __version__ = "0.1.0"
 
-# These need torch alone (Triton itself comes with a first call there). Loaded now, they need no
-# import in a first call under torch.compile.
+# Imported now: torch.compile can't trace an import. Triton itself is imported by its first call.
 for _name in backends.NAMES:
     backends.load(_name)
 

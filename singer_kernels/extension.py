@@ -1,4 +1,4 @@
-"""The compiled extension: loading it, and why it is not there. Importing this loads nothing."""
+"""The compiled extension: loading it on demand, how it was built, its CUDA kernels' resources."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ CAPABILITIES = ("baseline", "avx2", "avx512")
 
 
 class KernelUsage(NamedTuple):
-    """What one of the extension's CUDA kernels takes of a device."""
+    """Resources of one of the extension's CUDA kernels on a device."""
 
-    kernel: str  # such as refine_kernel<float>: the dtype that sums are kept in
-    registers: int  # of a thread
-    local: int  # bytes of a thread's own memory: what is spilled, and arrays
-    shared: int  # bytes of a block
-    blocks: int  # that a multiprocessor holds at once
+    kernel: str  # such as refine_kernel<float>, with its accumulation dtype
+    registers: int  # per thread
+    local: int  # bytes of local memory per thread: spills and arrays
+    shared: int  # bytes of shared memory per block
+    blocks: int  # resident per multiprocessor
     warps: int  # of those blocks
-    max_warps: int  # that it holds of any kernel
+    max_warps: int  # resident per multiprocessor, for any kernel
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps, from 0 to 1."""
+        """Ratio of resident warps to the most that fit, 0 to 1."""
         return self.warps / self.max_warps
 
 
-_outcomes: dict[Path, str | None] = {}  # the library to why it can't be used; None: it is loaded
+_outcomes: dict[Path, str | None] = {}  # library to the reason why it is off; None: it is loaded
 
 
 def install_record() -> dict[str, str]:
-    """Return what the build was asked for, what it built, and why not more.
+    """Return the installation's record.
 
     Returns:
-        ``requested``, ``built`` (``none``, ``cpu`` or ``cuda``) and ``reason``; empty if nothing
-        was recorded, as in a source tree that was never installed.
+        ``requested``, ``built`` (``none``, ``cpu`` or ``cuda``) and the ``reason`` if less was
+        built; empty without a record, as in a source tree that was never installed.
     """
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def load() -> str | None:
     """Load the extension's operators, once.
 
     Returns:
-        None if they are loaded, else why not, in one line. It never raises.
+        None if they are loaded, else the reason in one line. It never raises.
     """
     if LIBRARY not in _outcomes:
         _outcomes[LIBRARY] = _load()
@@ -94,11 +94,11 @@ def build_report() -> dict[str, str | None] | None:
     Returns:
         ``compiler``, C++ ``standard``, ``flags``, ``cuda`` and ``cuda_architectures`` (None: built
         without), ``torch``, ``target_abi``, and ``hash``, a SHA-256 over sources and flags; None
-        where there is no such report.
+        without such a report.
     """
     try:
         return dict(importlib.import_module("singer_kernels._build").report())
-    except Exception:  # an ImportError, or whatever a broken file makes of it
+    except Exception:  # an ImportError, or any error of a broken file
         return None
 
 
@@ -121,11 +121,10 @@ def cpu_capability() -> str | None:
 
 
 def cuda_kernels() -> list[str]:
-    """Return the names of the extension's CUDA kernels, in the order that the library has them.
+    """Return the names of the extension's CUDA kernels, such as ``refine_kernel<float>``.
 
     Returns:
-        Such as ``refine_kernel<float>``, each once; empty if the extension can't be loaded or was
-        built without CUDA.
+        Each name once, in the library's order; empty if the extension is off or without CUDA.
     """
     if load() is not None:
         return []
@@ -138,13 +137,13 @@ def cuda_kernels() -> list[str]:
 
 
 def cuda_usages(device: int) -> tuple[list[KernelUsage], str]:
-    """Return what the extension's CUDA kernels take of a device, as CUDA tells it.
+    """Return the resources of the extension's CUDA kernels on a device, as reported by CUDA.
 
     Args:
-        device: the index of the CUDA device. The thread's current one stays as it was.
+        device: index of the CUDA device; the current device does not change.
 
     Returns:
-        An entry for each of :func:`cuda_kernels` and ``""``; or nothing, and in one line why.
+        An entry for each of :func:`cuda_kernels` and ``""``, or none and the reason in one line.
     """
     names = cuda_kernels()
     if not names:
@@ -166,7 +165,7 @@ def has_kernels(name: str, device_type: str) -> bool:
     """Return whether an operator has a compiled kernel for a type of device.
 
     Args:
-        name: the operator's, such as ``cuda_refine``.
+        name: the operator's name, such as ``cuda_refine``.
         device_type: ``cpu`` or ``cuda``.
     """
     load()

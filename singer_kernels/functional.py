@@ -1,4 +1,4 @@
-"""The pieces of :func:`singer_kernels.fused_losses`, each alone.
+"""The parts of :func:`singer_kernels.fused_losses` as functions of their own.
 
 Shapes: ``T = num_prefix_tokens + P``; the prefix tokens (CLS, registers) come first, then the P
 patches. Dtypes: float64, float32, bfloat16 and float16 in any mix; products follow the operands'
@@ -41,8 +41,8 @@ def refine(
         teacher: F, ``[B, T, D]``, frozen.
         down: Wd, ``[D, r]``.
         up: Wu, ``[r, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        num_prefix_tokens: number of leading tokens that are not patches.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     Returns:
         F̂, ``[B, T, D]``, in the dtype of ``teacher``, differentiable in ``down`` and ``up``.
@@ -50,7 +50,7 @@ def refine(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device or number does not fit, or ``teacher`` requires grad.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3.1.
     """
@@ -67,8 +67,8 @@ def token_norms(
 
     Args:
         tokens: ``[B, T, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        num_prefix_tokens: number of leading tokens that are not patches.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     Returns:
         n, ``[B, P]``, float32 (float64 for float64), differentiable in ``tokens``; a zero-norm
@@ -77,7 +77,7 @@ def token_norms(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape or number does not fit.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3.2.
     """
@@ -98,7 +98,7 @@ def outlier_loss(
     Args:
         norms: n, ``[B, P]``.
         quantile: γ in [0, 1].
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     Returns:
         A scalar, float32 (float64 for float64), differentiable in ``norms``.
@@ -106,7 +106,7 @@ def outlier_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: the shape is wrong, or the quantile lies outside [0, 1].
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3.2.
     """
@@ -129,8 +129,8 @@ def gram_loss(
     Args:
         tokens: ``[B, T, D]``.
         target: ``[B, T, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        num_prefix_tokens: number of leading tokens that are not patches.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     Returns:
         A scalar, float32 (float64 if an input is), differentiable in ``tokens`` and ``target``.
@@ -138,7 +138,7 @@ def gram_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device or number does not fit.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3.3.
     """
@@ -156,7 +156,7 @@ def kd_loss(student: Tensor, tokens: Tensor, *, backend: BackendName | None = No
     Args:
         student: S, ``[B, T, D]``.
         tokens: ``[B, T, D]``.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     Returns:
         A scalar, float32 (float64 if an input is), differentiable in ``student`` and ``tokens``.
@@ -164,7 +164,7 @@ def kd_loss(student: Tensor, tokens: Tensor, *, backend: BackendName | None = No
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: the shapes or devices differ.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3.1; FitNets (arXiv 1412.6550), section 2.2.
     """

@@ -18,11 +18,6 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _devices() -> list[torch.device]:
-    cuda = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [torch.device("cpu"), *cuda]
-
-
 def _device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -51,14 +46,13 @@ def _kernels(device: int) -> list[str]:
 
 
 def report() -> str:
-    """Return what this machine offers, as lines of text.
+    """Return the report, as lines of text.
 
     Returns:
-        Versions; whether the compiled extension is loaded, or why not, and how it was built; then
-        for each device the backends that can run on it, and the reason for each that can't; and
-        what the extension's CUDA kernels take of each GPU: a thread's registers and bytes of local
-        memory (spills, if any), a block's of shared memory, how many blocks a multiprocessor holds
-        at once, and the share of its warps that those are; or in one line why that can't be told.
+        Versions; whether the compiled extension is loaded, or the reason why not, and how it was
+        built; the backends that can run on each device, or the reason why not; the resources of the
+        extension's CUDA kernels on each GPU (:class:`singer_kernels.extension.KernelUsage`), or the
+        reason why they are unknown.
     """
     lines = [
         f"singer_kernels  {__version__}",
@@ -69,7 +63,8 @@ def report() -> str:
     forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     lines.append(f"{backends.ENVIRONMENT_VARIABLE}  {forced or 'not set'}")
     lines += _extension()
-    for device in _devices():
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
         lines.append(f"{device}: {_device_name(device)}")
         for name in backends.NAMES:
             reason = backends.unavailable_reason(name, device)

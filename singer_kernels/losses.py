@@ -145,29 +145,29 @@ def fused_losses(
         teacher: F, ``[B, T, D]``: the teacher's tokens (a block's raw output), frozen.
         down: Wd, ``[D, r]``.
         up: Wu, ``[r, D]``.
-        gram_target: R, ``[B, T, D]``; it may require grad. None: the plain teacher, as the paper
-            has it. (The authors' code passes the refined tokens of the layer before.)
+        gram_target: R, ``[B, T, D]``; it may require grad. None: the teacher, as in the paper.
+            (The authors' code passes the refined tokens of the layer before.)
         gram: False for an intermediate layer, whose information term is computed on the next
             block's output: ``info`` is then None.
         quantile: γ in [0, 1].
-        num_prefix_tokens: how many leading tokens are no patches; at least one patch must remain.
+        num_prefix_tokens: number of leading tokens that are not patches; at least one patch must
+            remain.
         return_refined: True: ``out.refined`` is F̂, differentiable, to feed the next block.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
 
     The tensors may be float64, float32, bfloat16 and float16 in any mix, of any strides, on one
     device. Products take the operands' promoted dtype, or follow autocast; every reduction is
-    float32 (float64 if an input is float64). Gradients come back in their input's dtype.
+    float32 (float64 if an input is float64). Gradients have their input's dtype.
 
     Returns:
-        The losses ``kd``, ``outlier``, ``info`` (scalars, differentiable in ``student``, ``down``,
-        ``up`` and ``gram_target``), ``refined`` ``[B, T, D]``, ``norms`` ``[B, P]`` and
+        The scalars ``kd``, ``outlier``, ``info``; ``refined`` ``[B, T, D]``, ``norms`` ``[B, P]``,
         ``threshold`` ``[B]``: see :class:`FusedLossesOutput`.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device or number does not fit; ``teacher`` requires grad; or
             ``gram_target`` is given with ``gram=False``.
-        RuntimeError: the backend asked for can't run here.
+        RuntimeError: the requested backend can't run here.
 
     Source: SiNGER (arXiv 2509.20986), section 3; ``SiNGER.forward_train`` of the authors' code.
     """
@@ -201,18 +201,18 @@ class FusedLosses(nn.Module):
         rank: r, at most ``dim``.
         gram: False for an intermediate layer.
         quantile: γ in [0, 1].
-        num_prefix_tokens: how many leading tokens are no patches.
+        num_prefix_tokens: number of leading tokens that are not patches.
         return_refined: True: ``out.refined`` holds the refined tokens.
-        backend: which backend computes it; None: ``SINGER_BACKEND``, or the best that can run.
-        device: where the parameters live.
-        dtype: the parameters' dtype.
+        backend: the backend's name; None: ``SINGER_BACKEND``, or the first that can run.
+        device: that of the parameters.
+        dtype: that of the parameters.
 
     Attributes:
         down: Wd, ``[dim, rank]``, trainable.
         up: Wu, ``[rank, dim]``, trainable.
 
     The parameters start from a random orthonormal basis N, ``Wd = N`` and ``Wu = Nᵀ`` (the paper's
-    ablation); :meth:`set_basis` puts in a nullspace basis.
+    ablation); :meth:`set_basis` sets a nullspace basis.
 
     Raises:
         TypeError: an option is of the wrong type.
@@ -278,12 +278,12 @@ class FusedLosses(nn.Module):
         Args:
             student: S, ``[B, T, dim]``.
             teacher: F, ``[B, T, dim]``, frozen.
-            gram_target: R, ``[B, T, dim]``; None: the plain teacher.
+            gram_target: R, ``[B, T, dim]``; None: the teacher.
 
         Raises:
             TypeError: an argument is of the wrong type or dtype.
             ValueError: a shape, device or number does not fit, or ``teacher`` requires grad.
-            RuntimeError: the backend asked for can't run here.
+            RuntimeError: the requested backend can't run here.
         """
         return fused_losses(
             student,

@@ -64,7 +64,7 @@ def refine(teacher: Tensor, down: Tensor, up: Tensor, num_prefix_tokens: int = 1
         teacher: F, ``[B, T, D]``.
         down: Wd, ``[D, r]``.
         up: Wu, ``[r, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
+        num_prefix_tokens: number of leading tokens that are not patches.
 
     Returns:
         F̂, ``[B, T, D]``, in the dtype of ``teacher``.
@@ -80,7 +80,7 @@ def token_norms(tokens: Tensor, num_prefix_tokens: int = 1) -> Tensor:
 
     Args:
         tokens: ``[B, T, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
+        num_prefix_tokens: number of leading tokens that are not patches.
 
     Returns:
         n, ``[B, P]``, in the accumulation dtype. The gradient of a zero-norm patch is 0.
@@ -147,7 +147,7 @@ def gram_matrix(
 
     Args:
         tokens: ``[B, T, D]``.
-        num_prefix_tokens: how many leading tokens are no patches.
+        num_prefix_tokens: number of leading tokens that are not patches.
         dtype: the dtype of the product's operands; None: that of ``tokens``.
 
     Returns:
@@ -176,7 +176,7 @@ def gram_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int = 1) -> Ten
     Args:
         tokens: ``[B, T, D]``.
         target: ``[B, T, D]``; it too receives a gradient if it requires one.
-        num_prefix_tokens: how many leading tokens are no patches.
+        num_prefix_tokens: number of leading tokens that are not patches.
 
     Returns:
         A scalar in the accumulation dtype, the mean over all ``B·P·P`` entries.

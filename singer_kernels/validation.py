@@ -1,7 +1,4 @@
-"""Checks of what the public functions are handed.
-
-Every error names the argument, says what came and what was expected.
-"""
+"""Argument checks. Every error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 

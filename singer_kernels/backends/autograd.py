@@ -1,4 +1,4 @@
-"""The base of the backends with kernels: the losses around their operators, differentiable."""
+"""Base class of the backends with kernels: differentiable losses around their operators."""
 
 from __future__ import annotations
 

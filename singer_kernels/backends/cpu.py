@@ -1,18 +1,15 @@
 """The backend ``"cpu"``: the compiled extension's kernels for the CPU.
 
-Stages as in the backend ``"triton"``, in C++ (``csrc/cpu``), compiled for several instruction sets,
-matrix products included. A thread takes a block of rows through all products of a stage while they
-are in its cache. Of each symmetric Gram matrix, only half is computed. With gradients, that half of
-the matrices' difference is stored until X C is computed, for a group of images at a time, in a
-buffer of P² elements each. F̂ is not saved for the backward, which recomputes it, a slice of its
-width at a time.
+The stages are those of the backend ``"triton"``, in C++ (``csrc/cpu``), compiled for several
+instruction sets, matrix products included. A thread takes a block of rows through all products of a
+stage while it is in cache. Gram matrices are symmetric: one half is computed. With gradients, that
+half of E is stored until X C is computed, for a group of images at a time, in a buffer of P²
+elements each. F̂ is not saved for the backward, which recomputes it in blocks of columns.
 
-Sums and products are float32, or float64, for features of any dtype. If products are to be
-narrower (under autocast), the features and the adapter are rounded to that dtype first;
-intermediate results (H, F̂, the Gram matrices) are not.
+Sums and products are float32, or float64, for features of any dtype. Under autocast the features
+and the adapter are rounded to its dtype first; H, F̂ and the Gram matrices are not.
 
-The same input gives the same bits on any number of threads; another instruction set rounds
-differently.
+The same input gives the same bits with any number of threads, but not with another instruction set.
 
 Source: derived from SiNGER (arXiv 2509.20986), section 3.
 """
@@ -30,7 +27,7 @@ operators.define("cpu", lambda precision: precision.acc)
 
 @constant_while_tracing
 def _extension_reason(explicit: bool) -> str | None:
-    """Return why the extension can't or, unless explicitly chosen, should not be used, or None."""
+    """Return None if the extension can be used (and, unless explicit, should be), or the reason."""
     reason = extension.load()
     if reason is not None:
         return f"the compiled extension is {reason}"

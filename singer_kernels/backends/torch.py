@@ -10,18 +10,18 @@ It runs wherever torch runs. Letters as in :mod:`singer_kernels.reference`; besi
   of about a² in precision.)
 - The information loss: ``E = G(F̂) − G(R)``, ``s = rowsum(E ∘ G(F̂))``, and
   ``X = 4/(B P²) [diag(1/n) E diag(1/n) − diag(s/n²)]`` gives ``dF̂ = X F̂``. It reaches the
-  adapter only through ``X [H | Z]``, which the forward computes; E is not kept.
-- Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, ``α = 2/(B T D)`` and Y what
-  comes back from the next block: ``dS = α (S − F̂)``, ``dH = (X + c) Z + (Y − dS) Wuᵀ``,
-  ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (Y − dS)``. S is read for KD alone, so that it can't
-  spoil the other gradients.
+  adapter only through ``X [H | Z]``, which the forward computes; E is not saved.
+- Backward: with ``c = 2 (n − q)₊ / (count n)``, ``V = (X + c) H``, ``α = 2/(B T D)`` and Y the
+  gradient from the next block: ``dS = α (S − F̂)``, ``dH = (X + c) Z + (Y − dS) Wuᵀ``,
+  ``dWd = Fᵀ dH``, ``dWu = Vᵀ F̂ + Hᵀ (Y − dS)``. S is read for KD alone: a NaN in it does not
+  reach the other losses' gradients.
 
-F̂ is all of its size that is kept for the backward, beside the inputs. Fresh memory costs more than
-arithmetic on a CPU, so what is no longer needed is overwritten.
+Beside the inputs, F̂ is the only tensor of its size that is saved. Allocation costs more than
+arithmetic on a CPU: tensors that are no longer needed are overwritten.
 
-Where products are float32 or float64, as above. Where they are narrower, the rows of both Gram
-matrices are rounded to that dtype and multiplied directly, as the reference does: the identity
-would subtract rounded numbers. TF32 products count as narrower there.
+This holds for float32 and float64 products. For narrower ones, TF32 included, the rows of both Gram
+matrices are rounded and multiplied directly, as in the reference: the identity would subtract
+rounded numbers.
 
 Source: derived from SiNGER (arXiv 2509.20986), section 3.
 """

@@ -1,13 +1,13 @@
-"""The backend ``"cuda"``: the compiled extension's kernels for NVIDIA GPUs.
+"""The backend ``"cuda"``: the compiled extension's kernels for GPUs where Triton can't run.
 
-It serves where Triton can't run. The stages are those of the backend ``"triton"``; dense products
-are torch's library's, and what is bound by memory is a kernel in ``csrc/cuda``: F̂ with its norms
-and the KD sums, the quantile, the Gram matrices' difference, the gradients' rows.
+The stages are those of the backend ``"triton"``. Matrix products are torch's; the steps bound by
+memory are kernels in ``csrc/cuda``: F̂ with its norms and KD sums, the quantile, the difference of
+the Gram matrices, the rows of the gradients.
 
-bfloat16 products accumulate in float32, and H goes into ``H Wu`` in two bfloat16 parts. float16
-features are multiplied in float32: float16 lacks the range of H and X. Products of float32 follow
-torch's setting of TF32, as the reference's do. Gram matrices are written
-to memory, of as many images at a time as fit ``stages.MAX_ENTRIES``.
+bfloat16 products accumulate in float32; in ``H Wu``, H is split into two bfloat16 parts. float16
+features are multiplied in float32: float16 lacks the range of H and X. float32 products follow
+torch's TF32 setting, as the reference's do. Gram matrices are in memory, of as many images at a
+time as fit ``stages.MAX_ENTRIES``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from singer_kernels.backends.cuda import ops as _ops  # noqa: F401  it registers
 
 @constant_while_tracing
 def _reason(device_type: str, explicit: bool) -> str | None:
-    """Return why the kernels can't or, unless they were asked for, should not run, or None."""
+    """Return None if the kernels can run (and, unless explicit, should), or the reason."""
     is_emulated = device_type == "cpu" and extension.has_kernels("cuda_refine", "cpu")
     if device_type != "cuda" and not is_emulated:
         return f"it needs a CUDA device, not {device_type}"

@@ -1,4 +1,4 @@
-"""The backend's operators, and those of its kernels, which write into the tensors they get."""
+"""The backend's operators, and those of its kernels, which write into their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of the losses: products by torch's library, and the launches between them."""
+"""The stages of the losses: torch's matrix products and launches of the kernels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from singer_kernels.backends.operators import BackwardInputs, ForwardInputs
 from singer_kernels.backends.precision import MatmulPrecision
 
 MAX_ENTRIES = 2**26
-"""Entries of a Gram matrix in memory at once, over all images: 256 MiB in float32. G(F̂), G(R) and E
-are in memory together."""
+"""Entries in memory at once of each of G(F̂), G(R) and E, over all images: 256 MiB in float32."""
 
 
 def _kernel(name: str) -> Any:

@@ -5,12 +5,12 @@ Importing this does not import Triton; the first call does. The stages, one modu
 - ``refine``: H, Z, norms and the KD partial sums, from F and S;
 - ``outlier``: the quantile of each image's norms by bitwise selection;
 - ``gram``: both Gram matrices tile by tile, loss and ``X [H | Z]``;
-- ``backward``: dS and the parts of dWd and dWu in one pass, then their sums.
+- ``backward``: dS and the partial sums of dWd and dWu in one pass, then their sums.
 
 No atomics and no synchronisation with the host: the same input gives the same bits. Products take
 bfloat16 or float32 operands and accumulate in float32. A float32 product (float16 ones too, which
-lack the range) is three TF32 products, good to 22 bits, whether torch may use one or not; where the
-adapter is wider than 128 it is a plain one.
+lack the range) is three TF32 products, exact to 22 bits, whatever torch's TF32 setting; above rank
+128 it is one IEEE product.
 
 With ``TRITON_INTERPRET=1``, set before the first call, Triton's interpreter runs the kernels on
 CPU tensors, float64 ones too: for tests.
@@ -31,13 +31,13 @@ MIN_CAPABILITY = (8, 0)
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter is asked for."""
+    """Whether ``TRITON_INTERPRET`` is set."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 @constant_while_tracing
 def _device_reason(device_type: str, index: int | None) -> str | None:
-    """Return why the kernels can't run on a device of a type that they know, or None."""
+    """Return None if the kernels can run on CUDA, or interpreted on a CPU, else the reason."""
     if device_type == "cuda":
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "torch finds no NVIDIA GPU"
@@ -59,7 +59,7 @@ def _device_reason(device_type: str, index: int | None) -> str | None:
 
 
 class TritonBackend(KernelBackend):
-    """The kernels of this package."""
+    """The Triton kernels."""
 
     name = "triton"
 
