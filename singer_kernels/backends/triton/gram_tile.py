@@ -185,18 +185,18 @@ class GramOutput(NamedTuple):
 
 
 class GramInputs(NamedTuple):
-    """Operands of the Gram matrices, the tensors in the kernels' order."""
+    """Operands of the Gram matrices; those without default are always needed."""
 
+    mode: str  # "identity" or "materialized"
+    num_prefix_tokens: int
     tokens: Tensor | None  # F̂, [B, T, D]; "materialized"
     target: Tensor  # R, [B, T, D]
-    up: Tensor | None  # Wu, [r, D]; "recompute"
-    hz: Tensor | None  # [H | Z], [B, P, 2r]; None without an adapter
-    split_bf16: Tensor | None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
     norms: Tensor  # n, [B, P]
     target_norms: Tensor  # norms of R, [B, P]
-    cancellation_ratio: Tensor | None  # largest ‖F‖ / n, [B]; "identity"
-    num_prefix_tokens: int
-    mode: str  # "identity" or "materialized"
+    up: Tensor | None = None  # Wu, [r, D]
+    hz: Tensor | None = None  # [H | Z], [B, P, 2r]
+    split_bf16: Tensor | None = None  # high and low bf16 of H and L, [B, P, 4, BLOCK_R]; "identity"
+    cancellation_ratio: Tensor | None = None  # largest ‖F‖ / n, [B]; "identity"
 
     @property
     def rank(self) -> int:
@@ -231,7 +231,14 @@ def launch_modes(
             recompute = table_config(f"{name}_recompute", precision, x.rank)
             config = recompute._replace(rows=config.rows)
         kernel[grid](
-            *x[:8],
+            x.tokens,
+            x.target,
+            x.up,
+            x.hz,
+            x.split_bf16,
+            x.norms,
+            x.target_norms,
+            x.cancellation_ratio,
             *outputs,
             *token_strides(tokens),
             *token_strides(x.target),

@@ -52,16 +52,16 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
         if x.gram:
             target = x.teacher if x.gram_target is None else launch.rows_contiguous(x.gram_target)
             inputs = GramInputs(
+                "identity" if identity else "materialized",
+                prefix,
                 refined.gram_tokens,
                 target,
+                refined.norms,
+                refined.teacher_norms if is_own else row_norms(target, prefix, x.acc),
                 x.up,
                 refined.hz,
                 refined.split_bf16,
-                refined.norms,
-                refined.teacher_norms if is_own else row_norms(target, prefix, x.acc),
                 outliers.cancellation_ratio,
-                prefix,
-                "identity" if identity else "materialized",
             )
             takes_rows = configs.takes_gram_rows(rank, refined.norms.shape[1])
             if x.has_grad_hz and not x.has_grad_target and takes_rows:
@@ -119,11 +119,8 @@ def gram_loss(x: GramLossInputs) -> GramLossOutput:
     tokens, target = launch.rows_contiguous(x.tokens), launch.rows_contiguous(x.target)
     with launch.on_device(tokens):
         norms, target_norms = (row_norms(rows, prefix, x.acc) for rows in (tokens, target))
-        inputs = GramInputs(
-            tokens, target, None, None, None, norms, target_norms, None, prefix, "materialized"
-        )
         gram = run_gram_pairs(
-            inputs,
+            GramInputs("materialized", prefix, tokens, target, norms, target_norms),
             tokens[:, prefix:],
             MatmulPrecision(x.product, x.acc),
             grad_factor_dtype=x.acc if x.has_grad_tokens else None,
