@@ -160,8 +160,8 @@ def _outlier_terms(norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     is_outlier = ~((norms <= threshold) & norms.isfinite())
     excess = torch.where(is_outlier, norms - threshold, 0.0)
     count = is_outlier.sum().clamp_min(1)
-    outlier_coef = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
-    return excess.square().sum() / count, outlier_coef
+    coefficient = torch.where(norms == 0, 0.0, 2.0 * excess / (count * norms))
+    return excess.square().sum() / count, coefficient
 
 
 class _Saved(NamedTuple):
@@ -175,7 +175,7 @@ class _Saved(NamedTuple):
     refined: Tensor  # F̂, [B, T, D]
     h: Tensor  # H, [B, T, r], 0 on prefix tokens
     z: Tensor  # Z, [B, P, r]
-    outlier_coef: Tensor  # c, [B, P]
+    coefficient: Tensor  # c, [B, P]
     grad_hz: Tensor | None  # X [H | Z], [B, P, 2r]
     grad_target: Tensor | None  # [B, P, D]
 
@@ -202,7 +202,7 @@ class _FusedLosses(torch.autograd.Function):
             refined = _refined(teacher, h, up, acc)  # F̂, [B, T, D]
             rows = _Rows.of(refined[:, prefix:])
             threshold = _threshold(rows.norms, x.quantile)
-            outlier, outlier_coef = _outlier_terms(rows.norms, threshold)
+            outlier, coefficient = _outlier_terms(rows.norms, threshold)
             kd = _mean_square(refined - student)
             z = refined.flatten(0, 1).to(product) @ up.to(product).mT
             z = z.view(*shape[:2], -1)[:, prefix:].to(acc)  # Z, [B, P, r]
@@ -230,7 +230,7 @@ class _FusedLosses(torch.autograd.Function):
             saved(refined, needs_student or needs_adapter),
             saved(h, needs_adapter),
             saved(z, needs_down),
-            saved(outlier_coef, needs_adapter),
+            saved(coefficient, needs_adapter),
             grad_hz,
             grad_target,
         )
@@ -329,7 +329,7 @@ def _backward(
 ) -> list[Tensor | None]:
     """Return the gradients of student, down, up and gram_target."""
     x = _Saved(*tensors)
-    student, teacher, down, up, gram_target, refined, h, z, outlier_coef = x[:9]
+    student, teacher, down, up, gram_target, refined, h, z = x[:8]
     acc, product, prefix = ctx.options
     needs_student, _, needs_down, needs_up, _ = ctx.needs_input_grad[1:6]
     grad_student = grad_down = grad_up = grad_target = None
@@ -353,7 +353,7 @@ def _backward(
         grad_delta = grad_refined.to(acc) - grad_student_acc
     if grad_delta is not None:
         grad_delta = grad_delta[:, prefix:].to(product)
-    c = None if grad_outlier is None else (outlier_coef * grad_outlier)[..., None]
+    coefficient = None if grad_outlier is None else (x.coefficient * grad_outlier)[..., None]
     grad_hz_h = grad_hz_z = None
     if x.grad_hz is not None:
         grad_hz_h, grad_hz_z = x.grad_hz.split(down.shape[1], dim=-1)
@@ -363,13 +363,13 @@ def _backward(
             # Not matmul, which would copy the slice to fold its first two dimensions.
             factor = up.to(product).mT.expand(len(grad_delta), -1, -1)
             grad_delta_up = torch.bmm(grad_delta, factor).to(acc) * sign
-        grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, c)), grad_delta_up)
+        grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, coefficient)), grad_delta_up)
         if grad_h is not None:
             scaled, peak = _in_range(grad_h, product)
             patches = teacher[:, prefix:].to(product)
             grad_down = (_outer(patches, scaled).to(acc) * peak).to(down.dtype)
     if needs_up:
-        v = _sum_of_products((grad_hz_h, grad_info), (h, c))
+        v = _sum_of_products((grad_hz_h, grad_info), (h, coefficient))
         v_refined = h_grad_delta = None  # Vᵀ F̂ and Hᵀ (Y − dS)
         if v is not None:
             scaled, peak = _in_range(v, product)

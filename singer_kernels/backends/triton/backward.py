@@ -98,9 +98,9 @@ def backward_rows_kernel(
         is_inlier = (norms <= threshold) & (tl.abs(norms) < float("inf"))
         excess = tl.where(is_inlier, 0.0, norms - threshold)
         weight = tl.load(outlier_weight_ptr) * tl.load(grad_outlier_ptr).to(ACC)
-        outlier_coef = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
-        v += outlier_coef * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
-        grad_h += outlier_coef * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
+        coefficient = tl.where(norms == 0, 0.0, weight * excess / norms)[:, None]
+        v += coefficient * load_tile(hz_ptr, 2 * offsets, k, mask, rank)
+        grad_h += coefficient * load_tile(hz_ptr + rank, 2 * offsets, k, mask, rank)
     # 4. V += X H and dH += X Z
     if HAS_INFO:
         grad_info = tl.load(grad_info_ptr).to(ACC)

@@ -18,8 +18,8 @@ from singer_kernels.backends.triton.gram_tile import (
 )
 from singer_kernels.backends.triton.language import (
     dot,
+    gram_norm_coefficient,
     load_tile,
-    norm_gradient_coef,
     operand,
     reciprocal,
     store_tile,
@@ -202,7 +202,7 @@ def gram_gradient_kernel(
     # 3. 4/(B P²) (product / n − s/n² factor)
     norms = tl.load(norms_ptr + patch, mask=mask, other=0.0)
     inv_norms = reciprocal(norms)
-    norm_grad_coef = norm_gradient_coef(norms, row_dots)
+    norm_grad_coef = gram_norm_coefficient(norms, row_dots)
     scale = 4.0 / (to_scalar(num_images, ACC) * num_patches * num_patches)
     factor_offsets = patch.to(tl.int64) * factor_stride_row
     factor = load_tile(factor_ptr, factor_offsets, c, mask, num_columns).to(ACC)

@@ -18,8 +18,8 @@ from singer_kernels.backends.triton.gram_tile import (
 )
 from singer_kernels.backends.triton.language import (
     dot,
+    gram_norm_coefficient,
     load_tile,
-    norm_gradient_coef,
     operand,
     reciprocal,
     store_tile,
@@ -125,7 +125,7 @@ def gram_rows_kernel(
     scale = 4.0 / (to_scalar(num_images, ACC) * num_patches * num_patches)
     norms = tl.load(norms_ptr + patch_i, mask=mask_i, other=0.0)
     inv_norms = reciprocal(norms)
-    norm_grad_coef = norm_gradient_coef(norms, row_dots)
+    norm_grad_coef = gram_norm_coefficient(norms, row_dots)
     inv_norms, norm_grad_coef = (scale * inv_norms)[:, None], (scale * norm_grad_coef)[:, None]
     offsets_i = patch_i.to(tl.int64) * 2 * rank
     h_i = load_tile(hz_ptr, offsets_i, k, mask_i, rank)

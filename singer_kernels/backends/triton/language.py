@@ -100,7 +100,7 @@ def reciprocal(norms):
 
 
 @triton.jit
-def norm_gradient_coef(norms, row_dots):
+def gram_norm_coefficient(norms, row_dots):
     """Return ``s / n²``, the coefficient of F̂ in X F̂ through the norms; 0 where n < 1e-12."""
     inv_norms = reciprocal(norms)
     is_small = norms < tl.full((), NORM_EPS, norms.dtype)
