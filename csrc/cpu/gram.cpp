@@ -195,7 +195,7 @@ void normalize(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
   const int64_t patches = sizes.patches(), width = sizes.width;
   const int64_t blocks = ceil_div(patches, kBlockRows);
   const SimdKernels<T>& simd = simd_kernels<T>();
-  // 1. Where the rows that a gradient needs are kept: in place or in a buffer.
+  // 1. Choose where the rows for a gradient are stored: in place or in a buffer.
   for (size_t i = 0; i < images.size(); ++i) {
     if (images[i] == nullptr || !images[i]->has_gradient) continue;
     NormalizedImage<T>& image = *images[i];

@@ -101,9 +101,7 @@ PackedMatrix<T> up_gram_of(const Matrix<const T>& up, const PackedMatrix<T>& up_
 // Return one side of `gram`; `gradient` [P, D], if not null, receives X R.
 template <typename T>
 GramSide<T> gram_side(const NormalizedImage<T>& image, T* gradient) {
-  GramSide<T> side{};
-  side.rows_t = image.rows_t.view();
-  side.inverses = image.inverses.data();
+  GramSide<T> side{image.rows_t.view(), image.inverses.data()};
   if (gradient == nullptr) return side;
   side.factor = image.rows;
   side.norms = image.norms.data();
@@ -116,7 +114,7 @@ GramSide<T> gram_side(const NormalizedImage<T>& image, T* gradient) {
 // larger than F: the difference would cancel.
 template <typename T>
 bool takes_identity(const RefineParams<T>& params, int64_t image) {
-  constexpr T kMaxGrowth = 4;
+  constexpr T kMaxGrowth = 4;  // of a norm, from F to F^
   if (params.up_gram.is_empty()) return false;
   const int64_t patches = params.sizes.patches(), first = image * patches;
   for (int64_t i = first; i < first + patches; ++i) {
@@ -140,7 +138,7 @@ void refine_and_compare(const RefineParams<T>& params, int64_t begin, int64_t co
                                               params.has_gradient);
   }
   refine(params, begin, count, refined);
-  // 2. R of each image that does not take the identity.
+  // 2. R of each image that does not take the identity; null for the others.
   std::vector<std::unique_ptr<NormalizedImage<T>>> targets(count);
   bool has_targets = false;
   for (int64_t i = 0; i < count; ++i) {
@@ -155,9 +153,7 @@ void refine_and_compare(const RefineParams<T>& params, int64_t begin, int64_t co
     const int64_t first = (begin + i) * patches;
     T* const gradient = grad_target == nullptr ? nullptr : grad_target + first * width;
     const RefinedImage<T>& image = *refined[i];
-    GramSide<T> own{}, other{};
-    own.rows_t = image.refined_t.view();
-    own.inverses = image.inverses.data();
+    GramSide<T> own{image.refined_t.view(), image.inverses.data()};
     if (grad_hz != nullptr) {
       own.factor = Matrix<const T>(params.hz).row_slice(first, patches);
       own.norms = params.norms + first;
@@ -165,12 +161,9 @@ void refine_and_compare(const RefineParams<T>& params, int64_t begin, int64_t co
       own.gradient = {grad_hz + first * 2 * rank, patches, 2 * rank, 2 * rank};
     }
     const bool has_identity = targets[i] == nullptr;
-    if (has_identity) {
-      other.rows_t = image.lh_t.view();
-      other.inverses = image.teacher_inverses.data();
-    } else {
-      other = gram_side(*targets[i], gradient);
-    }
+    const GramSide<T> other =
+        has_identity ? GramSide<T>{image.lh_t.view(), image.teacher_inverses.data()}
+                     : gram_side(*targets[i], gradient);
     images[i] = {patches, width, own, other, has_identity ? rank : 0, gram_scale<T>(sizes)};
   }
   cpu::gram(images, squares);
@@ -341,11 +334,11 @@ BackwardOutput losses_backward(Optional student, Tensor teacher, Tensor up, Tens
                                int64_t prefix, ScalarType acc, ScalarType product,
                                OptionalDtype student_dtype, OptionalDtype down_dtype,
                                OptionalDtype up_dtype) {
-  const BackwardInputs x{student,      teacher,   up,             hz,
-                         grad_hz,      residual,  norms,          threshold,
-                         outlier_weight, grad_kd, grad_outlier,   grad_info,
-                         grad_refined, prefix,    acc,            product,
-                         student_dtype, down_dtype, up_dtype};
+  const BackwardInputs x{student,        teacher,    up,           hz,
+                         grad_hz,        residual,   norms,        threshold,
+                         outlier_weight, grad_kd,    grad_outlier, grad_info,
+                         grad_refined,   prefix,     acc,          product,
+                         student_dtype,  down_dtype, up_dtype};
   check_cpu("teacher", x.teacher);
   check_tokens("teacher", x.teacher, x.prefix);
   check_acc("acc", x.acc);

@@ -32,7 +32,7 @@ struct Matmul {
         }
         continue;
       }
-      // 3. Column-major input: transpose 4 x 4 at a time, then what is left; any other: by element.
+      // 3. Any other input: by columns; column-major, four at a time, as transposed 4 x 4 tiles.
       for (int64_t start = 0; start < rows; start += kBlockDepth) {
         const int64_t stop = start + kBlockDepth < rows ? start + kBlockDepth : rows;
         int64_t j = 0;

@@ -71,12 +71,12 @@ void outlier(const T* norms, int64_t images, int64_t patches, double quantile, T
 // One side of the stage `gram`: F^ or R of an image. C is [H | Z] or R itself.
 template <typename T>
 struct GramSide {
-  PackedView<T> rows_t;         // the patches transposed, [D, P]
-  const T* inverses;            // 1 / norms of the patches, [P]
-  Matrix<const T> factor;       // C, [P, m]; null data: no gradient, and the rest is not read
-  const T* norms;               // [P]
-  PackedView<T> scaled_factor;  // diag(1/n) C, [P, m]
-  Matrix<T> gradient;           // out: X C, [P, m]
+  PackedView<T> rows_t;           // the patches transposed, [D, P]
+  const T* inverses;              // 1 / norms of the patches, [P]
+  Matrix<const T> factor{};       // C, [P, m]; null data: no gradient, and the rest is not read
+  const T* norms = nullptr;       // [P]
+  PackedView<T> scaled_factor{};  // diag(1/n) C, [P, m]
+  Matrix<T> gradient{};           // out: X C, [P, m]
 };
 
 // The stage `gram` of one image.
@@ -93,7 +93,7 @@ struct GramParams {
 template <typename T>
 void gram(const std::vector<GramParams<T>>& images, double* squares);
 
-// Patches of an image, their norms and what `gram` takes of them.
+// The patches R of an image, their norms n, and the operands of `gram`.
 template <typename T>
 struct NormalizedImage {
   NormalizedImage(const Sizes& sizes, bool has_gradient)

@@ -32,5 +32,5 @@ py::dict report() {
 
 PYBIND11_MODULE(_build, module) {
   module.doc() = "How the library _ops was built.";
-  module.def("report", &report, "Return what it was built with, by name.");
+  module.def("report", &report, "Return the settings of the build, by name.");
 }
