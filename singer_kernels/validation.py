@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import reprlib
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,6 +74,13 @@ def check_frozen(name: str, value: Tensor) -> None:
         )
 
 
+def _check_integral(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name}: got {_describe(value)}, expected an int")
+    # int() of a size that torch.compile or torch.export keeps symbolic would fix it.
+    return cast("int", value) if isinstance(value, torch.SymInt) else int(value)
+
+
 def check_int(name: str, value: object, low: int, high: int | None = None, why: str = "") -> int:
     """Check that a value is an integer between two bounds, both included.
 
@@ -90,9 +98,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None, why: 
         TypeError: it is no integer.
         ValueError: it lies outside the bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {_describe(value)}, expected an int")
-    number = int(value)
+    number = _check_integral(name, value)
     if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {value}, expected {bounds}{why}")
@@ -109,8 +115,14 @@ def check_num_prefix_tokens(num_prefix_tokens: object, num_tokens: int) -> int:
         TypeError: it is no integer.
         ValueError: it is negative, or leaves no patch.
     """
-    why = f" (there are {num_tokens} tokens, and at least one must be a patch)"
-    return check_int("num_prefix_tokens", num_prefix_tokens, 0, num_tokens - 1, why)
+    number = _check_integral("num_prefix_tokens", num_prefix_tokens)
+    if number < 0 or number >= num_tokens:
+        # Formatted here alone: the text of a symbolic size would fix it.
+        raise ValueError(
+            f"num_prefix_tokens: got {num_prefix_tokens}, expected 0 to {num_tokens - 1} "
+            f"(there are {num_tokens} tokens, and at least one must be a patch)"
+        )
+    return number
 
 
 def check_quantile(quantile: object) -> float:

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar, cast, get_args
 # and likewise for "reference".
 from torch import Tensor
 from torch import device as Device
+from torch._C import _are_functorch_transforms_active  # torch.autograd.Function asks it too
 from torch.compiler import is_compiling
 
 from singer_kernels import reference as specification
@@ -134,6 +135,13 @@ def unavailable_reason(name: str, device: Device, explicit: bool = True) -> str 
         return f"it can't be imported: {error}"
 
 
+def _unsupported_reason(name: str, spec: CallSpec) -> str | None:
+    under_torch_func = not is_compiling() and _are_functorch_transforms_active()
+    if under_torch_func and name != "reference":
+        return "under the transforms of torch.func there is 'reference' alone"
+    return load(name).unsupported_reason(spec)
+
+
 def _select_for_device(device: Device) -> str:
     if device in _chosen:
         return _chosen[device]
@@ -156,7 +164,7 @@ def _select_for_call(first: str, device: Device, spec: CallSpec) -> str:
     for name in NAMES[NAMES.index(first) :]:
         if name != first and unavailable_reason(name, device, explicit=False) is not None:
             continue
-        reason = load(name).unsupported_reason(spec)
+        reason = _unsupported_reason(name, spec)
         if reason is None:
             note = f"backend {name!r} takes calls on {device} ({'; '.join(skipped)})"
             if skipped and not is_compiling() and note not in _logged_fallbacks:
@@ -219,7 +227,7 @@ def resolve_backend(backend: str | None, device: Device, spec: CallSpec | None =
     if reason is not None:
         raise RuntimeError(f"{source}: {backend!r} can't run on {device}: {reason}")
     if spec is not None:
-        reason = load(backend).unsupported_reason(spec)
+        reason = _unsupported_reason(backend, spec)
         if reason is not None:
             raise RuntimeError(f"{source}: {backend!r} can't run this call: {reason}")
     return backend

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from singer_kernels.backends.precision import MatmulPrecision, no_autocast, saved
 from singer_kernels.reference import accumulation_dtype
@@ -20,9 +21,15 @@ from singer_kernels.reference import accumulation_dtype
 class _ForbidDoubleBackward(torch.autograd.Function):
     """The identity in its first argument; its gradient raises."""
 
+    generate_vmap_rule = True  # with setup_context: works under torch.func
+
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(grad: Tensor, *inputs: Tensor) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> NoReturn:
@@ -47,9 +54,15 @@ def forbid_double_backward(
 class _OnceDifferentiable(torch.autograd.Function):
     """The identity, whose gradient can't be differentiated again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(tensor: Tensor) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
@@ -70,9 +83,8 @@ def scaled_patches(tensor: Tensor, unit: Tensor, prefix: int, grad_output: Tenso
         prefix: the number of prefix tokens.
         grad_output: the gradient of the loss, ``[]``.
     """
-    grad = torch.zeros_like(tensor)
-    grad[:, prefix:] = unit * grad_output
-    return grad
+    # Out of place: grad_output may be batched (torch.autograd.grad with is_grads_batched).
+    return functional.pad(unit * grad_output, (0, 0, prefix, 0)).to(tensor.dtype)
 
 
 def mark_outputs(

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from singer_kernels.backends import Backend
 from singer_kernels.backends.gradients import (
@@ -94,9 +94,15 @@ class _Rows(NamedTuple):
         """Return every pair's inner product, ``[B, P, P]``: half is computed, half mirrored."""
         batch, count, _ = self.patches.shape
         products = self.patches.new_empty(batch, count, count)
-        step = max(_MIN_PANEL, -(-count // _PANELS))
-        for start in range(0, count, step):
-            end = min(start + step, count)
+        if is_compiling():  # each number of panels is a graph of its own; an export is one graph
+            least = _PANELS // 2 * _MIN_PANEL
+            panels = 1 if is_exporting() or count < least else _PANELS // 2
+            step = -(-count // panels)
+        else:
+            step = max(_MIN_PANEL, -(-count // _PANELS))
+            panels = -(-count // step)
+        for index in range(panels):
+            start, end = index * step, min((index + 1) * step, count)
             panel = torch.bmm(self.patches[:, start:end], self.patches[:, start:].mT)
             products[:, start:end, start:] = panel
             products[:, end:, start:end] = panel[:, :, end - start :].mT
@@ -245,7 +251,7 @@ class _FusedLosses(torch.autograd.Function):
 
 def _refined(teacher: Tensor, h: Tensor, up: Tensor, acc: torch.dtype) -> Tensor:
     """Return F̂ = F + H Wu, ``[B, T, D]``, in the accumulation dtype."""
-    factor = up.to(h.dtype).expand(len(h), -1, -1)
+    factor = up.to(h.dtype).expand(h.shape[0], -1, -1)
     if h.dtype == acc:
         return torch.baddbmm(teacher.to(acc), h, factor)
     return teacher.to(acc) + torch.bmm(h, factor).to(acc)
@@ -265,7 +271,7 @@ def _information(
     """Return the information loss and, if needed, ``X [H | Z]`` and the target's gradient."""
     if is_teacher and _has_exact_products(dtype):
         products = rows.products()
-        up_gram = (up @ up.mT).expand(len(h), -1, -1)  # M
+        up_gram = (up @ up.mT).expand(h.shape[0], -1, -1)  # M
         l = torch.baddbmm(z, h, up_gram, alpha=-0.5)  # noqa: E741  L = Z - H M / 2, [B, P, r]
         hl, lh = torch.cat([h, l], -1), torch.cat([l, h], -1)
         target_gram = target_rows.cosines_(torch.baddbmm(products, hl, lh.mT, alpha=-1))
@@ -337,7 +343,7 @@ def _backward(
         grad_target = scaled_patches(gram_target, x.grad_target, prefix, grad_info)
     grad_student_acc = None  # dS = α (S − F̂), [B, T, D]
     if grad_kd is not None:
-        grad_student_acc = (student - refined).mul_(grad_kd * (2.0 / refined.numel()))
+        grad_student_acc = (student - refined) * (grad_kd * (2.0 / refined.numel()))
         grad_student = grad_student_acc.to(student.dtype) if needs_student else None
     if not (needs_down or needs_up):
         return [grad_student, None, None, grad_target]
@@ -361,7 +367,7 @@ def _backward(
         grad_delta_up = None  # (Y − dS) Wuᵀ
         if grad_delta is not None:
             # Not matmul, which would copy the slice to fold its first two dimensions.
-            factor = up.to(product).mT.expand(len(grad_delta), -1, -1)
+            factor = up.to(product).mT.expand(grad_delta.shape[0], -1, -1)
             grad_delta_up = torch.bmm(grad_delta, factor).to(acc) * sign
         grad_h = _total(_sum_of_products((grad_hz_z, grad_info), (z, coefficient)), grad_delta_up)
         if grad_h is not None:
