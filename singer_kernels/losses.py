@@ -193,6 +193,15 @@ def fused_losses(
     return backends.resolve(backend, teacher.device, spec).fused_losses(inputs)
 
 
+def _assign(parameter: nn.Parameter, value: Tensor) -> None:
+    if hasattr(parameter, "placements"):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = parameter.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
+    parameter.copy_(value)
+
+
 class FusedLosses(nn.Module):
     """The adapter of one distilled layer, and its losses.
 
@@ -255,6 +264,8 @@ class FusedLosses(nn.Module):
     def set_basis(self, basis: Tensor) -> None:
         """Set ``Wd = N`` and ``Wu = Nᵀ``.
 
+        Sharded parameters (FSDP2's ``fully_shard``) get the first rank's basis on every rank.
+
         Args:
             basis: N, ``[dim, rank]``, any floating dtype and device.
 
@@ -267,8 +278,8 @@ class FusedLosses(nn.Module):
             raise ValueError(
                 f"basis: got shape {tuple(basis.shape)}, expected {tuple(self.down.shape)}"
             )
-        self.down.copy_(basis)
-        self.up.copy_(basis.mT)
+        _assign(self.down, basis)
+        _assign(self.up, basis.mT)
 
     def forward(
         self, student: Tensor, teacher: Tensor, gram_target: Tensor | None = None

@@ -32,6 +32,11 @@ def check_tensor(name: str, value: object, dims: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {_describe(value)}, expected a tensor {dims}")
+    if hasattr(value, "placements"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor {dims}: "
+            f"call the sharded module itself, or pass {name}.full_tensor()"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor {dims}")
     if value.dtype not in FLOAT_DTYPES:
