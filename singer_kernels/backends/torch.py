@@ -94,13 +94,10 @@ class _Rows(NamedTuple):
         """Return every pair's inner product, ``[B, P, P]``: half is computed, half mirrored."""
         batch, count, _ = self.patches.shape
         products = self.patches.new_empty(batch, count, count)
+        panels = min(_PANELS, -(-count // _MIN_PANEL))
         if is_compiling():  # each number of panels is a graph of its own; an export is one graph
-            least = _PANELS // 2 * _MIN_PANEL
-            panels = 1 if is_exporting() or count < least else _PANELS // 2
-            step = -(-count // panels)
-        else:
-            step = max(_MIN_PANEL, -(-count // _PANELS))
-            panels = -(-count // step)
+            panels = 1 if is_exporting() or count < 2 * _MIN_PANEL else 2
+        step = -(-count // panels)
         for index in range(panels):
             start, end = index * step, min((index + 1) * step, count)
             panel = torch.bmm(self.patches[:, start:end], self.patches[:, start:].mT)
