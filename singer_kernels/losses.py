@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -194,10 +194,10 @@ def fused_losses(
 
 
 def _assign(parameter: nn.Parameter, value: Tensor) -> None:
-    if hasattr(parameter, "placements"):  # a DTensor
-        from torch.distributed.tensor import distribute_tensor
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        mesh = parameter.device_mesh
+        mesh = cast("DTensor", parameter).device_mesh
         value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
     parameter.copy_(value)
 
