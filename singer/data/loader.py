@@ -297,14 +297,14 @@ def check_batch(config: Config, num_processes: int) -> None:
             ``train.grad_accum_steps``.
     """
     batch_size, grad_accum_steps = config.train.batch_size, config.train.grad_accum_steps
-    parts = num_processes * grad_accum_steps
-    if batch_size % parts:
-        below = batch_size // parts * parts
-        nearest = f"{below} or {below + parts}" if below else f"{parts}"
+    divisor = num_processes * grad_accum_steps
+    if batch_size % divisor:
+        below = batch_size // divisor * divisor
+        nearest = f"{below} or {below + divisor}" if below else f"{divisor}"
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         raise SingerError(
             f"train.batch_size: got {batch_size}, which {processes} with train.grad_accum_steps="
-            f"{grad_accum_steps} can't share evenly; expected a multiple of {parts}, such as "
+            f"{grad_accum_steps} can't share evenly; expected a multiple of {divisor}, such as "
             f"{nearest}"
         )
 
