@@ -121,8 +121,8 @@ double GramDifference<T>::compute(int64_t block, T* buffer) const {
     const auto sums_of = [&](int64_t begin, int64_t end, T* column_dots, T* target_column_dots) {
       return simd_kernels<T>().gram_difference(
           products.row(i) + begin - first, target_products.row(i) + begin - first, rank > 0,
-          refined.inverses[row], target.inverses[row], refined.inverses + begin,
-          target.inverses + begin, end - begin, column_dots, target_column_dots);
+          refined.inv_norms[row], target.inv_norms[row], refined.inv_norms + begin,
+          target.inv_norms + begin, end - begin, column_dots, target_column_dots);
     };
     const GramSums<T> diagonal = sums_of(first, below, nullptr, nullptr);
     const GramSums<T> rest = sums_of(below, patches, dots == nullptr ? nullptr : dots + below,
@@ -152,7 +152,7 @@ void GramDifference<T>::gradient(int64_t block, const GramSide<T>& side,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = first + i;
     const T norm_grad_coef = gram_norm_coefficient(side.norms[row], row_dots.total(row, block));
-    simd_kernels<T>().gram_gradient(out.row(i), side.factor.row(row), side.inverses[row],
+    simd_kernels<T>().gram_gradient(out.row(i), side.factor.row(row), side.inv_norms[row],
                                     norm_grad_coef, scale, out.columns, out.row(i));
   }
 }
@@ -220,12 +220,12 @@ void normalize(const TokenRows<T>& tokens, const Sizes& sizes, int64_t first,
       image.rows_t.set_columns(rows.transposed(), start);
       for (int64_t i = 0; i < block.count; ++i) {
         image.norms.data()[start + i] = std::sqrt(simd.sum_of_squares(rows.row(i), width));
-        image.inverses.data()[start + i] = reciprocal_norm(image.norms.data()[start + i]);
+        image.inv_norms.data()[start + i] = reciprocal_norm(image.norms.data()[start + i]);
       }
       // 3. The rows divided by their norms.
       if (!image.has_gradient) continue;
       for (int64_t i = 0; i < block.count; ++i) {
-        simd.scale(rows.row(i), image.inverses.data()[start + i], width,
+        simd.scale(rows.row(i), image.inv_norms.data()[start + i], width,
                    buffer.data() + i * width);
       }
       image.scaled.set_rows({buffer.data(), block.count, width, width}, start);

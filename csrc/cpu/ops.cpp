@@ -101,7 +101,7 @@ PackedMatrix<T> up_gram_of(const Matrix<const T>& up, const PackedMatrix<T>& up_
 // Return one side of `gram`; `gradient` [P, D], if not null, receives X R.
 template <typename T>
 GramSide<T> gram_side(const NormalizedImage<T>& image, T* gradient) {
-  GramSide<T> side{image.rows_t.view(), image.inverses.data()};
+  GramSide<T> side{image.rows_t.view(), image.inv_norms.data()};
   if (gradient == nullptr) return side;
   side.factor = image.rows;
   side.norms = image.norms.data();
@@ -153,7 +153,7 @@ void refine_and_compare(const RefineParams<T>& params, int64_t begin, int64_t co
     const int64_t first = (begin + i) * patches;
     T* const gradient = grad_target == nullptr ? nullptr : grad_target + first * width;
     const RefinedImage<T>& image = *refined[i];
-    GramSide<T> own{image.refined_t.view(), image.inverses.data()};
+    GramSide<T> own{image.refined_t.view(), image.inv_norms.data()};
     if (grad_hz != nullptr) {
       own.factor = Matrix<const T>(params.hz).row_slice(first, patches);
       own.norms = params.norms + first;
@@ -162,7 +162,7 @@ void refine_and_compare(const RefineParams<T>& params, int64_t begin, int64_t co
     }
     const bool has_identity = targets[i] == nullptr;
     const GramSide<T> other =
-        has_identity ? GramSide<T>{image.lh_t.view(), image.teacher_inverses.data()}
+        has_identity ? GramSide<T>{image.lh_t.view(), image.teacher_inv_norms.data()}
                      : gram_side(*targets[i], gradient);
     images[i] = {patches, width, own, other, has_identity ? rank : 0, gram_scale<T>(sizes)};
   }

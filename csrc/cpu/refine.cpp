@@ -36,12 +36,12 @@ void prepare_gram(const RefineParams<T>& params, const RefinedImage<T>& image,
   const Matrix<const T> hz = Matrix<const T>(params.hz).row_slice(first, count);
   const Matrix<T> rows{buffer, count, 2 * rank, 2 * rank};
   // 1. F^ transposed, and 1 / n.
-  T* inverses = image.inverses.data() + start;
+  T* inv_norms = image.inv_norms.data() + start;
   image.refined_t.set_columns(refined.transposed(), start);
-  for (int64_t i = 0; i < count; ++i) inverses[i] = reciprocal_norm(params.norms[first + i]);
+  for (int64_t i = 0; i < count; ++i) inv_norms[i] = reciprocal_norm(params.norms[first + i]);
   // 2. diag(1/n) [H | Z].
   if (params.has_gradient) {
-    for (int64_t i = 0; i < count; ++i) simd.scale(hz.row(i), inverses[i], 2 * rank, rows.row(i));
+    for (int64_t i = 0; i < count; ++i) simd.scale(hz.row(i), inv_norms[i], 2 * rank, rows.row(i));
     image.scaled_hz.set_rows(rows, start);
   }
   if (params.up_gram.is_empty()) return;
@@ -49,7 +49,7 @@ void prepare_gram(const RefineParams<T>& params, const RefinedImage<T>& image,
   params.up_gram.view().multiply({hz.data, count, rank, hz.row_stride},
                                  {buffer, count, rank, 2 * rank});
   for (int64_t i = 0; i < count; ++i) {
-    image.teacher_inverses.data()[start + i] = reciprocal_norm(params.teacher_norms[first + i]);
+    image.teacher_inv_norms.data()[start + i] = reciprocal_norm(params.teacher_norms[first + i]);
     simd.subtract_half(hz.row(i) + rank, rows.row(i), rank, rows.row(i));
     std::copy(hz.row(i), hz.row(i) + rank, rows.row(i) + rank);
   }

@@ -75,12 +75,12 @@ struct SimdKernels {
   // sum of (a - b)^2
   T (*squared_distance)(const T* a, const T* b, int64_t count);
 
-  // E = G - G_R of one row, in place of products; G = products inverse inverses, and likewise G_R,
-  // from target_products or, with `is_identity`, products - target_products. Adds E G and E G_R of
-  // each column to column_dots and target_column_dots, unless null.
+  // E = G - G_R of one row, in place of products. G = products inv_norm inv_norms; G_R likewise, from
+  // target_products or, with `is_identity`, products - target_products. Adds E G and E G_R of each
+  // column to column_dots and target_column_dots, unless null.
   GramSums<T> (*gram_difference)(T* products, const T* target_products, bool is_identity,
-                                 T inverse, T target_inverse, const T* inverses,
-                                 const T* target_inverses, int64_t count, T* column_dots,
+                                 T inv_norm, T target_inv_norm, const T* inv_norms,
+                                 const T* target_inv_norms, int64_t count, T* column_dots,
                                  T* target_column_dots);
 
   // out = factor in
@@ -90,7 +90,7 @@ struct SimdKernels {
   void (*subtract_half)(const T* z, const T* hm, int64_t count, T* l);
 
   // out = X C of one row: see singer::gram_gradient.
-  void (*gram_gradient)(const T* product, const T* factor, T inverse, T norm_grad_coef, T scale,
+  void (*gram_gradient)(const T* product, const T* factor, T inv_norm, T norm_grad_coef, T scale,
                         int64_t count, T* out);
 
   // out = scale (student - refined)

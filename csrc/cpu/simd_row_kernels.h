@@ -133,17 +133,17 @@ struct RowKernels {
   }
 
   template <bool kHasDots, bool kHasTargetDots>
-  static GramSums<T> gram_row(T* products, const T* target_products, bool is_identity, T inverse,
-                              T target_inverse, const T* inverses, const T* target_inverses,
+  static GramSums<T> gram_row(T* products, const T* target_products, bool is_identity, T inv_norm,
+                              T target_inv_norm, const T* inv_norms, const T* target_inv_norms,
                               int64_t count, T* column_dots, T* target_column_dots) {
     T squares = 0, row_dot = 0, target_row_dot = 0;
     // The inner product of the target is own * products + sign * target_products.
     const T own = is_identity ? T(1) : T(0), sign = is_identity ? T(-1) : T(1);
 #pragma omp simd reduction(+ : squares, row_dot, target_row_dot)
     for (int64_t j = 0; j < count; ++j) {
-      const T cosine = products[j] * (inverse * inverses[j]);
+      const T cosine = products[j] * (inv_norm * inv_norms[j]);
       const T target_product = own * products[j] + sign * target_products[j];
-      const T target_cosine = target_product * (target_inverse * target_inverses[j]);
+      const T target_cosine = target_product * (target_inv_norm * target_inv_norms[j]);
       const T difference = cosine - target_cosine;
       products[j] = difference;
       squares += difference * difference;
@@ -157,15 +157,15 @@ struct RowKernels {
   }
 
   static GramSums<T> gram_difference(T* products, const T* target_products, bool is_identity,
-                                     T inverse, T target_inverse, const T* inverses,
-                                     const T* target_inverses, int64_t count, T* column_dots,
+                                     T inv_norm, T target_inv_norm, const T* inv_norms,
+                                     const T* target_inv_norms, int64_t count, T* column_dots,
                                      T* target_column_dots) {
     const auto kernel =
         column_dots == nullptr
             ? (target_column_dots == nullptr ? gram_row<false, false> : gram_row<false, true>)
             : (target_column_dots == nullptr ? gram_row<true, false> : gram_row<true, true>);
-    return kernel(products, target_products, is_identity, inverse, target_inverse, inverses,
-                  target_inverses, count, column_dots, target_column_dots);
+    return kernel(products, target_products, is_identity, inv_norm, target_inv_norm, inv_norms,
+                  target_inv_norms, count, column_dots, target_column_dots);
   }
 
   static void scale(const T* in, T factor, int64_t count, T* out) {
@@ -176,10 +176,10 @@ struct RowKernels {
     for (int64_t i = 0; i < count; ++i) l[i] = z[i] - T(0.5) * hm[i];
   }
 
-  static void gram_gradient(const T* product, const T* factor, T inverse, T norm_grad_coef,
+  static void gram_gradient(const T* product, const T* factor, T inv_norm, T norm_grad_coef,
                             T scale, int64_t count, T* out) {
     for (int64_t i = 0; i < count; ++i) {
-      out[i] = singer::gram_gradient(product[i], factor[i], inverse, norm_grad_coef, scale);
+      out[i] = singer::gram_gradient(product[i], factor[i], inv_norm, norm_grad_coef, scale);
     }
   }
 

@@ -20,16 +20,16 @@ template <typename T>
 struct RefinedImage {
   RefinedImage(const Sizes& sizes, bool has_identity, bool has_gradient)
       : refined_t(sizes.width, sizes.patches()),
-        inverses(sizes.patches()),
-        teacher_inverses(has_identity ? sizes.patches() : 0),
+        inv_norms(sizes.patches()),
+        teacher_inv_norms(has_identity ? sizes.patches() : 0),
         lh_t(has_identity ? 2 * sizes.rank : 0, sizes.patches()),
         scaled_hz(has_gradient ? sizes.patches() : 0, 2 * sizes.rank) {}
 
-  PackedMatrix<T> refined_t;    // F^ transposed, [D, P]
-  Scratch<T> inverses;          // 1 / n, [P]
-  Scratch<T> teacher_inverses;  // 1 / norms of F, [P]; with the identity
-  PackedMatrix<T> lh_t;         // [L | H] transposed, [2r, P]; with the identity
-  PackedMatrix<T> scaled_hz;    // diag(1/n) [H | Z], [P, 2r]; with a gradient
+  PackedMatrix<T> refined_t;     // F^ transposed, [D, P]
+  Scratch<T> inv_norms;          // 1 / n, [P]
+  Scratch<T> teacher_inv_norms;  // 1 / norms of F, [P]; with the identity
+  PackedMatrix<T> lh_t;          // [L | H] transposed, [2r, P]; with the identity
+  PackedMatrix<T> scaled_hz;     // diag(1/n) [H | Z], [P, 2r]; with a gradient
 };
 
 template <typename T>
@@ -72,7 +72,7 @@ void outlier(const T* norms, int64_t images, int64_t patches, double quantile, T
 template <typename T>
 struct GramSide {
   PackedView<T> rows_t;           // the patches transposed, [D, P]
-  const T* inverses;              // 1 / norms of the patches, [P]
+  const T* inv_norms;             // 1 / norms of the patches, [P]
   Matrix<const T> factor{};       // C, [P, m]; null data: no gradient, and the rest is not read
   const T* norms = nullptr;       // [P]
   PackedView<T> scaled_factor{};  // diag(1/n) C, [P, m]
@@ -99,14 +99,14 @@ struct NormalizedImage {
   NormalizedImage(const Sizes& sizes, bool has_gradient)
       : has_gradient(has_gradient),
         rows_t(sizes.width, sizes.patches()),
-        inverses(sizes.patches()),
+        inv_norms(sizes.patches()),
         norms(sizes.patches()),
         scaled(has_gradient ? sizes.patches() : 0, sizes.width),
         buffer(0) {}
 
   bool has_gradient;       // whether X R is requested, which takes `scaled` and `rows`
   PackedMatrix<T> rows_t;  // R transposed, [D, P]
-  Scratch<T> inverses;     // 1 / n, [P]
+  Scratch<T> inv_norms;    // 1 / n, [P]
   Scratch<T> norms;        // n, [P]
   PackedMatrix<T> scaled;  // diag(1/n) R, [P, D]
   Scratch<T> buffer;

@@ -47,11 +47,11 @@ __global__ void gram_scale_kernel(Rows factor, const T* norms, Output out, int64
                                   int64_t width, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
-  const T inverse = reciprocal_norm(norms[row]);
+  const T inv_norm = reciprocal_norm(norms[row]);
   for_row(width, aligned, [&](int64_t d, auto size) {
     T values[decltype(size)::value];
     load(factor, row * width + d, values);
-    for (T& value : values) value *= inverse;
+    for (T& value : values) value *= inv_norm;
     store(values, out, row * width + d);
   });
 }
@@ -65,7 +65,7 @@ __global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, 
                                 int64_t prefix, int64_t width, bool aligned) {
   const int64_t row = warp_index();
   if (row >= count) return;
-  const T inverse = reciprocal_norm(norms[row]);
+  const T inv_norm = reciprocal_norm(norms[row]);
   const T norm_grad_coef = gram_norm_coefficient(norms[row], row_dots[row]);
   // 1. The row of C: it has `prefix` more rows per image than the product.
   const int64_t factor_row = row / patches * (patches + prefix) + prefix + row % patches;
@@ -76,7 +76,7 @@ __global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, 
     load(product, row * width + d, values);
     load(factor, factor_row * width + d, own);
     for (int i = 0; i < kCount; ++i) {
-      values[i] = gram_gradient(values[i], own[i], inverse, norm_grad_coef, static_cast<T>(scale));
+      values[i] = gram_gradient(values[i], own[i], inv_norm, norm_grad_coef, static_cast<T>(scale));
     }
     store(values, out, row * width + d);
   });

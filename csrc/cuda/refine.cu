@@ -49,14 +49,14 @@ __global__ void refine_kernel(Rows teacher, Rows student, const T* delta, T* nor
   }
   // 3. F^ / n, for the Gram products; F and delta are read again, from the cache.
   if (rows.data == nullptr || !is_patch) return;
-  const T inverse = reciprocal_norm(norm);
+  const T inv_norm = reciprocal_norm(norm);
   for_row(width, aligned, [&](int64_t d, auto size) {
     constexpr int kCount = decltype(size)::value;
     T refined_values[kCount], added[kCount];
     load(teacher, row * width + d, refined_values);
     load(Rows{delta, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float}, row * width + d,
          added);
-    for (int i = 0; i < kCount; ++i) refined_values[i] = (refined_values[i] + added[i]) * inverse;
+    for (int i = 0; i < kCount; ++i) refined_values[i] = (refined_values[i] + added[i]) * inv_norm;
     store(refined_values, rows, patch * width + d);
   });
 }
@@ -79,12 +79,12 @@ __global__ void normalize_kernel(Rows tokens, T* norms, Output rows, int64_t cou
     squares += chunk_squares;
   });
   // 2. Divide by it.
-  const T norm = std::sqrt(warp_sum(squares)), inverse = reciprocal_norm(norm);
+  const T norm = std::sqrt(warp_sum(squares)), inv_norm = reciprocal_norm(norm);
   if (is_first_lane()) norms[patch] = norm;
   for_row(width, aligned, [&](int64_t d, auto size) {
     T values[decltype(size)::value];
     load(tokens, row * width + d, values);
-    for (T& value : values) value *= inverse;
+    for (T& value : values) value *= inv_norm;
     store(values, rows, patch * width + d);
   });
 }

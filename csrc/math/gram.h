@@ -19,15 +19,15 @@ SINGER_FN T reciprocal_norm(T norm) {
 // s / n^2, the gradient through the norm; 0 where n < eps, as the denominator is constant there.
 template <typename T>
 SINGER_FN T gram_norm_coefficient(T norm, T row_dot) {
-  const T inverse = reciprocal_norm(norm);
-  return norm < T(kNormEps) ? T(0) : row_dot * inverse * inverse;
+  const T inv_norm = reciprocal_norm(norm);
+  return norm < T(kNormEps) ? T(0) : row_dot * inv_norm * inv_norm;
 }
 
-// One entry of X C: `product` is that of E diag(1/n) C, `factor` that of C, `inverse` 1/n, `scale`
+// One entry of X C: `product` is that of E diag(1/n) C, `factor` that of C, `inv_norm` 1/n, `scale`
 // 4 / (B P^2).
 template <typename T>
-SINGER_FN T gram_gradient(T product, T factor, T inverse, T norm_grad_coef, T scale) {
-  return scale * (inverse * product - norm_grad_coef * factor);
+SINGER_FN T gram_gradient(T product, T factor, T inv_norm, T norm_grad_coef, T scale) {
+  return scale * (inv_norm * product - norm_grad_coef * factor);
 }
 
 }  // namespace singer
