@@ -17,13 +17,13 @@ from singer.errors import SingerError
 
 @pytest.mark.draws
 def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_DIGITS", (20, 10))
-    monkeypatch.setattr(demo, "_EVALUATION_CROPS", 8)
+    monkeypatch.setattr(demo, "_DIGITS", (12, 6))
+    monkeypatch.setattr(demo, "_EVALUATION_CROPS", 4)
     original = demo.demo_config
 
     def smaller_batches(*arguments):
         config = original(*arguments)
-        train = config.train.model_copy(update={"batch_size": 6})
+        train = config.train.model_copy(update={"batch_size": 4})
         return config.model_copy(update={"train": train})
 
     monkeypatch.setattr(demo, "demo_config", smaller_batches)
