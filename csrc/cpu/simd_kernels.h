@@ -75,7 +75,7 @@ struct SimdKernels {
   // sum of (a - b)^2
   T (*squared_distance)(const T* a, const T* b, int64_t count);
 
-  // E = G - G_R of one row, in place of products. G = products inv_norm inv_norms; G_R likewise, from
+  // E = G - G_R of one row, in place of products. G = products inv_norm inv_norms; likewise G_R, of
   // target_products or, with `is_identity`, products - target_products. Adds E G and E G_R of each
   // column to column_dots and target_column_dots, unless null.
   GramSums<T> (*gram_difference)(T* products, const T* target_products, bool is_identity,
