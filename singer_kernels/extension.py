@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import logging
 import os
+import runpy
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-LIBRARY = Path(__file__).parent / "_ops.so"
-RECORD = Path(__file__).parent / "_install.json"
+_HERE = Path(__file__).parent
+_logger = logging.getLogger("singer_kernels")
+
+
+def _folder() -> Path:
+    """Return the folder of the compiled files: this package's, except in a clone.
+
+    A clone that was not built in place has none: there the package that was installed from the
+    same sources in ``csrc`` has them. One from other sources is not used, which is logged.
+    """
+    hashing = _HERE.parent / "build_backend" / "singer_build" / "hashing.py"
+    if (_HERE / "_install.json").exists() or not hashing.is_file():
+        return _HERE
+    for distribution in importlib.metadata.distributions(name="singer-kernels"):
+        folder = Path(str(distribution.locate_file("singer_kernels")))
+        if not (folder / "_ops.so").is_file():
+            continue
+        sources = runpy.run_path(str(hashing))["build_hash"](_HERE.parent, [])
+        if _read_record(folder / "_install.json").get("sources") == sources:
+            return folder
+        _logger.warning(
+            "singer_kernels: %s is imported, without a compiled library: that of the installed "
+            "package, %s, is of other sources; start Python in another folder, or install again",
+            _HERE,
+            folder,
+        )
+    return _HERE
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in record.items()} if isinstance(record, dict) else {}
+
+
+LIBRARY = _folder() / "_ops.so"
+RECORD = LIBRARY.parent / "_install.json"
 
 CAPABILITY_VARIABLE = "SINGER_CPU_CAPABILITY"
 CAPABILITIES = ("baseline", "avx2", "avx512")
@@ -43,14 +84,11 @@ def install_record() -> dict[str, str]:
     """Return the installation's record.
 
     Returns:
-        ``requested``, ``built`` (``none``, ``cpu`` or ``cuda``) and the ``reason`` if less was
-        built; empty without a record, as in a source tree that was never installed.
+        ``requested``, ``built`` (``none``, ``cpu`` or ``cuda``), the ``reason`` if less was built,
+        and ``sources``, a SHA-256 over ``csrc``; empty without a record, as in a source tree that
+        was never installed.
     """
-    try:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(k): str(v) for k, v in record.items()} if isinstance(record, dict) else {}
+    return _read_record(RECORD)
 
 
 def _why_missing() -> str:
@@ -97,7 +135,12 @@ def build_report() -> dict[str, str | None] | None:
         without such a report.
     """
     try:
-        return dict(importlib.import_module("singer_kernels._build").report())
+        spec = PathFinder.find_spec("singer_kernels._build", [str(LIBRARY.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return dict(module.report())
     except Exception:  # an ImportError, or any error of a broken file
         return None
 

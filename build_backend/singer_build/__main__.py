@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from singer_build import compiling
+from singer_build.hashing import build_hash
 from singer_build.plan import VARIABLE, BuildNotPossible, plan_build
 from singer_build.toolchain import detect_toolchain
 
@@ -36,6 +37,7 @@ def main() -> str | None:
         return str(error)
     reason = "; ".join(filter(None, [plan.reason, built.reason]))
     record = {"requested": requested, "built": plan.kind, "reason": reason}
+    record["sources"] = build_hash(ROOT, [])
     text = json.dumps(record, indent=2) + "\n"
     (ROOT / "singer_kernels" / "_install.json").write_text(text, encoding="utf-8")
     print(f"built {plan.kind}{'; ' if reason else ''}{reason}")

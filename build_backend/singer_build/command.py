@@ -14,6 +14,7 @@ from setuptools.command.build import build
 from setuptools.errors import SetupError
 
 from singer_build import compiling
+from singer_build.hashing import build_hash
 from singer_build.plan import VARIABLE, BuildNotPossible, Kind, Plan, Toolchain, plan_build
 from singer_build.toolchain import detect_toolchain
 
@@ -98,6 +99,7 @@ class BuildKernels(setuptools.Command):
         for path in files:
             shutil.move(path, folder / path.name)
         record = {"requested": requested, "built": plan.kind, "reason": plan.reason}
+        record["sources"] = build_hash(ROOT, [])
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self.written = [*(path.name for path in files), RECORD]
         note = f"; {plan.reason}" if plan.reason else ""

@@ -6,7 +6,6 @@ with every torch from 2.10 on. ``torch.utils.cpp_extension`` would add other opt
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from singer_build.hashing import build_hash
 from singer_build.plan import Kind, Toolchain
 from singer_build.toolchain import BUILD_INFO, nvcc_output, sources
 
@@ -107,17 +107,6 @@ def gencode(requested: str, known: Iterable[str]) -> list[str]:
         if match[3]:
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return options
-
-
-def build_hash(root: Path, flags: Iterable[str]) -> str:
-    """Return the SHA-256 of all sources in ``csrc`` (names and bytes, sorted) and the flags."""
-    digest = hashlib.sha256()
-    for path in sorted((root / "csrc").rglob("*")):
-        if path.suffix in {".cpp", ".h", ".cu", ".cuh"}:
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    digest.update("\0".join(flags).encode())
-    return digest.hexdigest()
 
 
 def _macro(name: str, value: str) -> str:

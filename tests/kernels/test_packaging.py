@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +18,7 @@ from singer_kernels import extension, info
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from singer_build import compiling, toolchain
+from singer_build import compiling, hashing, toolchain
 from singer_build.plan import BuildNotPossible, Plan, Toolchain, plan_build
 
 CPU_TORCH = Toolchain(torch="2.13.0+cpu", torch_folder="/t", compiler="g++", cuda_sources=True)
@@ -174,12 +176,12 @@ def test_the_build_hash_changes_with_sources_and_flags_alone(tmp_path):
     source = tmp_path / "csrc" / "cpu" / "ops.cpp"
     source.parent.mkdir(parents=True)
     source.write_text("int a;")
-    first = compiling.build_hash(tmp_path, ["-O3"])
+    first = hashing.build_hash(tmp_path, ["-O3"])
     (source.parent / "notes.txt").write_text("no source")
-    assert compiling.build_hash(tmp_path, ["-O3"]) == first
-    assert compiling.build_hash(tmp_path, ["-O2"]) != first
+    assert hashing.build_hash(tmp_path, ["-O3"]) == first
+    assert hashing.build_hash(tmp_path, ["-O2"]) != first
     source.write_text("int b;")
-    assert compiling.build_hash(tmp_path, ["-O3"]) != first
+    assert hashing.build_hash(tmp_path, ["-O3"]) != first
 
 
 def test_a_failed_compilation_names_its_error(tmp_path, capfd):
@@ -230,6 +232,52 @@ def test_a_corrupt_library_gives_the_error_in_one_line(installed, content):
     assert reason.startswith("not loadable: ")
     assert str(installed / "_ops.so") in reason
     assert "\n" not in reason
+
+
+CLONE = """
+import sys, json
+from singer_kernels import extension
+print(json.dumps([str(extension.LIBRARY.parent), extension.load(), extension.build_report()]))
+"""
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_clone_uses_the_installed_library_of_the_same_sources(tmp_path, same):
+    if extension.load() is not None:
+        pytest.skip(f"the extension is {extension.load()}")
+    clone, installed = tmp_path / "clone", tmp_path / "installed"
+    source = Path(extension.__file__).parent
+    leave_out = shutil.ignore_patterns("*.so", "_install.json", "__pycache__")
+    for folder in ("singer_kernels", "csrc", "build_backend"):
+        origin = source if folder == "singer_kernels" else ROOT / folder
+        shutil.copytree(origin, clone / folder, ignore=leave_out)
+    shutil.copytree(source, installed / "singer_kernels", ignore=leave_out)
+    for path in [extension.LIBRARY, *extension.LIBRARY.parent.glob("_build.*")]:
+        shutil.copy(path, installed / "singer_kernels")
+    metadata = installed / "singer_kernels-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: singer-kernels\nVersion: 1\n")
+    if not same:
+        (clone / "csrc" / "checks.h").write_text("int changed;")
+    record(installed / "singer_kernels", built="cpu", sources=hashing.build_hash(ROOT, []))
+    done = subprocess.run(
+        [sys.executable, "-c", CLONE],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder, reason, report = json.loads(done.stdout)
+    if same:
+        assert (folder, reason, done.stderr) == (str(installed / "singer_kernels"), None, "")
+        assert len(report["hash"]) == 64
+    else:
+        assert folder == str(clone / "singer_kernels")
+        assert reason.startswith("not built: ")
+        assert report is None
+        assert len(done.stderr.splitlines()) == 1
+        assert f"{clone / 'singer_kernels'} is imported, without a compiled library" in done.stderr
 
 
 def test_any_error_of_loading_is_a_reason(installed, monkeypatch):
