@@ -138,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for an error that the user can fix; 75 when SIGTERM or SIGUSR1 stopped
-        a run that can be resumed; 130 after Ctrl-C. (70: another rank of the run has died.)
+        The exit code: 0; 2 for an error that the user can fix; 75 when SIGTERM, SIGHUP or
+        SIGUSR1 stopped a run that can be resumed; 130 after Ctrl-C. (70: another rank of the run
+        has died.)
     """
     if missing := _missing_requirements():
         print(

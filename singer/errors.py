@@ -13,6 +13,9 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+"""Ctrl-C; what schedulers and torchrun send; a closed terminal."""
+
 
 class SingerError(Exception):
     """An error that the user can fix; its one-line message says how.

@@ -22,7 +22,7 @@ from torchvision.transforms import v2 as transforms
 
 from singer.config.schema import Config, DataConfig
 from singer.data.sources import ImageSource, open_source
-from singer.errors import SingerError
+from singer.errors import STOP_SIGNALS, SingerError
 from singer.seeding import cpu_seed
 
 _MAX_REPLACEMENTS = 20
@@ -269,15 +269,15 @@ class BatchLoader(DataLoader[Batch]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore the signals of Ctrl-C, a scheduler or torchrun (``worker_init_fn``).
+    """Ignore the signals that ask a run to stop (``worker_init_fn``).
 
     They reach the whole process group. The trainer must be able to finish its step and save; it
     then ends its workers by SIGTERM, which from it is obeyed. Workers whose trainer has gone end by
     themselves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in STOP_SIGNALS:
+        if name != "SIGTERM" and hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()

@@ -27,7 +27,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from singer.errors import SharedError, SingerError
+from singer.errors import STOP_SIGNALS, SharedError, SingerError
 
 _logger = logging.getLogger("singer")
 
@@ -226,13 +226,12 @@ def agree_on_group(store: dist.Store, rank: int, size: int) -> str:
 
 
 class PreemptionHandler:
-    """Records SIGTERM and SIGUSR1, which schedulers send before preemption, and Ctrl-C (SIGINT).
+    """Records the signals that ask a run to stop: :data:`singer.errors.STOP_SIGNALS`.
 
     A context manager. ``signal`` is the name of the first signal received, or None. A second Ctrl-C
-    interrupts at once. Outside Python's main thread no handler is installed.
+    interrupts at once. A signal that the process was started to ignore (SIGHUP under nohup) stays
+    ignored. Outside Python's main thread no handler is installed.
     """
-
-    _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -240,9 +239,9 @@ class PreemptionHandler:
 
     def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
-            for name in self._NAMES:
-                number = getattr(signal, name, None)  # Windows has no SIGUSR1
-                if number is not None:
+            for name in STOP_SIGNALS:
+                number = getattr(signal, name, None)  # Windows has no SIGUSR1 and no SIGHUP
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._record)
         return self
 

@@ -300,7 +300,7 @@ def train(
         SingerError: the configuration, the weights or the data are invalid (nothing has been
             written then), a loss or a weight is no longer finite, too many images can't be read,
             or a file can't be written.
-        StoppedError: SIGTERM or SIGUSR1 came; the run is saved.
+        StoppedError: SIGTERM, SIGHUP or SIGUSR1 came; the run is saved.
     """
     accelerator = create_accelerator(config.train.precision)
     resume = resume or is_output_registered(config.output)

@@ -220,6 +220,19 @@ def test_signals_are_noted_within_the_block_alone():
     assert signal.getsignal(signal.SIGUSR1) == former
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_an_ignored_signal_stays_ignored(name):  # as SIGHUP under nohup
+    number = getattr(signal, name)
+    former = signal.signal(number, signal.SIG_IGN)
+    try:
+        with PreemptionHandler() as preemption:
+            os.kill(os.getpid(), number)
+            assert preemption.signal is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, former)
+
+
 def test_in_another_thread_signals_are_left_alone():
     former, seen = signal.getsignal(signal.SIGTERM), []
 

@@ -260,7 +260,7 @@ def test_workers_survive_the_signals_meant_for_the_trainer(make_config):
     workers = loader._iterator._workers
     sender = os.fork()  # the trainer's own SIGTERM would end them
     if sender == 0:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
             for worker in workers:
                 os.kill(worker.pid, number)
         os._exit(0)

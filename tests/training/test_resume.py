@@ -93,7 +93,9 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGHUP", 75), ("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)]
+)
 def test_a_signal_saves_and_has_an_exit_code_of_its_own(
     whole, tmp_path, monkeypatch, capsys, name, code
 ):
