@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,9 @@ def read_image(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
             integers, floats); the message names it.
     """
     name = name or str(file)
+    with decoding_errors(name):
+        if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("no regular file")  # opening a named pipe may wait for ever
     with decoding_errors(name), Image.open(file) as image:
         if image.mode.startswith("I;16"):  # Pillow would clip at 255
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

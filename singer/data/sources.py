@@ -17,16 +17,21 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from timm.data.readers import create_reader
 from timm.utils import natural_key
 
 from singer.config.schema import PHOTOS, DataConfig
 from singer.data.decoding import decoding_errors, read_image
+from singer.data.listing import (
+    EXTENSIONS,
+    LeftOut,
+    has_extension,
+    images_in_folder,
+    is_special,
+)
 from singer.errors import DEMO_EXTRA_HINT, SingerError, one_line
 
 _logger = logging.getLogger("singer")
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 HUGGING_FACE = "hfds/"
 """What ``data.source`` starts with for a Hugging Face dataset, as in timm."""
 
@@ -141,11 +146,6 @@ class ImageFiles(ImageSource):
         return _unpack(self._paths[index])
 
 
-def _has_extension(name: str, extensions: str | tuple[str, ...]) -> bool:
-    """Return whether a name has one of the extensions and is none of macOS's ``._x.jpg`` files."""
-    return name.lower().endswith(extensions) and not os.path.basename(name).startswith("._")
-
-
 def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, int]]:
     """Yield name, position in the outermost file and size of every image, those of tars in it too.
 
@@ -161,11 +161,11 @@ def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, i
             tar.members.clear()  # it would keep a kilobyte of each
             if not member.isreg():
                 continue
-            if _has_extension(member.name, ".tar"):
+            if has_extension(member.name, ".tar"):
                 inner = tar.extractfile(member)
                 for name, position, size in _images_in_tar(inner, start + member.offset_data):
                     yield f"{member.name}:{name}", position, size
-            elif _has_extension(member.name, EXTENSIONS):
+            elif has_extension(member.name, EXTENSIONS):
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name} is sparse; pack it without --sparse")
                 yield member.name, start + member.offset_data, member.size
@@ -307,14 +307,14 @@ def _open_folder(folder: str) -> ImageSource:
         raise SingerError(
             f"data.source: {folder!r} is an empty folder, expected images or .tar files in it"
         )
-    tars = [os.path.join(folder, name) for name in names if _has_extension(name, ".tar")]
-    tars = [tar for tar in tars if os.path.isfile(tar)]
+    left_out = LeftOut()
+    images = images_in_folder(folder, left_out)
+    tars = [os.path.join(folder, name) for name in names if has_extension(name, ".tar")]
+    tars = [tar for tar in tars if not os.path.isdir(tar) and not is_special(tar, left_out)]
+    left_out.log(folder)
     try:
-        reader = create_reader("", root=folder, input_key=";".join(EXTENSIONS))
-        paths = reader.filenames(absolute=True)
-        images = [path for path in paths if _has_extension(path, EXTENSIONS)]
-    except RuntimeError:  # the reader found none
-        images = []
+        for paths in (images, tars):
+            paths.sort(key=lambda path: (natural_key(path), path))
     except ValueError as error:  # timm takes superscripts and the like for digits
         raise SingerError(
             f"data.source: {folder!r} has a file name that can't be put in order "
@@ -329,10 +329,9 @@ def _open_folder(folder: str) -> ImageSource:
                 len(images),
                 len(tars),
             )
-        # The reader leaves names that differ only in case or leading zeros as the disk lists them.
-        return ImageFiles(sorted(images, key=lambda path: (natural_key(path), path)))
+        return ImageFiles(images)
     if tars:
-        return TarImages(sorted(tars, key=lambda path: (natural_key(path), path)))
+        return TarImages(tars)
     raise SingerError(
         f"data.source: {folder!r} holds no image file ({', '.join(EXTENSIONS)}), nor a .tar file"
     )
@@ -370,7 +369,7 @@ def open_source(data: DataConfig) -> ImageSource:
             f"data.source: got {source!r}, expected an existing folder or .tar file, "
             f"{HUGGING_FACE}NAME or {PHOTOS!r}"
         )
-    if not source.lower().endswith(".tar"):
+    if not source.lower().endswith(".tar") or not os.path.isfile(source):
         raise SingerError(
             f"data.source: got the file {source!r}, expected an uncompressed .tar file or a folder"
         )

@@ -4,9 +4,11 @@ import io
 import os
 import pickle
 import shutil
+import socket
 import struct
 import sys
 import tarfile
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -132,13 +134,14 @@ def test_names_that_read_alike_keep_an_order_of_their_own(tmp_path, monkeypatch,
     names = ["01.png", "1.PNG", "1.png", "2.png", "A.png", "a.png"]
     for name in names:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    walk = os.walk
+    scandir = os.scandir
 
-    def listed(*args, **kwargs):  # as a disk may list them
-        for root, folders, files in walk(*args, **kwargs):
-            yield root, folders, sorted(files, reverse=backwards)
+    @contextmanager
+    def listed(folder):  # as a disk may list them
+        with scandir(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
 
-    monkeypatch.setattr("os.walk", listed)
+    monkeypatch.setattr("os.scandir", listed)
     assert _names_in(_open(tmp_path), tmp_path) == names
 
 
@@ -162,6 +165,99 @@ def test_image_files_go_before_tars_and_a_warning_says_so(image_folder, caplog):
     assert len(source) == 12
     assert source.name(0).endswith("class0/0.png")
     assert "holds 12 image files and 1 .tar files" in caplog.text
+
+
+def _assert_left_out(caplog, *parts):
+    lines = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_links_to_the_folder_itself_repeat_no_image(image_folder, caplog):
+    (image_folder / "again").symlink_to(image_folder)
+    (image_folder / "class1" / "up").symlink_to("..")
+    names = _names_in(_open(image_folder), image_folder)
+    assert names == [f"class{k}/{index}.png" for k in (0, 1) for index in range(k, 12, 2)]
+    _assert_left_out(caplog, "links to folders that are searched anyway: 2 (", "images/again")
+
+
+def test_two_links_to_one_folder_count_once(image_folder, tmp_path, caplog):
+    linked = tmp_path / "linked"
+    (linked / "b").mkdir(parents=True)
+    shutil.copy(image_folder / "class0" / "0.png", linked / "b")
+    (linked / "a").symlink_to("b")  # found first, but the folder goes under its own name
+    (linked / "x").symlink_to(image_folder / "class1")
+    (linked / "y").symlink_to(image_folder)
+    expected = ["b/0.png"]
+    expected += [f"x/{index}.png" for index in range(1, 12, 2)]
+    expected += [f"y/class0/{index}.png" for index in range(0, 12, 2)]
+    assert _names_in(_open(linked), linked) == expected
+    _assert_left_out(caplog, "links to folders that are searched anyway: 2 (")
+
+
+def test_hidden_folders_are_left_out_and_counted(image_folder, caplog):
+    for name in (".ipynb_checkpoints", "class0/.Trash-1000/files"):
+        folder = image_folder / name
+        folder.mkdir(parents=True)
+        shutil.copy(image_folder / "class0" / "0.png", folder / "0-checkpoint.png")
+    assert len(_open(image_folder)) == 12
+    _assert_left_out(caplog, "hidden folders: 2 (", ".ipynb_checkpoints", "class0/.Trash-1000")
+
+
+def test_a_source_that_is_hidden_itself_is_read(image_folder, caplog):
+    hidden = image_folder.rename(image_folder.with_name(".images"))
+    assert len(_open(hidden)) == 12
+    assert caplog.text == ""
+
+
+def test_what_is_no_regular_file_is_never_opened(image_folder, caplog):
+    os.mkfifo(image_folder / "pipe.png")  # opened, it would wait for ever
+    (image_folder / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(image_folder / "s.png"))
+        source = _open(image_folder)
+    assert len(source) == 12
+    _assert_left_out(caplog, "named pipes, sockets and devices: 3 (", "pipe.png", "device.jpg")
+    first = image_folder / "class0" / "0.png"
+    first.unlink()
+    os.mkfifo(first)
+    with pytest.raises(SingerError, match=r"0\.png can't be read .*no regular file"):
+        source.read(0)
+
+
+def test_a_tar_that_is_a_named_pipe_is_never_opened(image_folder, tmp_path, caplog):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    _pack_folder(image_folder, shards / "a.tar")
+    os.mkfifo(shards / "b.tar")
+    assert len(_open(shards)) == 12
+    _assert_left_out(caplog, "named pipes, sockets and devices: 1 (", "b.tar")
+    with pytest.raises(SingerError, match=r"got the file .*b\.tar.*expected an uncompressed"):
+        _open(shards / "b.tar")
+
+
+def test_links_to_nothing_are_named_when_they_are_read(image_folder):
+    (image_folder / "gone.png").symlink_to("nowhere.png")
+    (image_folder / "loop.png").symlink_to("loop.png")
+    source = _open(image_folder)
+    assert _names_in(source, image_folder)[-2:] == ["gone.png", "loop.png"]
+    for index in (12, 13):
+        with pytest.raises(SingerError, match=r"(gone|loop)\.png can't be read as an image"):
+            source.read(index)
+
+
+def test_a_subfolder_that_may_not_be_read_is_counted(image_folder, monkeypatch, caplog):
+    scandir = os.scandir
+
+    def refuse(path):  # root may read anything
+        if os.path.basename(path) == "class1":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert len(_open(image_folder)) == 6
+    _assert_left_out(caplog, "folders that can't be read: 1 (", "images/class1")
 
 
 # Photographs
