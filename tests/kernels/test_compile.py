@@ -120,7 +120,7 @@ DYNAMIC = [(name, function) for name in BACKENDS for function in KERNELS]
 DYNAMIC += [("reference", function) for function in FUNCTIONS if function not in KERNELS]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(7)
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(("name", "function"), DYNAMIC)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +108,30 @@ def make_config(values: dict[str, Any]) -> Callable[..., Config]:
     return make
 
 
+@pytest.fixture(scope="session")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
+    """Run a configuration, once for the same values and images; its folder is only read."""
+    folders: dict[str, Path] = {}
+
+    def run(values: dict[str, Any]) -> Path:
+        source = Path(values["data"]["source"])
+        images = {
+            str(path.relative_to(source)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(source.rglob("*.*"))
+        }
+        data = {**values["data"], "source": images}
+        key = json.dumps({**values, "data": data, "output": None}, sort_keys=True)
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            training.train(parse_config({**values, "output": str(folder)}), QUIET)
+            folders[key] = folder
+        return folders[key]
+
+    return run
+
+
 @pytest.fixture
-def whole(values, tmp_path):
+def whole(values, whole_runs):
     """The tiny run's configuration, with all that has a state, and an uninterrupted run of it."""
     values["train"] = {
         "steps": 9,
@@ -125,8 +149,6 @@ def whole(values, tmp_path):
 
     def run(**changes):
         values.update(changes)
-        reference = {**values, "output": str(tmp_path / "whole")}
-        training.train(parse_config(reference), QUIET)
-        return parse_config(values), tmp_path / "whole"
+        return parse_config(values), whole_runs(values)
 
     return run
