@@ -7,16 +7,20 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 
 from singer.errors import (
+    DEBUG_HINT,
+    DEBUG_VARIABLE,
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
     SharedError,
     SingerError,
     StoppedError,
+    typed_line,
 )
 from singer_kernels import __version__
 
@@ -127,6 +131,11 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _print_traceback() -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+
+
 def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -138,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for an error that the user can fix; 75 when SIGTERM, SIGHUP or
+        The exit code: 0; 2 for an error; 75 when SIGTERM, SIGHUP or
         SIGUSR1 stopped a run that can be resumed; 130 after Ctrl-C. (70: another rank of the run
         has died.)
     """
@@ -164,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SingerError as error:
         if _is_main_process() or not isinstance(error, SharedError):
             print(f"singer: error: {error}", file=sys.stderr)
+            _print_traceback()
         if isinstance(error, SharedError):
             _leave_group()
         return EXIT_USER_ERROR
@@ -180,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("singer: interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        print(f"singer: error: {typed_line(error)} ({DEBUG_HINT})", file=sys.stderr)
+        _print_traceback()
+        return EXIT_USER_ERROR
     _leave_group()
     return 0
 

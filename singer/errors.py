@@ -49,6 +49,11 @@ class StoppedError(Exception):
         self.is_shared = is_shared
 
 
+DEBUG_VARIABLE = "SINGER_DEBUG"
+"""Environment variable; if it is set, the command line prints tracebacks."""
+
+DEBUG_HINT = f"{DEBUG_VARIABLE}=1 shows the traceback"
+
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'
 
 
@@ -59,7 +64,7 @@ def one_line(error: BaseException) -> str:
 
 def typed_line(error: BaseException) -> str:
     """Return an error's type and message in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

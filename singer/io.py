@@ -49,7 +49,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         replaced = path.with_name(f".{path.name}.replaced")
         if is_directory and path.exists():  # a directory can't be replaced in one step
             os.rename(path, replaced)
-        os.replace(tmp_path, path)
+        try:
+            os.replace(tmp_path, path)
+        except BaseException:
+            if is_directory and replaced.exists():
+                os.rename(replaced, path)
+            raise
         if is_directory:
             _sync(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)

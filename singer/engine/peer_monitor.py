@@ -30,7 +30,14 @@ from singer.engine.distributed import (
     create_run_store,
     launcher_holds_store,
 )
-from singer.errors import EXIT_PEER_LOST, SharedError, StoppedError, one_line, typed_line
+from singer.errors import (
+    EXIT_PEER_LOST,
+    SharedError,
+    SingerError,
+    StoppedError,
+    one_line,
+    typed_line,
+)
 
 _logger = logging.getLogger("singer")
 
@@ -186,6 +193,8 @@ def _store_owner(size: int) -> str:
 
 
 def _is_failed_collective(error: BaseException) -> bool:
+    if isinstance(error, SingerError) and error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).lower()
     known = isinstance(error, dist.DistError)
     return known or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))

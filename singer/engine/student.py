@@ -152,6 +152,7 @@ class StudentTrainer:
         self._grad_accum_steps = train.grad_accum_steps
         self._log = LossLog(accelerator, train.grad_accum_steps)
         self._pending: list[dict[str, Any]] = []  # step, epoch, lr; the losses are not read yet
+        self._unwritten: list[dict[str, Any]] = []  # records
         self.run_dir: RunDir | None = None
         self._trackers: Trackers | None = None
         self._prefix = f"{self.path.name}/train/" if config.students else "train/"
@@ -238,34 +239,39 @@ class StudentTrainer:
     def log(self) -> list[dict[str, Any]]:
         """Read, check and write the losses of the steps since the last call; return the records.
 
-        A record holds the gradient norm beside step, epoch, lr and losses.
+        A record holds the gradient norm beside step, epoch, lr and losses. Records that can't be
+        written are kept for the next call.
 
         Raises:
             NonFiniteError: one is NaN or infinite; those before it are written.
         """
-        records: list[dict[str, Any]] = []
         pending, self._pending = self._pending, []
         for entry, values in zip(pending, self._log.read(len(pending)), strict=True):
             bad = [name for name in self.loss_names if not math.isfinite(values[name])]
             if bad:
-                self._write(records)
+                self._write()
                 name = bad[-1]  # the sum, "loss", comes first: a term says more
                 raise self._non_finite(entry["step"], f"{name} is {values[name]}")
-            records.append({**entry, **values})
-        self._write(records)
-        return records
+            self._unwritten.append({**entry, **values})
+        return self._write()
 
     @run_on_all_ranks
-    def _write(self, records: list[dict[str, Any]]) -> None:
+    def _write(self) -> list[dict[str, Any]]:
+        records, self._unwritten = self._unwritten, []
         if self.run_dir is None or self._trackers is None:
-            return
-        # Not the gradient norm: it is infinite where fp16 skips a step, and JSON has no infinity.
-        self.run_dir.append_metrics(
-            [{k: v for k, v in record.items() if k != _GRAD_NORM} for record in records]
-        )
+            return records
+        try:
+            # Not the gradient norm: it is infinite where fp16 skips a step, which JSON has not.
+            self.run_dir.append_metrics(
+                [{k: v for k, v in record.items() if k != _GRAD_NORM} for record in records]
+            )
+        except BaseException:
+            self._unwritten = records
+            raise
         for record in records:
             names = ("lr", *self.loss_names, _GRAD_NORM)
             self._trackers.add(record["step"], {f"{self._prefix}{n}": record[n] for n in names})
+        return records
 
     def sync(self) -> None:
         """Flush the records to the disk. Main rank only."""

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from singer.engine.run_dir import TENSORBOARD
-from singer.errors import SingerError, did_you_mean, typed_line
+from singer.errors import SingerError, did_you_mean, one_line, typed_line
 from singer.io import writing
 
 _logger = logging.getLogger("singer")
@@ -106,10 +106,10 @@ class Trackers:
         """Send what was added, and flush all trackers; a failure is only logged at this point."""
         try:
             self.write()
-        except SingerError as error:
-            _logger.warning("%s", error)
+        except Exception as error:
+            _logger.warning("%s", one_line(error))
         for tracker in self._trackers:
             try:
                 tracker.finish()
-            except OSError as error:
-                _logger.warning("%s can't be written: %s", self._path, error)
+            except Exception as error:  # each package raises errors of its own
+                _logger.warning("%s can't be written: %s", self._path, one_line(error))

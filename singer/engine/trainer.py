@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -30,7 +31,15 @@ from singer.engine.run_dir import CONFIG, RunDir
 from singer.engine.state_dicts import random_state, set_random_state
 from singer.engine.student import StudentTrainer
 from singer.engine.trackers import Trackers
-from singer.errors import SharedError, SingerError, StoppedError
+from singer.errors import (
+    DEBUG_HINT,
+    NonFiniteError,
+    SharedError,
+    SingerError,
+    StoppedError,
+    one_line,
+    typed_line,
+)
 from singer.models.backbones import BlockTokens
 
 _logger = logging.getLogger("singer")
@@ -69,7 +78,8 @@ class Trainer:
     def __post_init__(self, resumed: Checkpoint | None) -> None:
         self.completed_steps = 0
         self.saved_step: int | None = None
-        self._is_mid_step = False
+        self._is_updating = False
+        self._buffers = [buffer for student in self.students for buffer in student.method.buffers()]
         self._created_dir = False
         self._trackers: Trackers | None = None  # of the main rank
         self._throughput = Throughput(self.config.train.batch_size, self.accelerator.device)
@@ -91,12 +101,24 @@ class Trainer:
             set_random_state(own, self.accelerator.device)
         self.completed_steps = self.saved_step = checkpoint.step
 
+    def _step_completed(self, step: int) -> None:
+        """Keep what a failed next step would change: random generators, versions of buffers."""
+        self.completed_steps = step
+        self._random_state = random_state(self.accelerator.device)
+        self._buffer_versions = [buffer._version for buffer in self._buffers]
+        self._is_updating = False
+
+    def _is_mid_update(self) -> bool:
+        """Return whether weights, optimisers or buffers are no longer those of a whole step."""
+        versions = [buffer._version for buffer in self._buffers]
+        return self._is_updating or versions != self._buffer_versions
+
     def run(self) -> float:
         """Train to the end; return the seconds it took.
 
         Raises:
-            SingerError: a loss or a weight is no longer finite, too many images can't be read, or
-                something can't be written.
+            SingerError: a loss or a weight is no longer finite, too many images can't be read,
+                something can't be written, or any other exception (its cause) ended a step.
             StoppedError: the run was asked to stop, and is saved.
         """
         self._open()
@@ -130,10 +152,10 @@ class Trainer:
             self._trackers = Trackers(names, output, self.completed_steps, values)
             for student in self.students:
                 student.open(self.completed_steps, self._trackers)
-        except SingerError:
+        except BaseException:
             self._close()
             if self._created_dir:
-                shutil.rmtree(output)
+                shutil.rmtree(output, ignore_errors=True)
             raise
 
     @run_on_main
@@ -156,33 +178,58 @@ class Trainer:
         console = self.console if self.accelerator.is_main_process else None
         done = self.completed_steps
         with TrainingProgress(console, self.steps, train.batch_size, done) as progress:
+            self._step_completed(done)
             self._stop_if_requested()
             batches = self._batches()
             for step in range(done + 1, self.steps + 1):
                 try:
                     self._step(step, batches)
-                except (SingerError, KeyboardInterrupt):
-                    self._save_completed_steps()
+                    progress.step()
+                    self._log_and_save(step, progress)
+                except (NonFiniteError, StoppedError):
                     raise
-                except torch.OutOfMemoryError as error:
-                    self._save_completed_steps()
-                    raise SingerError(
-                        f"train.batch_size: {train.batch_size} images in {train.grad_accum_steps} "
-                        f"parts and {self.accelerator.num_processes} processes need more memory "
-                        f"than there is; raise train.grad_accum_steps ({error})"
-                    ) from error
-                progress.step()
-                is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
-                is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
-                if is_save or step % train.log_every == 0 or self._must_stop_now():
-                    self._log_losses(progress)
-                    if self._log_unreadable() and self.unreadable.exceeded:
-                        if self.saved_step != self.completed_steps:
-                            self._save()
-                        raise SharedError(str(self.unreadable.error()))
-                    if is_save:
-                        self._save()
-                    self._stop_if_requested()
+                except (Exception, KeyboardInterrupt) as error:
+                    self._save_after_error()
+                    if isinstance(error, (SingerError, KeyboardInterrupt)):
+                        raise
+                    raise self._explain(error, step) from error
+
+    def _log_and_save(self, step: int, progress: TrainingProgress) -> None:
+        train = self.config.train
+        is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
+        is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
+        if is_save or step % train.log_every == 0 or self._must_stop_now():
+            self._log_losses(progress)
+            if self._log_unreadable() and self.unreadable.exceeded:
+                if self.saved_step != self.completed_steps:
+                    self._save()
+                raise SharedError(str(self.unreadable.error()))
+            if is_save:
+                self._save()
+            self._stop_if_requested()
+
+    def _explain(self, error: Exception, step: int) -> SingerError:
+        """Return the one-line error that replaces any other exception of a step."""
+        train = self.config.train
+        if isinstance(error, torch.OutOfMemoryError):
+            return SingerError(
+                f"train.batch_size: {train.batch_size} images in {train.grad_accum_steps} "
+                f"parts and {self.accelerator.num_processes} processes need more memory "
+                f"than there is; raise train.grad_accum_steps ({one_line(error)})"
+            )
+        saved = "nothing was saved"
+        if self.saved_step is not None:
+            saved = f"the run is saved after step {self.saved_step}"
+        return SingerError(f"step {step}: {typed_line(error)}; {saved} ({self._keep_traceback()})")
+
+    def _keep_traceback(self) -> str:
+        """Write the traceback of the current exception to a file; return where it is."""
+        path = Path(self.config.output, f"traceback-{self.accelerator.process_index}.txt")
+        try:
+            path.write_text(traceback.format_exc())
+        except OSError:  # a full disk, or the directory was removed
+            return DEBUG_HINT
+        return f"traceback: {path}"
 
     def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
         grad_accum_steps = self.config.train.grad_accum_steps
@@ -197,13 +244,12 @@ class Trainer:
             images = batch.images.to(self.accelerator.device, non_blocking=True)
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher_tokens(images, batch.sample_ids)
-            self._is_mid_step = True
             for student in self.students:
                 student.backward(images, teacher, micro_batch)
                 if micro_batch == grad_accum_steps - 1:
+                    self._is_updating = True
                     student.step(step, epoch)
-        self.completed_steps = step
-        self._is_mid_step = False
+        self._step_completed(step)
 
     def _must_stop_now(self) -> bool:
         """Return whether to stop before the next log; several ranks must stop at the same step."""
@@ -247,18 +293,23 @@ class Trainer:
         names = [name for name in gather_object([self.preemption.signal]) if name is not None]
         raise StoppedError(names[0], f"after step {self.completed_steps} of {self.steps}")
 
-    def _save_completed_steps(self) -> None:
-        """After a failed step: save the completed ones; remove the directory if there are none."""
+    def _save_after_error(self) -> None:
+        """Save the completed steps; remove the directory if there are none."""
         if self.accelerator.num_processes > 1:
             return  # the others may be at another step
         if self.completed_steps == 0:
             if self._created_dir:
-                shutil.rmtree(self.config.output)
+                shutil.rmtree(self.config.output, ignore_errors=True)
             return
+        try:
+            self._save_completed_steps()
+        except Exception as error:  # the first error is the one to be shown
+            _logger.warning("step %d can't be saved: %s", self.completed_steps, typed_line(error))
+
+    def _save_completed_steps(self) -> None:
         self._log_losses()
         self._log_unreadable()
-        # In the middle of a step, weights or random generators may have advanced.
-        if self.saved_step != self.completed_steps and not self._is_mid_step:
+        if self.saved_step != self.completed_steps and not self._is_mid_update():
             self._save()
 
     def _save(self) -> None:
@@ -266,7 +317,7 @@ class Trainer:
         for student in self.students:
             student.check_finite(self.completed_steps)
         device = self.accelerator.device
-        states = self.accelerator.gather(random_state(device).to(device)[None])  # [ranks, bytes]
+        states = self.accelerator.gather(self._random_state.to(device)[None])  # [ranks, bytes]
         self._write_checkpoint({f"rank{rank}": own for rank, own in enumerate(states.cpu())})
         self._export()
         for student in self.students:
