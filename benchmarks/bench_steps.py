@@ -9,7 +9,6 @@ import pytest
 from harness.replay import replay, replays
 from harness.session import Session
 
-pytest.importorskip("omegaconf", reason="the training layer's dependencies are not installed")
 pytest.importorskip("pydantic", reason="the training layer's dependencies are not installed")
 
 from harness import steps

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -25,6 +24,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from singer.config.yaml_text import Plain, Section, dump_yaml, load_yaml, parse_override
 from singer.errors import SingerError, did_you_mean, one_line, typed_line
 from singer.methods import METHODS
 from singer.methods.options import derive_options
@@ -51,11 +51,7 @@ FilePath = Annotated[str, BeforeValidator(_expand_home)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A timm model.
 
     Attributes:
@@ -115,7 +111,7 @@ class NamedStudentConfig(ModelConfig):
         return folder
 
 
-class MethodConfig(_Section):
+class MethodConfig(Section):
     """Options of every method.
 
     Attributes:
@@ -146,7 +142,7 @@ def method_config(name: Any) -> type[MethodConfig]:
 
 def _method_name(method: Any) -> str | None:
     name = method.get("name", "singer") if isinstance(method, Mapping) else None
-    return name if isinstance(name, str) else None
+    return str(name) if isinstance(name, str) else None
 
 
 def _check_method(method: Any) -> Any:
@@ -172,7 +168,7 @@ def _import_plugin(module: str) -> str:
     return module
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Image source and augmentation.
 
     Attributes:
@@ -211,7 +207,7 @@ class DataConfig(_Section):
         return crop_scale
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Optimiser, schedule and logging.
 
     The optimiser, its schedule and the number of epochs are the authors' by default; their global
@@ -266,7 +262,7 @@ class TrainConfig(_Section):
     log_every: int = Field(10, ge=1)
     save_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
-    trackers: list[str] = ["tensorboard"]
+    trackers: list[str] = Field(["tensorboard"])
     peer_monitor: bool = True
 
 
@@ -284,7 +280,7 @@ class StudentSpec(NamedTuple):
     folder: Path
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run.
 
     Attributes:
@@ -338,8 +334,8 @@ class Config(_Section):
         ]
 
 
-def _known_keys(parents: Sequence[str | int], method: str | None) -> list[str]:
-    """Return the keys of the section that a path of keys leads to."""
+def _section(parents: Sequence[str | int], method: str | None) -> type[BaseModel]:
+    """Return the section that a path of keys leads to."""
     sections: dict[str, type[BaseModel]] = {
         "teacher": TeacherConfig,
         "student": ModelConfig,
@@ -349,8 +345,7 @@ def _known_keys(parents: Sequence[str | int], method: str | None) -> list[str]:
         "method": method_config(method),
     }
     names = [str(key) for key in parents if not isinstance(key, int)]  # an entry of a list
-    section = sections.get(names[-1], Config) if names else Config
-    return list(section.model_fields)
+    return sections.get(names[-1], Config) if names else Config
 
 
 def _explain(error: ValidationError, method: str | None) -> str:
@@ -360,7 +355,7 @@ def _explain(error: ValidationError, method: str | None) -> str:
         path = detail["loc"]
         key = ".".join(map(str, path))
         if detail["type"] == "extra_forbidden":
-            known = _known_keys(path[:-1], method)
+            known = _section(path[:-1], method).model_fields
             whose = f" of method {method!r}" if path[0] == "method" and len(path) > 1 else ""
             lines.append(f"unknown key {key!r}{whose}{did_you_mean(str(path[-1]), known)}")
         elif detail["type"] == "missing":
@@ -396,13 +391,64 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
 @contextmanager
 def _naming(what: object) -> Iterator[None]:
-    """Turn an error of a file, YAML or OmegaConf into one line that names a file or override."""
+    """Turn an error of a file or of YAML into one line that names a file or override."""
     try:
         yield
     except OSError as error:
         raise SingerError(f"configuration: {what}: {error.strerror or error}") from error
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (YAMLError, ValueError, TypeError) as error:
         raise SingerError(f"configuration: {what}: {one_line(error)}") from error
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two mappings merged key by key; those given may be shared by YAML's aliases."""
+    merged = dict(values)
+    for key, value in changes.items():
+        is_section = isinstance(merged.get(key), dict)
+        if is_section and isinstance(value, list):
+            raise TypeError(f"{key}: got {reprlib.repr(value)}, expected keys and values")
+        both = is_section and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _index(key: str, entries: list[Any], path: str) -> int:
+    if key.isdecimal() and int(key) < len(entries):
+        return int(key)
+    expected = f"an index from 0 to {len(entries) - 1}" if entries else "no index: it is empty"
+    raise ValueError(f"{path}: got {key!r}, expected {expected}")
+
+
+def _default(path: Sequence[str | int], method: str | None) -> Any:
+    """Return the list at a path of keys that no file names, or an empty mapping."""
+    field = _section(path[:-1], method).model_fields.get(str(path[-1]))
+    default = None if field is None else field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, (list, tuple)) else {}
+
+
+def _override(values: dict[str, Any], keys: Sequence[str], value: Plain) -> None:
+    """Set the value at a dotted key, in place.
+
+    Raises:
+        ValueError: a list has no such entry.
+    """
+    container: Any = values
+    path: list[str | int] = []
+    for depth, key in enumerate(keys):
+        is_list = isinstance(container, list)
+        name = _index(key, container, ".".join(map(str, path))) if is_list else key
+        path.append(name)
+        inner = container[name] if is_list else container.get(name)
+        if depth == len(keys) - 1:
+            if isinstance(inner, dict) and isinstance(value.value, dict):
+                container[name] = _merge(inner, value.value)
+            else:
+                container[name] = value
+        else:
+            inner = inner.value if isinstance(inner, Plain) else inner
+            if not isinstance(inner, (dict, list)):
+                inner = _default(path, _method_name(values.get("method")))
+            container[name] = container = copy.copy(inner)
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -410,7 +456,9 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 
     Args:
         paths: one or several YAML files, merged key by key; later files override earlier ones.
-        overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``.
+        overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``,
+            ``students.0.weights=a.safetensors``. A text is taken as written, ``null`` included
+            where the key can't be null; other values are read as YAML.
 
     Returns:
         The configuration.
@@ -419,23 +467,23 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
         SingerError: a file can't be read, an override is malformed, or see :func:`parse_config`.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    merged = OmegaConf.create()
+    merged: dict[str, Any] = {}
     for path in paths:
-        with _naming(path):
-            values = OmegaConf.load(path)
-            if not isinstance(values, DictConfig):
+        with _naming(path), open(path, encoding="utf-8") as file:
+            values = load_yaml(file)
+            if not isinstance(values, (dict, NoneType)):
                 raise TypeError("expected keys and values at the top level")
-            merged = OmegaConf.merge(merged, values)
+            merged = _merge(merged, values or {})
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        key, equals, value = override.partition("=")
+        keys = key.split(".")
+        if not equals or not all(keys):
             raise SingerError(f"configuration: got {override!r}, expected key=value")
         with _naming(repr(override)):
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-    with _naming(", ".join(map(str, paths))):
-        container = OmegaConf.to_container(merged, resolve=True)
-    return parse_config(container)
+            _override(merged, keys, parse_override(value))
+    return parse_config(merged)
 
 
 def to_yaml(config: Config) -> str:
     """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return dump_yaml(config.model_dump(mode="json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from omegaconf import OmegaConf
+import yaml
 
 import singer
 from singer.cli import main
@@ -16,7 +16,7 @@ from singer.cli import main
 @pytest.fixture
 def config_file(tmp_path, values):
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    path.write_text(yaml.safe_dump(values))
     return path
 
 

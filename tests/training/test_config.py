@@ -1,24 +1,30 @@
 """Reading and checking a run's configuration."""
 
 import pickle
+import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from singer.config.schema import (
+    _TAKEN_OPTIONS,
     load_config,
     method_config,
     parse_config,
     to_yaml,
 )
 from singer.errors import SingerError
+from singer.methods import METHODS
 
 
 def _write(tmp_path, values):
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    path.write_text(yaml.safe_dump(values))
     return path
 
 
@@ -39,6 +45,125 @@ def test_resolved_configuration_reads_back_equal(tmp_path, make_config):
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(config))
     assert load_config(path) == config
+
+
+TEXTS = [
+    "runs/exp #3",
+    "name: value",
+    "${oc.env:X}",
+    "[a",
+    "[a]",
+    "{a: 1}",
+    "1e3",
+    "007",
+    "2024-01-01",
+    "null",
+    "yes",
+    "  blanks ",
+    "é日本🙂",
+    "a=b=c",
+    "'quoted'",
+    "#",
+    "- a",
+    "&a *b !c %d @e",
+    "!!python/name:os.system",
+    "a\tb\nc",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_written(tmp_path, values, text):
+    overrides = [f"output={text}", f"data.image_key={text}", f"train.trackers.0={text}"]
+    config = load_config(_write(tmp_path, values), overrides)
+    assert (config.output, config.data.image_key, config.train.trackers) == (text, text, [text])
+
+
+@pytest.mark.parametrize("text", ["1e3", "007", "null", "yes", "2024-01-01", "1:30", "a#b"])
+def test_text_without_quotes_is_taken_as_written_in_files_and_lists(tmp_path, values, text):
+    path = tmp_path / "config.yaml"
+    rest = yaml.safe_dump({key: value for key, value in values.items() if key != "output"})
+    path.write_text(f"output: {text}\n{rest}")
+    config = load_config(path, [f"train.trackers=[{text}, 'a b']"])
+    assert (config.output, config.train.trackers) == (text, [text, "a b"])
+
+
+def test_what_is_no_text_is_read_as_yaml(tmp_path, values):
+    values["students"] = [{**values.pop("student"), "folder": "a", "weights": "random"}]
+    overrides = {
+        "train.steps": "null",
+        "train.compile": "yes",
+        "train.lr": " 1e-3 ",
+        "train.max_grad_norm": "2",
+        "train.ema": "",
+        "teacher.cache": "null",
+        "data.crop_scale.0": "1e-1",
+        "students.0.weights": "a b #c",
+        "students.0.options.drop_path_rate": "1e-1",
+        "students.0.options.global_pool": "avg #1",
+        "teacher.options": "{qkv_bias: false, depth: 3}",
+    }
+    config = load_config(_write(tmp_path, values), [f"{k}={v}" for k, v in overrides.items()])
+    assert (config.train.steps, config.train.compile, config.train.ema) == (None, True, None)
+    assert (config.train.lr, config.train.max_grad_norm) == (1e-3, 2.0)
+    assert config.data.crop_scale == (0.1, 1.0)
+    assert config.teacher.cache is None
+    assert config.teacher.options == {**values["teacher"]["options"], "qkv_bias": False, "depth": 3}
+    (student,) = config.students
+    assert (student.weights, student.folder) == ("a b #c", "a")
+    assert student.options["drop_path_rate"] == 0.1
+    assert student.options["global_pool"] == "avg #1"
+
+
+def test_a_plugins_texts_are_taken_as_written(tmp_path, values, monkeypatch):
+    class Named(METHODS["fitnet"]):
+        def __init__(
+            self, *args, tag: str, ways: list[str], mode: Literal["yes", "no"] = "no", **kwargs
+        ):
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setitem(METHODS, "named", Named)
+    values["method"] = {"name": "named"}
+    overrides = ["method.tag=1e3", "method.ways=[no, 2]", "method.mode=yes", "method.kd_weight=2"]
+    method = load_config(_write(tmp_path, values), overrides).method
+    assert (method.tag, method.ways, method.mode) == ("1e3", ["no", "2"], "yes")
+    assert method.kd_weight == 2
+
+
+def test_an_alias_is_not_changed_with_its_anchor(tmp_path, values):
+    values["student"] = {"name": "vit_tiny_patch16_224", "options": values["teacher"]["options"]}
+    path = _write(tmp_path, values)
+    assert "*id001" in path.read_text()
+    config = load_config(path, ["student.options.depth=2"])
+    assert (config.student.options["depth"], config.teacher.options["depth"]) == (2, 4)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(), st.text() | st.none(), st.lists(st.text()), st.dictionaries(st.text(), anything))
+def test_any_text_reads_back_equal(text, optional, texts, options):
+    options = {key: value for key, value in options.items() if key not in _TAKEN_OPTIONS}
+    config = parse_config(
+        {
+            "teacher": {"name": text, "weights": text, "cache": optional, "options": options},
+            "student": {"name": text},
+            "method": {"name": "singer"},
+            "data": {"source": text, "image_key": text, "crops": "center"},
+            "train": {"trackers": texts},
+            "output": text,
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(to_yaml(config), encoding="utf-8", newline="")
+        assert load_config(path) == config
+        if "\0" not in text and text:
+            assert load_config(path, [f"data.split={text}"]).data.split == text
 
 
 def test_method_is_singer_unless_named(values):
@@ -74,15 +199,21 @@ def test_configuration_is_immutable(make_config):
             "method.name=vitkdd",
             ["method.name", "'singer', 'fitnet', 'vitkd'; did you mean 'vitkd'"],
         ),
-        ("method.name=null", ["method.name", "got None"]),
+        ("method.name=null", ["method.name: got 'null'", "'singer', 'fitnet'"]),
         ("method=3", ["method: got 3"]),
         ("method.name=vitkd", ["unknown key 'method.rank' of method 'vitkd'"]),
         ("method.name=fitnet", ["unknown key 'method.rank' of method 'fitnet'"]),
-        ("train.lr=[1", ["'train.lr=[1'"]),
+        ("train.lr=[1", ["train.lr: got '[1'"]),
         ("train.precision=no", ["train.precision", "'fp32', 'bf16' or 'fp16'"]),
         ("student.options.num_classes=10", ["student.options", "num_classes can't be set here"]),
         ("teacher.options.pretrained=true", ["teacher.options", "pretrained can't be set here"]),
-        ("teacher.weights=null", ["teacher.weights", "got None"]),
+        ("teacher.weights=", ["teacher.weights", "got None"]),
+        ("output=", ["output", "got None"]),
+        ("train.steps.x=1", ["train.steps", "got {'x': 1}"]),
+        ("train..lr=1", ["got 'train..lr=1'", "expected key=value"]),
+        ("train.betas.2=0.5", ["train.betas: got '2', expected an index from 0 to 1"]),
+        ("train.trackers.x=a", ["train.trackers: got 'x', expected an index from 0 to 0"]),
+        ("students.0.weights=a", ["students: got '0', expected no index: it is empty"]),
         ("nonsense", ["got 'nonsense'", "expected key=value"]),
     ],
 )
@@ -107,8 +238,12 @@ def test_missing_keys_and_several_mistakes_are_all_named(values):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [1", "config.yaml"), ("- 1\n- 2\n", "config.yaml"), ("x: ${y}\n", "config.yaml")],
-    ids=["broken YAML", "a list", "unknown interpolation"],
+    [
+        ("a: [1", "config.yaml"),
+        ("- 1\n- 2\n", "config.yaml"),
+        ("a: 1\na: 2\n", "config.yaml.*'a' twice"),
+    ],
+    ids=["broken YAML", "a list", "a key twice"],
 )
 def test_unreadable_files_are_named(tmp_path, content, expected):
     path = tmp_path / "config.yaml"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
+import yaml
 from timm.optim import create_optimizer_v2
 from tiny_models import generator
 
@@ -226,7 +226,7 @@ def test_a_configuration_trains_for_a_step(case):
 
 
 def write(path, values):
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    path.write_text(yaml.safe_dump(values))
     return path
 
 
@@ -246,9 +246,9 @@ def test_later_files_win_key_by_key(tmp_path, values):
     [
         ("a: [1", "b.yaml"),
         ("- 1", "b.yaml: expected keys and values"),
-        ("method: [1]", "b.yaml: "),
+        ("method: [1]", r"b.yaml: method: got \['1'\], expected keys and values"),
         ("train: {stepz: 1}", "unknown key 'train.stepz'; did you mean 'steps'"),
-        ("output: ${y}", "a.yaml, .*b.yaml: "),
+        ("output: a\noutput: b", "b.yaml: found the key 'output' twice"),
     ],
 )
 def test_a_mistake_in_a_later_file_is_one_line(tmp_path, values, content, expected):

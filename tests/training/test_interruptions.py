@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from interrupted_runs import QUIET, assert_same, fail_at, interrupted, saved_steps, steps
-from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from singer.cli import main
@@ -310,7 +310,7 @@ def test_a_changed_student_of_several_is_named(values):
 
 def test_options_may_stand_between_overrides(values, tmp_path, capsys):
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    path.write_text(yaml.safe_dump(values))
     command = ["distill", "--config", str(path)]
     assert main([*command, "train.lr=1e-4", "--resume", "train.steps=2"]) == 0
     assert len(steps(parse_config(values))) == 2

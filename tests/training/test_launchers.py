@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from programs import PACKAGE_ROOT, Program, killed_at_exit
 from safetensors.torch import load_file
 
@@ -77,7 +77,7 @@ def distill(tmp_path, values):
     values["method"]["quantile"] = 0.8
 
     def arguments(output, *overrides, **changes):
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create({**values, **changes})))
+        path.write_text(yaml.safe_dump({**values, **changes}))
         return ["distill", "--config", str(path), f"output={tmp_path / output}", *overrides]
 
     return arguments

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from pydantic import Field
 from tiny_models import VIT, random_images, tiny_backbone
 
@@ -181,7 +181,7 @@ def test_the_documented_example_is_found_by_the_program(tmp_path, values):
     (tmp_path / "scaled.py").write_text(documented_module())
     values = {**with_method(values, name="scaled", scale=0.3), "plugins": ["scaled"]}
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    path.write_text(yaml.safe_dump(values))
     program = (
         "import sys; from singer.config.schema import load_config, to_yaml; "
         "print(to_yaml(load_config(sys.argv[1])))"

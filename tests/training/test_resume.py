@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from interrupted_runs import QUIET, assert_same, interrupted
-from omegaconf import OmegaConf
 from programs import Program
 
 from singer.cli import main
@@ -84,7 +84,7 @@ def test_several_students_go_on_exactly(whole, values, monkeypatch):
 def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     config, expected = whole()
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     arguments = ["distill", "--config", str(path), "--resume"]
     program = Program(tmp_path, main_killed_at, place, arguments)
     assert program.wait() == -signal.SIGKILL, program.stderr
@@ -101,7 +101,7 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(
 ):
     config, expected = whole()
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     original, calls = SiNGER.losses, []
 
     def losses(self, student, teacher):
