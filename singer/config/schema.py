@@ -48,6 +48,7 @@ def _expand_home(value: Any) -> Any:
 
 
 FilePath = Annotated[str, BeforeValidator(_expand_home)]
+ColourValue = Annotated[int, Field(ge=0, le=255)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -178,6 +179,7 @@ class DataConfig(Section):
             inside scikit-image's and scikit-learn's wheels. Labels are not used.
         split: of a Hugging Face dataset.
         image_key: the column of a Hugging Face dataset that holds the images.
+        background: the colour behind images with transparency: red, green and blue, 0 to 255.
         crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
         epoch_size: samples per epoch; None: one per image. A larger number takes several random
             crops of each image; a smaller one is refused.
@@ -191,6 +193,7 @@ class DataConfig(Section):
     source: FilePath
     split: str = "train"
     image_key: str = "image"
+    background: tuple[ColourValue, ColourValue, ColourValue] = (255, 255, 255)
     crops: Literal["random", "center"] = "random"
     epoch_size: int | None = Field(None, ge=1)
     crop_scale: tuple[float, float] = (0.08, 1.0)

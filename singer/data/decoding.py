@@ -10,8 +10,14 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from singer.errors import SingerError, one_line
+
+WHITE = (255, 255, 255)
+
+_COLOUR_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+"""By PNG raw mode: pixels that Pillow decodes per unit of the file's transparent colour."""
 
 
 @contextmanager
@@ -29,29 +35,68 @@ def decoding_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def read_image(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
-    """Decode an image as 8-bit RGB; of 16-bit grey values the upper 8 bits are kept.
+def _bit_depth(image: Image.Image) -> int | None:
+    """Return the bits of a grey value, 8 of colours; None of signed integers and floats."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode == "F" or set(tags.get(SAMPLEFORMAT, ())) & {2, 3}:
+        return None
+    if image.mode.startswith("I;16"):
+        return tags.get(BITSPERSAMPLE, (16,))[0]
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 16
+    if image.mode == "I":
+        return 32 if tags.get(BITSPERSAMPLE) == (32,) else None
+    return 8
+
+
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Scale grey values by their bit depth: the upper 8 bits are kept."""
+    colour_key = image.info.get("transparency")
+    if bits > 8:
+        values = np.asarray(image).astype(np.uint32 if bits == 32 else np.uint16)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            values = (2**bits - 1) - values
+        grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+        if colour_key is not None:
+            grey.putalpha(Image.fromarray((values != colour_key) * np.uint8(255)))
+        return grey
+    scale = _COLOUR_KEY_SCALES.get(str(image.tile[0][3])) if image.tile else None
+    if colour_key is not None and scale is not None:
+        scaled = tuple((np.atleast_1d(colour_key) * scale).astype(int).tolist())
+        image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
+    return image
+
+
+def read_image(
+    file: str | Path | BinaryIO, name: str = "", background: tuple[int, int, int] = WHITE
+) -> Image.Image:
+    """Decode an image as 8-bit RGB; of deeper grey values the upper 8 bits are kept.
 
     A rotation that the file's EXIF data asks for is not applied.
 
     Args:
         file: its path, or the encoded image.
         name: what to call it in messages; empty: the path.
+        background: what shows through a transparent image: red, green and blue, 0 to 255.
 
     Raises:
-        SingerError: it can't be read as an image, or its values have no fixed range (32-bit
+        SingerError: it can't be read as an image, or its values have no fixed range (signed
             integers, floats); the message names it.
     """
     name = name or str(file)
     with decoding_errors(name):
         if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
             raise ValueError("no regular file")  # opening a named pipe may wait for ever
-    with decoding_errors(name), Image.open(file) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip at 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
+    with decoding_errors(name), Image.open(file) as opened:
+        bits = _bit_depth(opened)
+        if bits is None:
             raise SingerError(
-                f"data.source: {name} holds {image.mode!r} pixels, which have no fixed range; "
+                f"data.source: {name} holds {opened.mode!r} pixels, which have no fixed range; "
                 f"convert it to 8 bits"
             )
+        image = _eight_bits(opened, bits)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            behind = Image.new("RGBA", image.size, (*background, 255))
+            image = Image.alpha_composite(behind, image)
         return image.convert("RGB")

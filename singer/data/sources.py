@@ -20,7 +20,7 @@ from PIL import Image
 from timm.utils import natural_key
 
 from singer.config.schema import PHOTOS, DataConfig
-from singer.data.decoding import decoding_errors, read_image
+from singer.data.decoding import WHITE, decoding_errors, read_image
 from singer.data.listing import (
     EXTENSIONS,
     LeftOut,
@@ -81,7 +81,13 @@ def photo_paths(photos: Sequence[tuple[str, str]]) -> list[Path]:
 
 
 class ImageSource(ABC):
-    """Images with random access by index. It can be pickled, for workers that are spawned."""
+    """Images with random access by index. It can be pickled, for workers that are spawned.
+
+    Attributes:
+        background: what shows through transparent images: red, green and blue, 0 to 255.
+    """
+
+    background: tuple[int, int, int] = WHITE
 
     @abstractmethod
     def __len__(self) -> int:
@@ -136,7 +142,7 @@ class ImageFiles(ImageSource):
         """Decode one file. Do not alter the image: it may be kept."""
         if index in self._decoded:
             return self._decoded[index]
-        image = read_image(self.name(index))
+        image = read_image(self.name(index), background=self.background)
         if self._cache_decoded:
             self._decoded[index] = image
         return image
@@ -225,7 +231,7 @@ class TarImages(ImageSource):
         name = self.name(index)
         with decoding_errors(name), open(self._tars[tar], "rb") as file:
             file.seek(position)
-            return read_image(io.BytesIO(file.read(size)), name)
+            return read_image(io.BytesIO(file.read(size)), name, self.background)
 
     def name(self, index: int) -> str:
         """Return ``tar:member``."""
@@ -290,7 +296,8 @@ class HuggingFaceImages(ImageSource):
             if image is None:
                 raise ValueError("the row holds none")
             encoded = image["bytes"]
-            return read_image(image["path"] if encoded is None else io.BytesIO(encoded), name)
+            file = image["path"] if encoded is None else io.BytesIO(encoded)
+            return read_image(file, name, self.background)
 
     def name(self, index: int) -> str:
         """Return dataset, split and row."""
@@ -346,12 +353,18 @@ def open_source(data: DataConfig) -> ImageSource:
     their content).
 
     Args:
-        data: ``source``; of a Hugging Face dataset ``split`` and ``image_key`` too.
+        data: ``source`` and ``background``; of a Hugging Face dataset ``split`` and ``image_key``
+            too.
 
     Raises:
         SingerError: there is no such source, or it holds no image; the message names the key.
     """
-    source = data.source
+    source = _open(data.source, data)
+    source.background = data.background
+    return source
+
+
+def _open(source: str, data: DataConfig) -> ImageSource:
     if source == PHOTOS:
         if os.path.isdir(PHOTOS):
             _logger.warning(

@@ -189,6 +189,7 @@ def _teacher_tokens(
         "normalization": [teacher.mean, teacher.std],
         "image_size": config.image_size,
         "source": [config.data.source, config.data.split, config.data.image_key],
+        "background": config.data.background,
         "layers": layers,
         "images": images_digest,
         "precision": [str(next(teacher.model.parameters()).dtype), config.train.precision],

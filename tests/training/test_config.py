@@ -190,6 +190,8 @@ def test_configuration_is_immutable(make_config):
         ("train.steps=many", ["train.steps", "got 'many'"]),
         ("train.precision=fp8", ["train.precision", "got 'fp8'"]),
         ("data.crop_scale=[0.5,0.1]", ["crop_scale", "[0.5, 0.1]"]),
+        ("data.background=[0,0,256]", ["data.background.2", "256"]),
+        ("data.background=[0,0]", ["data.background.2"]),
         ("train.seed=-1", ["train.seed", "got -1"]),
         ("train.betas=[2,0.9]", ["train.betas", "got 2", "less than 1"]),
         ("teacher=null", ["teacher", "got None"]),

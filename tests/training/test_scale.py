@@ -322,6 +322,13 @@ def test_a_cache_of_other_images_or_another_teacher_is_refused(cached, tmp_path)
     assert not (tmp_path / "other").exists()
 
 
+def test_a_cache_of_another_background_is_refused(cached):
+    training.train(cached("first"), QUIET)
+    other = cached("other", data={"background": [0, 0, 0]})
+    with pytest.raises(SingerError, match=r"teacher\.cache: .*background"):
+        training.train(other, QUIET)
+
+
 def test_a_cache_of_random_crops_is_refused(make_config, tmp_path):
     with pytest.raises(SingerError, match=r"teacher\.cache: .*data\.crops is 'random'"):
         make_config(teacher={"cache": str(tmp_path / "cache")})
