@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
+from multiprocessing import active_children, connection
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +38,20 @@ _MAX_IMAGES_TRIED = 1000
 _MAX_NAMES_SHOWN = 5
 
 _KEY = "data.source: "
+
+SHARED_MEMORY = "/dev/shm"
+"""Where workers place their batches (Linux)."""
+
+LOADER_TIMEOUT = 600.0
+"""Seconds without a batch from any worker after which the loader counts as hung."""
+
+_POLL_SECONDS = 0.5
+"""Between two looks at the workers and at stop requests, while a batch is waited for."""
+
+_END_SECONDS = 5.0
+"""For a worker whose connection is lost to end."""
+
+_PREFETCH_FACTOR = 2
 
 
 class Batch(NamedTuple):
@@ -195,8 +213,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         self.grad_accum_steps = grad_accum_steps
         self.process_index = process_index
         self.local_batch_size = batch_size // num_processes
-        self.epoch = 0
-        self.step = 0
+        self.seek(0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -208,12 +225,14 @@ class EpochBatchSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + epoch)
         return torch.randperm(self.epoch_size, generator=generator) + epoch * self.epoch_size
 
-    def seek(self, epoch: int, step: int = 0) -> None:
+    def seek(self, epoch: int, step: int = 0, num_steps: int | None = None) -> None:
         """Set where the next iteration starts; iterating does not move it. Takes no time.
 
         Args:
             epoch: from 0.
             step: optimiser steps of the epoch to leave out.
+            num_steps: length of the iteration, which goes on in the next epochs; None: to the end
+                of the epoch.
 
         Raises:
             ValueError: the epoch is negative, or has no such step.
@@ -225,47 +244,127 @@ class EpochBatchSampler(Sampler[list[int]]):
             )
         self.epoch = epoch
         self.step = step
+        self.num_steps = self.steps_per_epoch - step if num_steps is None else num_steps
 
     def __len__(self) -> int:
-        """Return the number of micro-batches from the current step to the end of the epoch."""
-        return (self.steps_per_epoch - self.step) * self.grad_accum_steps
+        """Return the number of micro-batches of the next iteration."""
+        return self.num_steps * self.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample ids of each micro-batch."""
-        # A generator function would read epoch and step at the first batch only.
-        return self._draw(self.epoch, self.step)
+        # A generator function would read the position at the first batch only.
+        return self._draw(self.epoch, self.step, self.num_steps)
 
-    def _draw(self, epoch: int, step: int) -> Iterator[list[int]]:
+    def _draw(self, epoch: int, step: int, num_steps: int) -> Iterator[list[int]]:
         order = self.order(epoch)
-        for later in range(step, self.steps_per_epoch):
-            first = later * self.batch_size + self.process_index * self.local_batch_size
+        for _ in range(num_steps):
+            if step == self.steps_per_epoch:
+                epoch, step = epoch + 1, 0
+                order = self.order(epoch)
+            first = step * self.batch_size + self.process_index * self.local_batch_size
             local_batch = order[first : first + self.local_batch_size]
             for micro_batch in local_batch.chunk(self.grad_accum_steps):
                 yield micro_batch.tolist()
+            step += 1
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A loader of :class:`Batch`; an error in a worker reaches the main process as it was raised.
+    """A loader of :class:`Batch`; an error in a worker reaches the main process in one line.
+
+    Its ``timeout`` is the time between two calls of ``on_wait``; an iteration waits for a batch up
+    to :data:`LOADER_TIMEOUT`.
+
+    Attributes:
+        on_wait: called while a batch of a worker is waited for; it may raise.
 
     Raises:
-        SingerError: while iterating: neither an image nor one of 20 others can be read.
+        SingerError: while iterating: neither an image nor one of 20 others can be read, or a worker
+            failed, ended or hangs.
     """
 
     dataset: CropDataset
     batch_sampler: EpochBatchSampler
+    on_wait: Callable[[], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Start at the sampler's position."""
-        return self._raise_errors(super().__iter__())
+        others = active_children()
+        with _unchanged_child_handler():
+            batches = super().__iter__()
+        workers = [child for child in active_children() if child not in others]
+        return self._received(batches, workers)
 
-    @staticmethod
-    def _raise_errors(batches: Iterator[Batch | SingerError]) -> Iterator[Batch]:
-        for batch in batches:
-            if isinstance(batch, SingerError):
-                # A new one: this one, raised, would refer to this frame and the frame to it, and
-                # torch takes 5 s to end the workers of an iterator that is collected from a cycle.
-                raise SingerError(str(batch))
-            yield batch
+    def _received(
+        self, batches: Iterator[Batch | SingerError], workers: list[BaseProcess]
+    ) -> Iterator[Batch]:
+        try:
+            while (batch := self._next(batches, workers)) is not None:
+                if isinstance(batch, SingerError):
+                    # A new one: this one, raised, would refer to this frame and the frame to it,
+                    # and torch takes 5 s to end the workers of an iterator collected from a cycle.
+                    raise SingerError(str(batch))
+                yield batch
+        except Exception:
+            for worker in workers:  # one that hangs does not end when it is asked to
+                worker.kill()
+            raise
+
+    def _next(
+        self, batches: Iterator[Batch | SingerError], workers: list[BaseProcess]
+    ) -> Batch | SingerError | None:
+        """Return the next batch, or the error of a worker; None: it was the last."""
+        waited = 0.0  # not by the clock: the whole process may have been suspended
+        while waited < LOADER_TIMEOUT:
+            try:
+                return next(batches, None)
+            except Exception as error:
+                if str(error) != f"DataLoader timed out after {self.timeout} seconds":
+                    if not workers:
+                        raise
+                    raise _worker_error(error, workers) from error
+            waited += self.timeout
+            if self.on_wait is not None:
+                self.on_wait()
+        raise SingerError(
+            f"data.num_workers: no batch has come for {LOADER_TIMEOUT:.0f} s: the file system of "
+            f"data.source hangs, or shared memory ({SHARED_MEMORY}) is full; see to it, or lower "
+            f"data.num_workers"
+        )
+
+
+@contextmanager
+def _unchanged_child_handler() -> Iterator[None]:
+    """Leave the handler of SIGCHLD as it was.
+
+    torch's raises an error at any line of the trainer, in an update of the weights, say. While a
+    batch is waited for, torch looks at the workers anyway.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    former = None if number is None else signal.getsignal(number)
+    yield
+    if former is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, former)
+
+
+def _worker_error(error: Exception, workers: Sequence[BaseProcess]) -> SingerError:
+    """Return the one-line error for an exception of a worker, or for its end."""
+    is_raised = str(error).startswith("Caught ")  # then torch's message holds a traceback
+    if not is_raised:  # a connection that is lost is noticed before the end of its process
+        connection.wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if is_raised or not codes:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        return SingerError(f"data: a worker of the loader failed: {reason}")
+    name = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit code {codes[0]}"
+    cause = {
+        "SIGKILL": ", as the kernel does when memory runs out",
+        "SIGBUS": f": shared memory ({SHARED_MEMORY}) is full",
+    }.get(name, "")
+    return SingerError(
+        f"data.num_workers: a worker of the loader was ended by {name}{cause}; lower "
+        f"data.num_workers or train.batch_size"
+    )
 
 
 def _ignore_signals(worker: int) -> None:
@@ -309,6 +408,38 @@ def check_batch(config: Config, num_processes: int) -> None:
         )
 
 
+def free_shared_memory() -> int | None:
+    """Return the free bytes of shared memory; None: unknown."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
+
+
+def check_shared_memory(config: Config, num_processes: int) -> None:
+    """Check that the batches of the workers fit into shared memory.
+
+    Each worker prefetches two micro-batches, and one more is in use.
+
+    Raises:
+        SingerError: they don't.
+    """
+    workers, free = config.data.num_workers, free_shared_memory()
+    if workers == 0 or free is None:
+        return
+    announced = os.environ.get("LOCAL_WORLD_SIZE", "")
+    local_processes = min(num_processes, int(announced)) if announced.isdecimal() else 1
+    images = config.train.batch_size // num_processes // config.train.grad_accum_steps
+    batch = images * 3 * config.image_size**2
+    needed = local_processes * (workers * _PREFETCH_FACTOR + 1) * batch
+    if needed > free:
+        raise SingerError(
+            f"data.num_workers: {workers} workers keep up to {needed / 2**20:.0f} MiB of images in "
+            f"shared memory ({SHARED_MEMORY}), which has {free / 2**20:.0f} MiB free; lower "
+            f"data.num_workers or train.batch_size, or enlarge it (docker run --shm-size=...)"
+        )
+
+
 def check_readable(source: ImageSource, title: str) -> None:
     """Check that an image can be read: one at least of all, or of the first 1000.
 
@@ -347,7 +478,8 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
 
     Raises:
         SingerError: the batch can't be shared evenly, the source can't be opened or holds no
-            readable image, or an epoch has fewer samples than a batch or than there are images.
+            readable image, an epoch has fewer samples than a batch or than there are images, or
+            shared memory is too small for the workers.
     """
     check_batch(config, num_processes)
     train, workers = config.train, config.data.num_workers
@@ -363,6 +495,7 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
             f"train.batch_size: got {train.batch_size}, expected at most {len(crops)}, the samples "
             f"of an epoch; lower it or raise data.epoch_size"
         )
+    check_shared_memory(config, num_processes)
     check_readable(source, config.data.source)
     return BatchLoader(
         crops,
@@ -376,7 +509,8 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
         ),
         collate_fn=default_convert,  # the dataset collates
         num_workers=workers,
-        persistent_workers=workers > 0,
+        prefetch_factor=_PREFETCH_FACTOR if workers else None,
+        timeout=_POLL_SECONDS if workers else 0,
         worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or every epoch would draw from the global one

@@ -27,7 +27,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from singer.errors import STOP_SIGNALS, SharedError, SingerError
+from singer.errors import STOP_SIGNALS, SharedError, SingerError, StoppedError
 
 _logger = logging.getLogger("singer")
 
@@ -275,15 +275,23 @@ class UnboundedBarrier:
 
     Args:
         accelerator: of the run; every rank creates the barrier at the same point.
+        preemption: its signal ends the wait.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(
+        self, accelerator: Accelerator, preemption: PreemptionHandler | None = None
+    ) -> None:
         self.accelerator = accelerator
+        self.preemption = preemption
         self.store = create_run_store() if accelerator.num_processes > 1 else None
         self.calls = 0
 
     def __call__(self) -> None:
-        """Wait until every rank has called it as often."""
+        """Wait until every rank has called it as often.
+
+        Raises:
+            StoppedError: a signal came first.
+        """
         if self.store is None:
             self.accelerator.wait_for_everyone()
             return
@@ -291,4 +299,7 @@ class UnboundedBarrier:
         self.calls += 1
         self.store.add(key, 1)
         while self.store.add(key, 0) < self.accelerator.num_processes:
+            name = None if self.preemption is None else self.preemption.signal
+            if name is not None:
+                raise StoppedError(name, "while other processes were waited for", is_shared=False)
             time.sleep(0.1)

@@ -204,7 +204,7 @@ def _teacher_tokens(
         batch_size=loader.batch_sampler.local_batch_size // config.train.grad_accum_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        wait=UnboundedBarrier(accelerator),
+        wait=UnboundedBarrier(accelerator, preemption),
     )
 
     def read(images: Tensor, sample_ids: Tensor) -> BlockTokens:

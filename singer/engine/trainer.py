@@ -163,15 +163,25 @@ class Trainer:
         for student in self.students:
             student.plot()
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield this rank's micro-batches from the next step on, with their epoch; endless."""
+    def _batches(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the steps that are left."""
         sampler = self.loader.batch_sampler
         epoch, step = divmod(self.completed_steps, sampler.steps_per_epoch)
-        while True:
-            sampler.seek(epoch, step)
-            for batch in self.loader:
-                yield epoch, batch
-            epoch, step = epoch + 1, 0
+        # One iteration for all epochs: the workers don't pause between two.
+        sampler.seek(epoch, step, num_steps=self.steps - self.completed_steps)
+        self.loader.on_wait = self._stop_while_waiting
+        yield from self.loader
+
+    def _stop_while_waiting(self) -> None:
+        """Answer a request to stop that came while a batch was waited for."""
+        if self._must_stop_now():
+            if self.completed_steps > 0:
+                self._save_completed_steps()
+            raise self._stopped()
+
+    def _stopped(self) -> StoppedError:
+        names = [name for name in gather_object([self.preemption.signal]) if name is not None]
+        return StoppedError(names[0], f"after step {self.completed_steps} of {self.steps}")
 
     def _loop(self) -> None:
         train = self.config.train
@@ -231,10 +241,10 @@ class Trainer:
             return DEBUG_HINT
         return f"traceback: {path}"
 
-    def _step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> None:
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
         grad_accum_steps = self.config.train.grad_accum_steps
         for micro_batch in range(grad_accum_steps):
-            epoch, batch = self._throughput.wait_for(batches)
+            batch = self._throughput.wait_for(batches)
             self._new_unreadable += batch.unreadable
             if batch.unreadable and self.config.teacher.cache is not None:
                 raise SingerError(
@@ -248,7 +258,7 @@ class Trainer:
                 student.backward(images, teacher, micro_batch)
                 if micro_batch == grad_accum_steps - 1:
                     self._is_updating = True
-                    student.step(step, epoch)
+                    student.step(step, int(batch.sample_ids[0]) // self.loader.dataset.epoch_size)
         self._step_completed(step)
 
     def _must_stop_now(self) -> bool:
@@ -290,8 +300,7 @@ class Trainer:
             return
         if self.completed_steps > 0 and self.saved_step != self.completed_steps:
             self._save()
-        names = [name for name in gather_object([self.preemption.signal]) if name is not None]
-        raise StoppedError(names[0], f"after step {self.completed_steps} of {self.steps}")
+        raise self._stopped()
 
     def _save_after_error(self) -> None:
         """Save the completed steps; remove the directory if there are none."""

@@ -1,5 +1,6 @@
 """Crops of images, their order, and their way into batches."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -178,6 +179,17 @@ def test_seeking_is_leaving_steps_out():
     assert list(batches) == whole[2:]
 
 
+def test_an_iteration_may_span_epochs():
+    sampler = EpochBatchSampler(26, 3, 8, 2)
+    epochs = []
+    for epoch in range(3):
+        sampler.seek(epoch)
+        epochs += sampler
+    sampler.seek(0, 1, num_steps=7)
+    assert len(sampler) == 14
+    assert list(sampler) == epochs[2:16]
+
+
 @pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, -1), (0, 4)])
 def test_seeking_outside_is_refused(epoch, step):
     with pytest.raises(ValueError, match=f"got {epoch}, {step}, expected .* 0 to 3"):
@@ -255,9 +267,10 @@ def test_workers_survive_the_signals_meant_for_the_trainer(make_config):
     loader = create_loader(
         make_config(data={"num_workers": 2, "epoch_size": 96}, train={"batch_size": 2})
     )
+    others = multiprocessing.active_children()
     batches = iter(loader)
     taken = [next(batches)]
-    workers = loader._iterator._workers
+    workers = [child for child in multiprocessing.active_children() if child not in others]
     sender = os.fork()  # the trainer's own SIGTERM would end them
     if sender == 0:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
