@@ -20,7 +20,7 @@ from singer.engine.distributed import (
     run_on_all_ranks,
     run_on_main,
 )
-from singer.errors import SingerError
+from singer.errors import SingerError, StoppedError
 from singer.methods import SiNGER
 from singer.methods.base import global_means
 
@@ -167,6 +167,13 @@ def test_an_unbounded_barrier_waits_for_all_ranks(monkeypatch):
     for thread in threads:
         thread.join(60)
     assert [turn for turn, _ in passed] == [0, 0, 1, 1]
+
+
+def test_a_signal_ends_the_wait_at_a_barrier(monkeypatch):
+    monkeypatch.setattr("singer.engine.distributed.create_run_store", dist.HashStore)
+    barrier = UnboundedBarrier(SimpleNamespace(num_processes=2), SimpleNamespace(signal="SIGTERM"))
+    with pytest.raises(StoppedError, match="SIGTERM while other processes were waited for"):
+        barrier()
 
 
 def _agree(store, delays=(0, 0, 0)):
