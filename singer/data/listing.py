@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
+import tarfile
 from collections import deque
+from collections.abc import Mapping
+from typing import BinaryIO, NamedTuple
 
 _logger = logging.getLogger("singer")
 
@@ -12,6 +16,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 _MAX_NAMES_SHOWN = 5
 
+_MAX_LINKS = 40
+"""Symbolic links that are followed in one path, as on Linux."""
+
+_NO_TARGET = "links to nothing in the tar"
 _SPECIAL = "named pipes, sockets and devices"
 
 
@@ -95,4 +103,116 @@ def images_in_folder(folder: str, left_out: LeftOut) -> list[str]:
                 is_file or not is_special(entry.path, left_out)
             ):
                 images.append(entry.path)
+    return images
+
+
+class TarImage(NamedTuple):
+    """An image in a tar.
+
+    Attributes:
+        name: of the member, after those of the tars around it: ``class0.tar:1.png``.
+        position: of its first byte in the outermost file.
+        size: in bytes.
+    """
+
+    name: str
+    position: int
+    size: int
+
+
+class _Link(NamedTuple):
+    target: str
+
+
+# What a path of a tar holds after extraction: a file as an unnamed image, a tar as the images in
+# it, a link, or why it can't be read.
+_Content = TarImage | list[TarImage] | _Link | str
+
+
+def _follow(path: str, contents: Mapping[str, tuple[str, _Content]]) -> _Content:
+    """Return what a path leads to, through links to files and to folders."""
+    for _ in range(_MAX_LINKS):
+        parts = path.split("/")
+        for length in range(1, len(parts) + 1):
+            link = contents.get("/".join(parts[:length]), ("", ""))[1]
+            if isinstance(link, _Link):
+                rest = (link.target, *parts[length:])
+                path = posixpath.normpath(posixpath.join(*parts[: length - 1], *rest))
+                break
+        else:
+            if path in contents:
+                return contents[path][1]
+            is_folder = any(other.startswith(f"{path}/") for other in contents)
+            return [] if is_folder or path == "." else _NO_TARGET
+    return _NO_TARGET
+
+
+def images_in_tar(file: BinaryIO, where: str, left_out: LeftOut, start: int = 0) -> list[TarImage]:
+    """Return the images that extracting a tar gives, those of tars in it too, in no special order.
+
+    Of members with one name the last counts. A hard link is the member before it that it names; a
+    symbolic link may name any member, by way of other links.
+
+    Args:
+        file: an uncompressed tar.
+        where: its name, for ``left_out``.
+        left_out: counts images that can't be read (links to nothing in the tar, sparse files,
+            named pipes and devices), that a later member replaces, or in hidden folders.
+        start: where the tar begins in the outermost file.
+
+    Raises:
+        tarfile.TarError: the file is no such tar, or is corrupt.
+    """
+    contents: dict[str, tuple[str, _Content]] = {}  # path: name of the member, content
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # it would keep a kilobyte of each
+            path = posixpath.normpath(member.name.lstrip("/"))
+            content: _Content
+            if member.isdir():
+                continue
+            if member.issym():
+                content = _Link(member.linkname)
+            elif member.islnk():
+                target = posixpath.normpath(member.linkname.lstrip("/"))
+                content = contents.get(target, ("", _NO_TARGET))[1]
+            elif member.issparse():
+                content = "sparse files"
+            elif member.type in tarfile.SUPPORTED_TYPES and not member.isreg():
+                content = _SPECIAL
+            elif has_extension(member.name, ".tar"):
+                content = images_in_tar(
+                    tar.extractfile(member),
+                    f"{where}:{member.name}",
+                    left_out,
+                    start + member.offset_data,
+                )
+            else:
+                content = TarImage("", start + member.offset_data, member.size)
+            replaced = contents.get(path, (path, content))[1] != content
+            if replaced and has_extension(path, EXTENSIONS):
+                left_out.add("members that a later one replaces", f"{where}:{member.name}")
+            contents[path] = (member.name, content)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes garbage for the end
+            raise tarfile.ReadError(f"damaged or cut off at byte {start + tar.offset}")
+    images: list[TarImage] = []
+    for path, (name, content) in contents.items():
+        is_image, is_tar = has_extension(path, EXTENSIONS), has_extension(path, ".tar")
+        is_link = isinstance(content, _Link)
+        if is_link:
+            content = _follow(path, contents)
+        # A link that leads out of the tar may be to a folder of images.
+        if not (is_image or is_tar or (is_link and "." not in posixpath.basename(path))):
+            continue
+        if isinstance(content, str):
+            left_out.add(content, f"{where}:{name}")
+        elif any(part[0] == "." for part in path.split("/")[:-1] if part != ".."):
+            left_out.add("images in hidden folders", f"{where}:{name}")
+        elif is_image and isinstance(content, TarImage):
+            images.append(content._replace(name=name))
+        elif is_tar and isinstance(content, list):
+            images += [image._replace(name=f"{name}:{image.name}") for image in content]
+        elif is_image or is_tar:
+            left_out.add("links to files of another kind", f"{where}:{name}")
     return images

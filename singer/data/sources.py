@@ -11,9 +11,8 @@ import logging
 import os
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,6 +25,7 @@ from singer.data.listing import (
     LeftOut,
     has_extension,
     images_in_folder,
+    images_in_tar,
     is_special,
 )
 from singer.errors import DEMO_EXTRA_HINT, SingerError, one_line
@@ -152,40 +152,12 @@ class ImageFiles(ImageSource):
         return _unpack(self._paths[index])
 
 
-def _images_in_tar(file: BinaryIO, start: int = 0) -> Iterator[tuple[str, int, int]]:
-    """Yield name, position in the outermost file and size of every image, those of tars in it too.
-
-    Args:
-        file: an uncompressed tar.
-        start: where it begins in the outermost file.
-
-    Raises:
-        tarfile.TarError: the file is no such tar, is corrupt, or holds a sparse image.
-    """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep a kilobyte of each
-            if not member.isreg():
-                continue
-            if has_extension(member.name, ".tar"):
-                inner = tar.extractfile(member)
-                for name, position, size in _images_in_tar(inner, start + member.offset_data):
-                    yield f"{member.name}:{name}", position, size
-            elif has_extension(member.name, EXTENSIONS):
-                if member.issparse():
-                    raise tarfile.ReadError(f"{member.name} is sparse; pack it without --sparse")
-                yield member.name, start + member.offset_data, member.size
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes garbage for the end
-            raise tarfile.ReadError(f"damaged or cut off at byte {start + tar.offset}")
-
-
 class TarImages(ImageSource):
     """Images inside uncompressed tar files: class folders, WebDataset shards, tars of tars.
 
     Every member with an image's extension is an image; other members of a WebDataset sample are
-    ignored. The tars are taken in the order given, and in each the images in the natural order of
-    their names.
+    ignored, and links are followed (:func:`singer.data.listing.images_in_tar`). The tars are taken
+    in the order given, and in each the images in the natural order of their names.
 
     Opening it reads all headers once, for random access. timm's streaming ``wds/`` reader has none,
     and its ``ReaderImageInTar`` may write beside the data and keeps files open that forked workers
@@ -201,12 +173,13 @@ class TarImages(ImageSource):
     def __init__(self, tars: Sequence[str | Path]) -> None:
         names: list[str] = []
         locations: list[tuple[int, int, int]] = []
+        left_out = LeftOut()
         for number, tar in enumerate(tars):
             try:
                 with open(tar, "rb") as file:
                     found = sorted(
-                        _images_in_tar(file),
-                        key=lambda image: (natural_key(image[0]), image),
+                        images_in_tar(file, str(tar), left_out),
+                        key=lambda image: (natural_key(image.name), image),
                     )
             except (tarfile.TarError, OSError, ValueError) as error:
                 raise SingerError(
@@ -214,8 +187,9 @@ class TarImages(ImageSource):
                 ) from error
             names += [name for name, _, _ in found]
             locations += [(number, position, size) for _, position, size in found]
+        where = tars[0] if len(tars) == 1 else f"{len(tars)} tars, {tars[0]} the first of them"
+        left_out.log(str(where))
         if not names:
-            where = tars[0] if len(tars) == 1 else f"{len(tars)} tars, {tars[0]} the first of them"
             raise SingerError(f"data.source: no image file ({', '.join(EXTENSIONS)}) in {where}")
         self._tars = [str(tar) for tar in tars]
         self._names = _pack(names)
