@@ -106,6 +106,19 @@ def _demo(arguments: argparse.Namespace) -> None:
     run_demo(DemoOptions(**options), Console())
 
 
+def _without_dashes(options: Sequence[str]) -> str:
+    """Return how to write options that are keys of the configuration."""
+    from singer.config.schema import Config
+
+    keys = [option.lstrip("-").partition("=") for option in options]
+    written = [
+        f"{key}={value if equals else 'VALUE'}"
+        for key, equals, value in keys
+        if key.partition(".")[0] in Config.model_fields
+    ]
+    return f"; write {' '.join(written)}" if written else ""
+
+
 def _missing_requirements() -> list[str]:
     """Return the required packages that are not installed, as after ``pip install --no-deps``."""
     missing = []
@@ -137,7 +150,7 @@ def _print_traceback() -> None:
 
 
 def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return (os.environ.get("RANK") or "0").strip() in ("0", "-1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,10 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # argparse takes only consecutive overrides
-    if arguments.command != "distill" or any(text.startswith("-") for text in rest):
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
+    is_distill = arguments.command == "distill"
+    unknown = [text for text in rest if text.startswith("-") or not is_distill]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_without_dashes(unknown)}")
+    if is_distill:
         arguments.overrides += rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("singer").setLevel(logging.INFO)

@@ -27,7 +27,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from singer.errors import STOP_SIGNALS, SharedError, SingerError, StoppedError
+from singer.errors import STOP_SIGNALS, SharedError, SingerError, StoppedError, one_line
 
 _logger = logging.getLogger("singer")
 
@@ -87,6 +87,62 @@ def run_on_main(function: Callable[P, Result]) -> Callable[P, Result]:
     return run
 
 
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = {
+    **dict.fromkeys((*_SIZES, "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS"), 1),
+    **dict.fromkeys(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0),
+    **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID", "MASTER_PORT"), 0),
+}
+"""Launchers' variables that Accelerate or torch read as numbers, and the least value of each."""
+
+
+def check_environment(uses_cpu: bool) -> None:
+    """Check the launchers' variables.
+
+    Those that are empty or -1 are unset, as well as those that announce a single process but not
+    where it could be reached: it needs no process group.
+
+    Args:
+        uses_cpu: the run uses no GPU.
+
+    Raises:
+        SingerError: several processes are announced, but a variable is missing; or a value does not
+            fit.
+    """
+    for name in (*_NUMBERS, "MASTER_ADDR"):
+        if os.environ.get(name, "unset").strip() in ("", "-1"):
+            del os.environ[name]
+    for name, least in _NUMBERS.items():
+        text = os.environ.get(name)
+        if text is not None and not (text.strip().isdecimal() and int(text) >= least):
+            raise SingerError(
+                f"{name}: got {text!r}, expected a whole number from {least}; the launcher sets it"
+            )
+    counter = next((name for name in _SIZES if name in os.environ), "WORLD_SIZE")
+    size = int(os.environ.get(counter, "1"))
+    for name in ("RANK", "LOCAL_RANK"):
+        if int(os.environ.get(name, "0")) >= size:
+            raise SingerError(
+                f"{name}: got {os.environ[name]}, expected less than {size}, the number of "
+                f"processes ({counter})"
+            )
+    if size > 1:
+        # Accelerate knows MPI's ranks, and counts on CPUs without LOCAL_RANK.
+        needed = ["MASTER_ADDR", *(["MASTER_PORT", "RANK"] if counter == "WORLD_SIZE" else [])]
+        needed += [] if uses_cpu else ["LOCAL_RANK"]
+        missing = [name for name in needed if name not in os.environ]
+        if missing:
+            raise SingerError(
+                f"{counter} is {size}, but {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not set; a launcher (torchrun, "
+                f"accelerate launch) sets all of them"
+            )
+    elif any(name not in os.environ for name in _TORCH):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+
+
 def create_accelerator(precision: str) -> Accelerator:
     """Create the run's Accelerator, and with it the launcher's process group, if there is one.
 
@@ -95,10 +151,11 @@ def create_accelerator(precision: str) -> Accelerator:
 
     Raises:
         SingerError: another precision was used in this process, or it needs a GPU; or Accelerate is
-            configured for more than data parallelism.
+            configured for more than data parallelism; or see :func:`check_environment`.
     """
-    _join_restarted()
     try:
+        check_environment(_uses_cpu())
+        _join_restarted()
         accelerator = Accelerator(
             # Without a GPU, Accelerate ignores the launcher's world size unless cpu=True.
             cpu=_uses_cpu(),
@@ -108,7 +165,10 @@ def create_accelerator(precision: str) -> Accelerator:
                 InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             ],
         )
-    except ValueError as error:  # Accelerate keeps one precision per process
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise SingerError(f"accelerate: {one_line(error)}") from error
+        # Accelerate keeps one precision per process.
         raise SingerError(
             f"train.precision: got {precision!r}, but a run with another precision came before in "
             f"this process; start a new one"

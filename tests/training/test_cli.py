@@ -176,3 +176,39 @@ def test_mistakes_in_the_demos_options(arguments, expected, capsys, tmp_path):
     assert main(["demo", "--output", str(output), *arguments]) == 2
     assert expected in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--train.lr=3e-4"], "--train.lr=3e-4; write train.lr=3e-4"),
+        (["--train.lr", "3e-4"], "--train.lr; write train.lr=VALUE"),
+        (["--output=b", "--fly"], "--output=b --fly; write output=b"),
+        (["--lr=3e-4"], "--lr=3e-4"),
+        (["-q"], "-q"),
+    ],
+)
+@pytest.mark.parametrize("before", [[], ["image_size=32", "--resume"]])
+def test_only_wrong_arguments_are_named(config_file, capsys, arguments, expected, before):
+    command = ["distill", *before, "--config", str(config_file), "train.steps=2", *arguments]
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "output=a"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == f"singer: error: unrecognized arguments: {expected}"
+
+
+def test_a_rank_that_is_no_number_is_one_line(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    assert main(["distill", "--config", str(config_file)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("singer: error: RANK: got 'first', expected a whole number from 0")
+    assert err.count("\n") == 1
+
+
+def test_a_container_that_announces_one_process_trains_alone(config_file, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["distill", "--config", str(config_file), "train.steps=2"]) == 0
+    assert "images per second" in capsys.readouterr().out

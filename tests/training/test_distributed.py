@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from tiny_models import VIT, generator, random_images, tiny_backbone
 
+from singer.engine import distributed
 from singer.engine.distributed import (
     PreemptionHandler,
     UnboundedBarrier,
@@ -37,6 +38,74 @@ def test_sharded_models_are_refused(monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(SingerError, match="configured for FSDP, expected plain data parallelism"):
         create_accelerator("fp32")
+
+
+_ANNOUNCED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set the variables of a launcher; no others are set."""
+
+    def set_variables(**variables):
+        for name in (*distributed._NUMBERS, "MASTER_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (_ANNOUNCED, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "", "MASTER_ADDR": "", "LOCAL_RANK": "-1"},
+            "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT, RANK are not set",
+        ),
+        ({**_ANNOUNCED, "MASTER_PORT": "http"}, "MASTER_PORT: got 'http', expected a whole"),
+        ({**_ANNOUNCED, "WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two', expected a whole number"),
+        ({**_ANNOUNCED, "WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected a whole number from 1"),
+        ({**_ANNOUNCED, "RANK": "2"}, r"RANK: got 2, expected less than 2.*\(WORLD_SIZE\)"),
+        ({"LOCAL_RANK": "1"}, r"LOCAL_RANK: got 1, expected less than 1.*\(WORLD_SIZE\)"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "accelerate: .*maybe"),
+    ],
+)
+def test_a_launchers_variable_that_does_not_fit_is_named(
+    environment, monkeypatch, variables, expected
+):
+    environment(**variables)
+    if "ACCELERATE_USE_CPU" in variables:  # asked for where there is a GPU
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(SingerError, match=expected) as caught:
+        create_accelerator("fp32")
+    assert "\n" not in str(caught.value)
+    assert "train.precision" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
+        {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"LOCAL_RANK": "-1", "PMI_SIZE": "", "OMPI_COMM_WORLD_RANK": ""},
+        {"WORLD_SIZE": " 1 "},
+    ],
+)
+def test_a_single_process_needs_no_group(environment, variables):
+    environment(**variables)
+    accelerator = create_accelerator("fp32")
+    assert (accelerator.num_processes, dist.is_initialized()) == (1, False)
+
+
+def test_a_gpu_for_each_of_several_processes_needs_the_local_rank(environment):
+    environment(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
+    distributed.check_environment(uses_cpu=True)
+    with pytest.raises(SingerError, match="WORLD_SIZE is 2, but LOCAL_RANK is not set"):
+        distributed.check_environment(uses_cpu=False)
 
 
 def _gradients(rank, size, variant, results, path):
