@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
-from torchvision.transforms import v2 as transforms
 
 from singer.config.schema import Config, DataConfig
+from singer.data.crops import create_crop
+from singer.data.decoding import decoding_errors
 from singer.data.sources import ImageSource, open_source
 from singer.errors import STOP_SIGNALS, SingerError
 from singer.seeding import cpu_seed
@@ -90,20 +91,7 @@ class CropDataset(Dataset[Tensor]):
         self.epoch_size = data.epoch_size or len(source)
         self.seed = seed
         self._is_fixed = data.crops == "center"
-        bicubic = transforms.InterpolationMode.BICUBIC
-        if self._is_fixed:
-            crop = [
-                transforms.Resize(image_size, interpolation=bicubic, antialias=True),
-                transforms.CenterCrop(image_size),
-            ]
-        else:
-            crop = [
-                transforms.RandomResizedCrop(
-                    image_size, scale=data.crop_scale, interpolation=bicubic, antialias=True
-                ),
-                transforms.RandomHorizontalFlip(data.hflip),
-            ]
-        self.transform = transforms.Compose([*crop, transforms.PILToTensor()])
+        self.transform = create_crop(data, image_size)
 
     def __len__(self) -> int:
         """Return the number of samples per epoch."""
@@ -150,12 +138,14 @@ class CropDataset(Dataset[Tensor]):
         for index in self._candidates(sample_id, key):
             try:
                 image = self.source.read(index)
+                with (
+                    decoding_errors(self.source.name(index)),
+                    cpu_seed(self.seed * 0x9E3779B1 + key),
+                ):
+                    return self.transform(image)
             except SingerError as error:
                 unreadable.append(self.source.name(index))
                 reason = str(error).removeprefix(_KEY)
-                continue
-            with cpu_seed(self.seed * 0x9E3779B1 + key):
-                return self.transform(image)
         raise SingerError(
             f"data.source: no readable image among {len(set(unreadable))} that were drawn; the "
             f"last: {reason}"

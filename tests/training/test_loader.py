@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from singer.config.schema import PHOTOS, DataConfig
+from singer.data.crops import CenterCrop
 from singer.data.loader import (
     BatchLoader,
     CropDataset,
@@ -111,6 +112,77 @@ def test_centre_crops_show_the_middle_unmirrored(tmp_path):
     # Halved: columns 2i and 2i + 1 become i, and of 64 columns 16 to 47 stay. A ramp stays a ramp.
     expected = 2 * torch.arange(16, 48) + 0.5
     assert ((row - expected).abs() <= 1).all()  # half a level from the mean, half from rounding
+
+
+@pytest.mark.parametrize("size", [(9, 40), (40, 9), (90, 41), (16, 128)])
+@pytest.mark.parametrize("image_size", [32, 33])
+def test_centre_crops_of_ordinary_images_are_torchvisions(size, image_size):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(*size, 3), dtype=np.uint8)
+    image, crop = Image.fromarray(pixels), CenterCrop(image_size)
+    _assert_equal(*map(transforms.functional.pil_to_tensor, (crop(image), crop.whole(image))))
+
+
+@pytest.mark.parametrize(
+    "size", [(3, 100), (100, 3), (7, 61), (61, 7), (1, 9), (40, 400), (41, 999)]
+)
+@pytest.mark.parametrize("image_size", [32, 33])
+def test_centre_crops_of_long_images_are_torchvisions_up_to_rounding(size, image_size):
+    # Of little contrast: no value is clipped between Pillow's two passes, whose order may differ.
+    pixels = np.random.default_rng(0).integers(100, 156, size=(*size, 3), dtype=np.uint8)
+    image, crop = Image.fromarray(pixels), CenterCrop(image_size)
+    one, other = (transforms.functional.pil_to_tensor(of(image)) for of in (crop, crop.whole))
+    assert one.shape == other.shape == (3, image_size, image_size)
+    # Each rounds by 0.5 twice; the second pass amplifies the first error less than 1.5 times.
+    assert (one.int() - other.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("crops", ["center", "random"])
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1)])
+def test_a_long_image_takes_no_more_memory_than_its_crop(tmp_path, monkeypatch, crops, size):
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "long.png")
+    resize, areas = Image.Image.resize, []
+
+    def measure(image, *args, **kwargs):
+        resized = resize(image, *args, **kwargs)
+        areas.append(resized.width * resized.height)
+        return resized
+
+    monkeypatch.setattr(Image.Image, "resize", measure)
+    crop = _crops(tmp_path, crops=crops)[0]
+    assert areas == [32 * 32]
+    assert (crop == torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("odd\nimage")])
+@pytest.mark.parametrize("crops", ["center", "random"])
+def test_an_image_that_cannot_be_cropped_is_replaced_and_named(
+    image_folder, monkeypatch, crops, error
+):
+    resize, odd = Image.Image.resize, Image.open(image_folder / "class0" / "4.png").size
+
+    def refuse(image, *args, **kwargs):
+        if image.getpixel((0, 0)) == (1, 2, 3):
+            raise error
+        return resize(image, *args, **kwargs)
+
+    dataset = _crops(image_folder, crops=crops, crop_scale=(1.0, 1.0))
+    Image.new("RGB", odd, (1, 2, 3)).save(image_folder / "class0" / "4.png")
+    monkeypatch.setattr(Image.Image, "resize", refuse)
+    batch = dataset.batch([1, 2])
+    assert batch.unreadable == [str(image_folder / "class0" / "4.png")]
+    assert not (batch.images[1] == batch.images[1, :, :1, :1]).all()
+    dataset.source = ImageFiles(batch.unreadable)
+    with pytest.raises(
+        SingerError, match=r"no readable image among 1 .*4\.png .*(Memory|odd image)"
+    ):
+        dataset.batch([2])
+
+
+def test_decompression_bombs_are_replaced_and_named(image_folder, monkeypatch):
+    Image.new("RGB", (400, 400)).save(image_folder / "class0" / "4.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400 * 400 // 2 - 1)
+    batch = _crops(image_folder).batch([2])
+    assert batch.unreadable == [str(image_folder / "class0" / "4.png")]
 
 
 def test_photographs_travel_to_a_spawned_worker(image_folder):
