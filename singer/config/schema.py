@@ -240,7 +240,7 @@ class TrainConfig(Section):
         seed: of the weights, the data order and the augmentation.
         log_every: steps between two log lines; losses are read from the device only then, and a
             request to stop is answered then (at once, in a single process).
-        save_every: steps between two checkpoints; one more is made at the end of every epoch.
+        save_every: steps between two checkpoints; one more is made at the end of the run.
         keep_checkpoints: number of newest checkpoints to keep.
         trackers: Accelerate's trackers to log to, by name (``tensorboard``, ``wandb``, ``mlflow``,
             ``trackio``, ...); ``metrics.jsonl`` is always written.

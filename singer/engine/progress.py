@@ -96,6 +96,8 @@ class _ImagesPerSecond(ProgressColumn):
 class TrainingProgress(Progress):
     """A progress bar: step, losses, images per second, time left.
 
+    A console that is no terminal (a file, a pipe) gets lines of text instead.
+
     Args:
         console: shows it; None: not shown.
         steps: number of optimiser steps of the whole run.
@@ -106,6 +108,9 @@ class TrainingProgress(Progress):
     def __init__(
         self, console: Console | None, steps: int, images_per_step: int, done: int = 0
     ) -> None:
+        is_live = console is not None and (
+            (console.is_terminal and not console.is_dumb_terminal) or console.is_jupyter
+        )
         super().__init__(
             TextColumn("step"),
             MofNCompleteColumn(
@@ -118,8 +123,10 @@ class TrainingProgress(Progress):
             _ImagesPerSecond(images_per_step),
             TimeRemainingColumn(compact=True),
             console=console or Console(quiet=True),
-            disable=console is None,
+            disable=not is_live,
         )
+        self._text_console = None if is_live else console
+        self._steps = steps
         self._training = self.add_task("train", total=steps, completed=done, losses="")
 
     def step(self) -> None:
@@ -128,8 +135,22 @@ class TrainingProgress(Progress):
 
     def losses(self, losses: Mapping[str, float]) -> None:
         """Show the newest losses."""
-        text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
-        self.update(self._training, losses=text)
+        self.update(self._training, losses=_losses_text(losses))
+
+    def print_line(self, step: int, losses: Mapping[str, float], images_per_second: float) -> None:
+        """Print a step's losses in a line, where there is no progress bar."""
+        if self._text_console is not None:  # rich flushes it
+            line = f"step {step}/{self._steps}  {_losses_text(losses)}"
+            self._text_console.print(
+                f"{line}  {images_per_second:.1f} img/s",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+
+
+def _losses_text(losses: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.3g}" for name, value in losses.items())
 
 
 def summary_table(title: str, rows: Mapping[str, str]) -> Table:

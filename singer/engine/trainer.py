@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
@@ -206,8 +206,7 @@ class Trainer:
 
     def _log_and_save(self, step: int, progress: TrainingProgress) -> None:
         train = self.config.train
-        is_epoch_end = step % self.loader.batch_sampler.steps_per_epoch == 0
-        is_save = step == self.steps or step % train.save_every == 0 or is_epoch_end
+        is_save = step == self.steps or step % train.save_every == 0
         if is_save or step % train.log_every == 0 or self._must_stop_now():
             self._log_losses(progress)
             if self._log_unreadable() and self.unreadable.exceeded:
@@ -266,16 +265,23 @@ class Trainer:
         return self.preemption.signal is not None and self.accelerator.num_processes == 1
 
     def _log_losses(self, progress: TrainingProgress | None = None) -> None:
+        losses: dict[str, float] = {}
         for student in self.students:
             newest = student.log()
-            if progress is not None and newest and student is self.students[0]:
-                progress.losses({name: newest[-1][name] for name in student.loss_names})
-        self._write_trackers()
+            if newest and student is self.students[0]:
+                losses = {name: newest[-1][name] for name in student.loss_names}
+        step = self.completed_steps
+        throughput = self._throughput.read(step)
+        if progress is not None and losses:
+            progress.losses(losses)
+            if step % self.config.train.log_every == 0 or step == self.steps:
+                progress.print_line(step, losses, throughput["train/images_per_second"])
+        self._write_trackers(throughput)
 
     @run_on_all_ranks
-    def _write_trackers(self) -> None:
+    def _write_trackers(self, throughput: Mapping[str, float]) -> None:
         if self._trackers is not None:
-            self._trackers.add(self.completed_steps, self._throughput.read(self.completed_steps))
+            self._trackers.add(self.completed_steps, throughput)
             self._trackers.write()
 
     def _log_unreadable(self) -> bool:

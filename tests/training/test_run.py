@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
 from singer.engine.run_dir import RunDir
 from singer.engine.student import StudentTrainer, create_schedule
+from singer.engine.trainer import Trainer
 from singer.errors import SingerError
 from singer.methods import SiNGER
 
@@ -283,7 +285,32 @@ def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
     with pytest.raises(SingerError, match=r"step 6: .*student\.cls_token is not finite.*step 4"):
         _distill(config)
     assert all(tensor.isfinite().all() for tensor in _weights(config).values())
-    assert CheckpointStore(training.Path(config.output, "checkpoints")).steps() == [3, 4]
+    assert CheckpointStore(training.Path(config.output, "checkpoints")).steps() == [4]
+
+
+def test_save_every_alone_decides_when_a_checkpoint_is_written(make_config):
+    config = make_config(train={"steps": 10, "save_every": 4, "keep_checkpoints": 9})
+    assert len(create_loader(config)) == 3  # steps of an epoch
+    _distill(config)
+    assert CheckpointStore(training.Path(config.output, "checkpoints")).steps() == [4, 8, 10]
+
+
+def test_a_file_gets_a_line_at_each_log(make_config, monkeypatch, tmp_path):
+    path, seen = tmp_path / "out.txt", []
+    original = Trainer._step
+
+    def step(self, number, batches):
+        seen.append(path.read_text())  # what has been flushed so far
+        original(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with open(path, "w", encoding="utf-8") as file:
+        training.train(make_config(train={"steps": 5, "save_every": 3}), Console(file=file))
+    assert [text.count("\n") for text in seen] == [0, 0, 1, 1, 2]
+    lines = path.read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    for line in lines:
+        assert re.fullmatch(r"step \S+  loss \S+ kd \S+ outlier \S+ info \S+  \S+ img/s", line)
 
 
 def test_existing_output_is_refused_before_anything_is_loaded(make_config, monkeypatch):
@@ -350,7 +377,7 @@ def test_ctrl_c_keeps_the_losses_and_the_last_checkpoint(make_config, monkeypatc
         _distill(config)
     assert [record["step"] for record in _metrics(config)] == [1, 2, 3]
     with safe_open(f"{config.output}/student.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "3"  # of the end of an epoch, after that of step 2
+        assert file.metadata()["step"] == "3"  # after the checkpoint of step 2
 
 
 def test_names_that_are_no_utf8_are_no_obstacle(make_config, image_folder):
