@@ -215,26 +215,48 @@ class EpochBatchSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + epoch)
         return torch.randperm(self.epoch_size, generator=generator) + epoch * self.epoch_size
 
-    def seek(self, epoch: int, step: int = 0, num_steps: int | None = None) -> None:
+    def seek(
+        self, epoch: int, step: int = 0, *, offset: int = 0, num_steps: int | None = None
+    ) -> None:
         """Set where the next iteration starts; iterating does not move it. Takes no time.
 
         Args:
             epoch: from 0.
             step: optimiser steps of the epoch to leave out.
+            offset: samples of the epoch to leave out before these steps.
             num_steps: length of the iteration, which goes on in the next epochs; None: to the end
                 of the epoch.
 
         Raises:
-            ValueError: the epoch is negative, or has no such step.
+            ValueError: the epoch is negative, or has no such step or sample.
         """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise ValueError(
                 f"epoch, step: got {epoch}, {step}, expected an epoch from 0 and a step from 0 to "
                 f"{self.steps_per_epoch}"
             )
+        if not 0 <= offset <= self.epoch_size - step * self.batch_size:
+            raise ValueError(
+                f"offset: got {offset}, expected 0 to {self.epoch_size - step * self.batch_size}"
+            )
         self.epoch = epoch
-        self.step = step
-        self.num_steps = self.steps_per_epoch - step if num_steps is None else num_steps
+        self.start = offset + step * self.batch_size
+        self.num_steps = self._steps_left if num_steps is None else num_steps
+
+    @property
+    def _steps_left(self) -> int:
+        return (self.epoch_size - self.start) // self.batch_size
+
+    def steps_until(self, epoch: int) -> int:
+        """Return the steps from the current position to the start of an epoch; may be negative."""
+        return self._steps_left + (epoch - self.epoch - 1) * self.steps_per_epoch
+
+    def position_after(self, steps: int) -> tuple[int, int]:
+        """Return the position a number of steps after the current one: epoch, sample of it."""
+        if steps < self._steps_left:
+            return self.epoch, self.start + steps * self.batch_size
+        epochs, step = divmod(steps - self._steps_left, self.steps_per_epoch)
+        return self.epoch + 1 + epochs, step * self.batch_size
 
     def __len__(self) -> int:
         """Return the number of micro-batches of the next iteration."""
@@ -243,19 +265,19 @@ class EpochBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the sample ids of each micro-batch."""
         # A generator function would read the position at the first batch only.
-        return self._draw(self.epoch, self.step, self.num_steps)
+        return self._draw(self.epoch, self.start, self.num_steps)
 
-    def _draw(self, epoch: int, step: int, num_steps: int) -> Iterator[list[int]]:
+    def _draw(self, epoch: int, start: int, num_steps: int) -> Iterator[list[int]]:
         order = self.order(epoch)
         for _ in range(num_steps):
-            if step == self.steps_per_epoch:
-                epoch, step = epoch + 1, 0
+            if start + self.batch_size > self.epoch_size:
+                epoch, start = epoch + 1, 0
                 order = self.order(epoch)
-            first = step * self.batch_size + self.process_index * self.local_batch_size
+            first = start + self.process_index * self.local_batch_size
             local_batch = order[first : first + self.local_batch_size]
             for micro_batch in local_batch.chunk(self.grad_accum_steps):
                 yield micro_batch.tolist()
-            step += 1
+            start += self.batch_size
 
 
 class BatchLoader(DataLoader[Batch]):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from singer.config.changes import differences
 from singer.config.schema import Config, load_config
-from singer.data.loader import BatchLoader, create_loader
+from singer.data.loader import BatchLoader, EpochBatchSampler, create_loader
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
 from singer.engine.distributed import (
     PreemptionHandler,
@@ -264,7 +264,11 @@ def _step_to_resume(
     if checkpoint is None:
         _logger.warning("%s holds no checkpoint: the run begins anew", output)
         return None
-    _logger.info("going on after step %d", checkpoint.step)
+    _logger.info(
+        "going on after step %d, in epoch %d from its sample %d on",
+        checkpoint.step,
+        *checkpoint.state["position"],
+    )
     return checkpoint.step
 
 
@@ -277,6 +281,12 @@ def _read_checkpoint(store: CheckpointStore, step: int) -> Checkpoint:
             f"output: the checkpoint of step {step} can't be read here ({error}); with several "
             f"machines, the folder must be on a file system that they share"
         ) from error
+
+
+def _seek(sampler: EpochBatchSampler, checkpoint: Checkpoint) -> None:
+    """Go on from the samples that the checkpoint's run has seen, whatever its batch size was."""
+    epoch, sample = checkpoint.state["position"]
+    sampler.seek(epoch, offset=min(sample, sampler.epoch_size))
 
 
 def train(
@@ -331,8 +341,10 @@ def _train(
     methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device)
     tokens = _teacher_tokens(config, methods, loader, identity["images"], accelerator, preemption)
     set_seed(config.train.seed, device_specific=True)
-    steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    completed = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None:
+        _seek(loader.batch_sampler, checkpoint)
+    steps = config.train.steps or completed + loader.batch_sampler.steps_until(config.train.epochs)
     if checkpoint is not None and checkpoint.step > steps:
         raise SharedError(
             f"train.steps: got {steps} in all, but the run in {config.output!r} has done "

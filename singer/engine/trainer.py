@@ -54,7 +54,7 @@ class Trainer:
 
     Attributes:
         teacher_tokens: returns the teacher's tokens of a batch.
-        loader: this rank's batches of images.
+        loader: this rank's batches of images, at the position of the next step.
         preemption: tells whether a signal asked the run to stop.
         steps: number of optimiser steps of the whole run.
         identity: saved in checkpoints; must be unchanged when the run is resumed.
@@ -88,6 +88,7 @@ class Trainer:
         self._new_unreadable: list[str] = []
         if resumed is not None:
             self._resume(resumed)
+        self._first_step = self.completed_steps
 
     @run_on_all_ranks
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -165,10 +166,8 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches of the steps that are left."""
-        sampler = self.loader.batch_sampler
-        epoch, step = divmod(self.completed_steps, sampler.steps_per_epoch)
         # One iteration for all epochs: the workers don't pause between two.
-        sampler.seek(epoch, step, num_steps=self.steps - self.completed_steps)
+        self.loader.batch_sampler.num_steps = self.steps - self.completed_steps
         self.loader.on_wait = self._stop_while_waiting
         yield from self.loader
 
@@ -346,8 +345,10 @@ class Trainer:
             student.sync()
             tensors.update(student.checkpoint())
         scaler = self.accelerator.scaler
+        steps = self.completed_steps - self._first_step
         state = {
             **self.identity,
+            "position": self.loader.batch_sampler.position_after(steps),
             "unreadable": self.unreadable.names,
             "scaler": None if scaler is None else scaler.state_dict(),
         }

@@ -12,6 +12,7 @@ from interrupted_runs import QUIET, assert_same, interrupted
 from programs import Program
 
 from singer.cli import main
+from singer.data.loader import CropDataset
 from singer.engine import checkpoints
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
@@ -174,6 +175,32 @@ def test_another_configuration_is_refused_unless_forced(make_config, monkeypatch
     assert "train.steps: 4 → 6" in caplog.text
     with open(f"{other.output}/metrics.jsonl", encoding="utf-8") as file:
         assert [json.loads(line)["step"] for line in file] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 6])
+def test_with_another_batch_size_no_sample_is_seen_twice(make_config, monkeypatch, batch_size):
+    original, seen = CropDataset.__getitems__, []
+
+    def getitems(self, sample_ids):
+        seen.append(sample_ids)
+        return original(self, sample_ids)
+
+    monkeypatch.setattr(CropDataset, "__getitems__", getitems)
+    train = {"steps": None, "epochs": 3, "save_every": 7, "batch_size": 2}
+    config = make_config(train=train)
+    interrupted(monkeypatch, config, 8)  # after 14 samples: the second of epoch 1
+    assert len(seen) == 7
+    changed = make_config(train={**train, "batch_size": batch_size})
+    training.train(changed, QUIET, resume=True, force=True)
+    samples = [sample for batch in seen for sample in batch]
+    assert len(set(samples)) == len(samples)
+    left = (12 - 2) // batch_size
+    assert len(samples) == 14 + batch_size * (left + 12 // batch_size)
+    with open(f"{config.output}/metrics.jsonl", encoding="utf-8") as file:
+        epochs = [json.loads(line)["epoch"] for line in file]
+    assert epochs == 6 * [0] + (1 + left) * [1] + 12 // batch_size * [2]
+    training.train(changed, QUIET, resume=True)  # finished: nothing is left to do
+    assert len(samples) == sum(map(len, seen))
 
 
 def test_other_images_are_refused(make_config, image_folder):
