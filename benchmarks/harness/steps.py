@@ -98,7 +98,14 @@ def build(config: Config, device: str) -> SiNGER:
     """Return the method with the initial weights of both models, in float32 and training mode."""
     torch.manual_seed(config.train.seed)
     teacher, student = (
-        create_backbone(model.name, config.image_size, key, model.weights, model.options)
+        create_backbone(
+            model.name,
+            config.image_size,
+            key,
+            model.weights,
+            model.options,
+            model.weights_prefix,
+        )
         for key, model in (("teacher", config.teacher), ("student", config.student))
     )
     options = config.method.model_dump(exclude={"name"})

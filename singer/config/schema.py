@@ -47,6 +47,13 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
 
 
+def _check_source(value: Any) -> Any:
+    named = value if isinstance(value, (list, tuple)) else [value]
+    if not named or not all(isinstance(name, (str, os.PathLike)) for name in named):
+        raise ValueError("expected a path, a pattern or a name, or a list of such")
+    return list(map(_expand_home, named)) if named is value else _expand_home(value)
+
+
 FilePath = Annotated[str, BeforeValidator(_expand_home)]
 ColourValue = Annotated[int, Field(ge=0, le=255)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -175,8 +182,9 @@ class DataConfig(Section):
     Attributes:
         source: a folder of images, searched with its subfolders; a ``.tar`` file or a folder of
             them (class folders in a tar, WebDataset shards); ``hfds/NAME``, a Hugging Face dataset
-            (a name on its hub, or a local folder) of one split; or ``photos``: the photographs
-            inside scikit-image's and scikit-learn's wheels. Labels are not used.
+            (a name on its hub, or a local folder) of one split; a folder of its ``save_to_disk``;
+            or ``photos``: the photographs inside scikit-image's and scikit-learn's wheels. A
+            pattern (``a-{000..127}.tar``, ``*/x``) or a list names several. Labels are not used.
         split: of a Hugging Face dataset.
         image_key: the column of a Hugging Face dataset that holds the images.
         background: the colour behind images with transparency: red, green and blue, 0 to 255.
@@ -190,7 +198,7 @@ class DataConfig(Section):
         num_workers: processes that load images; 0: the main one.
     """
 
-    source: FilePath
+    source: Annotated[str | list[str], BeforeValidator(_check_source)]
     split: str = "train"
     image_key: str = "image"
     background: tuple[ColourValue, ColourValue, ColourValue] = (255, 255, 255)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import posixpath
+import re
 import tarfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO, NamedTuple
+
+from timm.utils import natural_key
+
+from singer.errors import SingerError, one_line
 
 _logger = logging.getLogger("singer")
 
@@ -45,6 +51,59 @@ class LeftOut:
             reasons.append(f"{reason}: {count} ({', '.join(self._names[reason])}{more})")
         if reasons:
             _logger.warning("data.source: %s: left out: %s", where, "; ".join(reasons))
+
+
+def in_natural_order(paths: Iterable[str], where: str) -> list[str]:
+    """Sort paths: numbers in them by value, equal ones as text.
+
+    Raises:
+        SingerError: a digit in a name has no value.
+    """
+    try:
+        return sorted(paths, key=lambda path: (natural_key(path), path))
+    except ValueError as error:  # timm takes superscripts and the like for digits
+        raise SingerError(
+            f"data.source: {where!r} has a file name that can't be put in order "
+            f"({one_line(error)}); rename it"
+        ) from error
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    first, last, choices = braces.groups()
+    if choices is None:
+        names = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        names = choices.split(",")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [path for name in names for path in _expand_braces(f"{before}{name}{after}")]
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Return the paths that a pattern stands for; what exists under its very name is no pattern.
+
+    Args:
+        pattern: with ``*``, ``?``, ``[abc]`` and ``**`` of :mod:`glob`, ``{000..127}``, ``{a,b}``.
+
+    Returns:
+        What the braces give, in their order; of each with wildcards the matches in natural order.
+
+    Raises:
+        SingerError: wildcards match nothing.
+    """
+    if os.path.lexists(pattern):
+        return [pattern]
+    paths: list[str] = []
+    for path in _expand_braces(pattern):
+        if glob.escape(path) == path:
+            paths.append(path)
+        elif matches := glob.glob(path, recursive=True):
+            paths += in_natural_order(matches, path)
+        else:
+            raise SingerError(f"data.source: nothing matches {path!r}")
+    return paths
 
 
 def has_extension(name: str, extensions: str | tuple[str, ...]) -> bool:

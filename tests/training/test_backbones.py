@@ -391,3 +391,17 @@ def test_a_plain_module_is_refused():
 def test_tiny_models_differ_by_seed():
     first, second = (tiny_model(VIT, seed=seed).cls_token for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_every_blocks_tokens_are_checked(monkeypatch):
+    create = timm.create_model
+
+    def narrowing(name, **options):
+        model = create(name, **options)
+        model.blocks[1] = torch.nn.Linear(192, 96)
+        model.blocks[2] = torch.nn.Linear(96, 192)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", narrowing)
+    with pytest.raises(SingerError, match=r"its block 1 gives tokens \(1, 197, 96\), expected"):
+        inspect_backbone(VIT, 224, "teacher")

@@ -212,3 +212,19 @@ def test_a_container_that_announces_one_process_trains_alone(config_file, capsys
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert main(["distill", "--config", str(config_file), "train.steps=2"]) == 0
     assert "images per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_a_run_takes_the_prefix_that_it_is_told(config_file, values, capsys, tmp_path, key):
+    import torch
+
+    options = {**values[key]["options"], "img_size": 32, "num_classes": 0}
+    state = timm.create_model(values[key]["name"], **options).state_dict()
+    torch.save({"a": state, "b": state}, tmp_path / "two.pth")
+    command = ["distill", "--config", str(config_file), "train.steps=2"]
+    command.append(f"{key}.weights={tmp_path / 'two.pth'}")
+    assert main(command) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert f"under 'a.' and 'b.'; set {key}.weights_prefix to one of them" in err
+    assert not Path(values["output"]).exists()
+    assert main([*command, f"{key}.weights_prefix=b."]) == 0
