@@ -1,5 +1,6 @@
 """Reading and checking a run's configuration."""
 
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_overrides_take_the_place_of_the_files_values(tmp_path, values):
     assert config.train.betas == (0.8, 0.9)
     assert config.data.hflip == 0
     assert config.train.batch_size == values["train"]["batch_size"]
+
+
+def test_a_list_of_sources_reads_back_equal(tmp_path, values):
+    override = 'data.source=[~/a, 1e3, "b-{0..3}.tar"]'
+    config = load_config(_write(tmp_path, values), [override])
+    assert config.data.source == [os.path.expanduser("~/a"), "1e3", "b-{0..3}.tar"]
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    again = load_config(tmp_path / "resolved.yaml", ["data.source=b-{0..3}.tar"])
+    assert again.data.source == "b-{0..3}.tar"
 
 
 def test_resolved_configuration_reads_back_equal(tmp_path, make_config):
@@ -192,6 +203,7 @@ def test_configuration_is_immutable(make_config):
         ("data.crop_scale=[0.5,0.1]", ["crop_scale", "[0.5, 0.1]"]),
         ("data.background=[0,0,256]", ["data.background.2", "256"]),
         ("data.background=[0,0]", ["data.background.2"]),
+        ("data.source=[]", ["data.source: got []: expected a path, a pattern"]),
         ("train.seed=-1", ["train.seed", "got -1"]),
         ("train.betas=[2,0.9]", ["train.betas", "got 2", "less than 1"]),
         ("teacher=null", ["teacher", "got None"]),

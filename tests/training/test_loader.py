@@ -185,6 +185,16 @@ def test_decompression_bombs_are_replaced_and_named(image_folder, monkeypatch):
     assert batch.unreadable == [str(image_folder / "class0" / "4.png")]
 
 
+def test_a_loader_takes_a_list_of_sources(make_config, image_folder):
+    sources = [str(image_folder / "class1"), str(image_folder / "class0")]
+    loader = create_loader(make_config(data={"source": sources}))
+    assert len(loader.dataset.source) == 12
+    for index in range(12):
+        _break(image_folder, f"class{index % 2}/{index}.png")
+    with pytest.raises(SingerError, match=r"class1, .*class0 holds no readable image \(12 of 12"):
+        create_loader(make_config(data={"source": sources}))
+
+
 def test_photographs_travel_to_a_spawned_worker(image_folder):
     source = ImageFiles(photo_paths([("sklearn", "flower.jpg")]), keep=True)
     crops = CropDataset(source, 32, DataConfig(source=PHOTOS, epoch_size=4), seed=0)

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import types
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -837,6 +838,158 @@ def test_a_hugging_face_folder_of_images_is_the_folder(datasets, image_folder):
     packed = _open(f"hfds/{image_folder}")  # its images are paths, not bytes
     images = {image.tobytes() for image in _pixels(packed)}
     assert images == {image.tobytes() for image in _pixels(_open(image_folder))}
+
+
+@pytest.fixture
+def saved(parquet, datasets, tmp_path):
+    """The folder's images as ``save_to_disk`` writes a ``Dataset`` and a ``DatasetDict``."""
+    rows = datasets.load_dataset(str(parquet), split="train[:12]").with_format("numpy")
+    rows.save_to_disk(tmp_path / "one")
+    both = {"train": rows.select(range(6)), "test": rows.select(range(6, 12))}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "dict")
+    return tmp_path
+
+
+@pytest.mark.parametrize("prefix", ["", "hfds/"])
+def test_what_save_to_disk_wrote_is_the_folder(saved, image_folder, prefix):
+    one = _open(f"{prefix}{saved}/one")
+    _assert_same_images(pickle.loads(pickle.dumps(one)), _open(image_folder))
+    pixels = _pixels(one)
+    for split, first, last in (
+        ("train", 0, 6),
+        ("test", 6, 12),
+        ("test[:50%]", 6, 9),
+        ("train[4:]+test[:1]", 4, 7),
+    ):
+        part = _pixels(_open(f"{prefix}{saved}/dict", split=split))
+        np.testing.assert_array_equal(
+            [image.shape for image in part], [image.shape for image in pixels[first:last]]
+        )
+        assert all(map(np.array_equal, part, pixels[first:last]))
+    assert len(_open(f"{prefix}{saved}/one", split="train[:2]")) == 2
+    for split, reason in (("dev", "Unknown split"), ("train[:0]", "no rows")):
+        with pytest.raises(SingerError, match=rf"can't be loaded with data\.split=.*\({reason}"):
+            _open(f"{prefix}{saved}/dict", split=split)
+
+
+def test_what_save_to_disk_wrote_is_read_without_the_package_installed(tmp_path, monkeypatch):
+    """With a stand-in for it."""
+    (tmp_path / "one").mkdir()
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / "one" / name).write_text("{}")
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(encoded, "png")
+
+    class Rows(list):
+        split, column_names = None, ["image"]
+
+        def select(self, indices):
+            return Rows([self[index] for index in indices])
+
+        def with_format(self, form):
+            return self
+
+        def select_columns(self, names):
+            return self
+
+        def cast_column(self, name, feature):
+            return self
+
+    class ReadInstruction:
+        @classmethod
+        def from_spec(cls, spec):
+            return cls()
+
+        def to_absolute(self, sizes):
+            return [types.SimpleNamespace(splitname="train", from_=1, to=sizes["train"])]
+
+    row = {"image": {"bytes": encoded.getvalue(), "path": None}}
+    stand_in = types.ModuleType("datasets")
+    stand_in.load_from_disk = lambda folder: Rows([row] * 3)
+    stand_in.ReadInstruction = ReadInstruction
+    stand_in.concatenate_datasets = lambda parts: parts[0]
+    stand_in.Image = lambda decode: None
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    source = _open(tmp_path / "one", split="train[1:]")
+    assert len(source) == 2
+    assert source.read(1).getpixel((0, 0)) == (1, 2, 3)
+
+
+# Several sources
+
+
+def test_a_list_of_sources_follows_its_order(image_folder, tmp_path):
+    tar = _pack_folder(image_folder / "class1", tmp_path / "b.tar")
+    both = _open_list([tar, image_folder / "class0"])
+    assert both.name(5) == f"{tar}:./11.png"
+    assert both.name(6) == str(image_folder / "class0" / "0.png")
+    expected = _pixels(_open(image_folder / "class1")) + _pixels(_open(image_folder / "class0"))
+    for left, right in zip(_pixels(pickle.loads(pickle.dumps(both))), expected, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def _open_list(sources, **options):
+    return open_source(DataConfig(source=[str(source) for source in sources], **options))
+
+
+def test_a_list_may_hold_a_hugging_face_dataset_and_photographs(parquet, image_folder):
+    several = _open_list([f"hfds/{parquet}", PHOTOS, image_folder], split="train[:2]")
+    assert len(several) == 2 + len(TRAIN_PHOTOS) + 12
+    assert several.name(1).startswith("hfds/")
+    np.testing.assert_array_equal(
+        np.asarray(several.read(2 + len(TRAIN_PHOTOS))), _pixels(_open(image_folder))[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [
+        ("train-{008..010}.tar", [8, 9, 10]),
+        ("train-*.tar", [8, 9, 10, 11]),
+        ("train-0{10,08}.tar", [10, 8]),
+        ("{x,train}-01?.tar", None),
+        ("train-01[01].tar", [10, 11]),
+    ],
+)
+def test_shard_patterns_name_several_tars(image_folder, tmp_path, pattern, numbers):
+    for number in (8, 9, 10, 11):
+        _pack_folder(image_folder / "class0", tmp_path / f"train-{number:03}.tar")
+    if numbers is None:
+        with pytest.raises(SingerError, match=r"data\.source: nothing matches '.*x-01\?\.tar'"):
+            _open(tmp_path / pattern)
+        return
+    for source in (_open(tmp_path / pattern), _open_list([tmp_path / pattern])):
+        tars = [source.name(index).partition(".tar:")[0] for index in range(0, len(source), 6)]
+        assert tars == [f"{tmp_path}/train-{number:03}" for number in numbers]
+
+
+def test_patterns_of_folders_and_names_that_look_like_patterns(image_folder, tmp_path):
+    for name in ("a", "b[1]", "{c}"):
+        shutil.copytree(image_folder / "class0", tmp_path / "sets" / name)
+    assert len(_open(tmp_path / "sets" / "*")) == 18
+    assert len(_open(tmp_path / "sets" / "b[1]")) == 6
+    assert len(_open(tmp_path / "sets" / "{c}")) == 6
+
+
+def test_a_source_that_is_named_twice_is_read_once(image_folder, tmp_path, caplog):
+    tar = _pack_folder(image_folder, tmp_path / "a.tar")
+    (tmp_path / "link").symlink_to(image_folder)
+    source = _open_list([image_folder, tar, tmp_path / "link", tmp_path / "*.tar"])
+    assert len(source) == 24
+    _assert_left_out(caplog, "sources named again: 2 (", "link", "a.tar")
+
+
+def test_every_source_of_a_list_puts_the_configured_background(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("LA", (8, 8), (90, 0)).save(tmp_path / name / "x.png")
+    source = _open_list([tmp_path / "a", tmp_path / "b"], background=(1, 2, 3))
+    assert [source.read(index).getpixel((0, 0)) for index in (0, 1)] == [(1, 2, 3)] * 2
+
+
+def test_a_missing_source_of_a_list_is_named(image_folder, tmp_path):
+    with pytest.raises(SingerError, match=r"data\.source: got '.*absent', expected an existing"):
+        _open_list([image_folder, tmp_path / "absent"])
 
 
 def test_mistakes_about_a_hugging_face_dataset_name_the_key(parquet, tmp_path):
