@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_image(
     """
     name = name or str(file)
     with decoding_errors(name):
-        if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
+        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
             raise ValueError("no regular file")  # opening a named pipe may wait for ever
     with decoding_errors(name), Image.open(file) as opened:
         bits = _bit_depth(opened)
