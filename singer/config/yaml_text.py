@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     """Reads an unquoted scalar as :class:`Plain`; refuses a key that stands twice."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        value = super().construct_object(node, deep)
+        value = super().construct_object(node, True)  # an alias to what holds it is then refused
         is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
         return Plain(node.value, value) if is_plain else value
 
@@ -124,7 +124,11 @@ def _takes_as_written(plain: Plain, members: list[Any]) -> bool:
     others = [member for member in members if not _is_text(member) and member is not NoneType]
     if len(others) == len(members) or not all(map(_is_container, others)):
         return False
-    return not others or not isinstance(plain.value, (list, dict))
+    kinds = [get_origin(member) or member for member in others]
+    are_mappings = [issubclass(kind, (collections.abc.Mapping, BaseModel)) for kind in kinds]
+    if isinstance(plain.value, dict):
+        return not any(are_mappings)
+    return not isinstance(plain.value, list) or all(are_mappings)
 
 
 def resolve(value: Any, hint: Any) -> Any:

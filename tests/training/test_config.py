@@ -87,6 +87,8 @@ def test_text_is_taken_as_written(tmp_path, values, text):
     overrides = [f"output={text}", f"data.image_key={text}", f"train.trackers.0={text}"]
     config = load_config(_write(tmp_path, values), overrides)
     assert (config.output, config.data.image_key, config.train.trackers) == (text, text, [text])
+    if text != "[a]":  # a list of sources
+        assert load_config(_write(tmp_path, values), [f"data.source={text}"]).data.source == text
 
 
 @pytest.mark.parametrize("text", ["1e3", "007", "null", "yes", "2024-01-01", "1:30", "a#b"])
@@ -256,8 +258,9 @@ def test_missing_keys_and_several_mistakes_are_all_named(values):
         ("a: [1", "config.yaml"),
         ("- 1\n- 2\n", "config.yaml"),
         ("a: 1\na: 2\n", "config.yaml.*'a' twice"),
+        ("x: &a [*a]", "config.yaml.*recursive"),
     ],
-    ids=["broken YAML", "a list", "a key twice"],
+    ids=["broken YAML", "a list", "a key twice", "a recursive alias"],
 )
 def test_unreadable_files_are_named(tmp_path, content, expected):
     path = tmp_path / "config.yaml"
