@@ -1,5 +1,7 @@
 """Atomic writes: a file or directory is there whole, or not at all."""
 
+import os
+
 import pytest
 
 from singer.errors import SingerError
@@ -34,6 +36,20 @@ def _write_directory(path, text):
     with atomic_write(path) as written:
         written.mkdir()
         (written / "a").write_text(text)
+
+
+def test_a_directory_that_can_not_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "directory"
+    _write_directory(path, "old")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        _write_directory(path, "new")
+    assert (path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_is_replaced_as_a_whole(tmp_path):
