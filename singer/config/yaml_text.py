@@ -91,11 +91,12 @@ def parse_override(text: str) -> Plain:
         value = load_yaml(text)
     except yaml.YAMLError:
         return Plain(text, text)
+    stripped = text.strip()
     if isinstance(value, Plain):
-        value = value.value if value == text.strip() else text
-    elif value is None and text.strip():  # a comment
-        value = text
-    return Plain(text, value)
+        return Plain(text, value.value if value == stripped else text)
+    is_comment = value is None and stripped
+    is_block_list = isinstance(value, list) and not stripped.startswith("[")
+    return Plain(text, text if is_comment or is_block_list else value)
 
 
 def _members(hint: Any) -> list[Any]:

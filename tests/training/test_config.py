@@ -75,7 +75,7 @@ TEXTS = [
     "a=b=c",
     "'quoted'",
     "#",
-    "- a",
+    "- a[1]",
     "&a *b !c %d @e",
     "!!python/name:os.system",
     "a\tb\nc",
