@@ -116,11 +116,11 @@ def compare(
             for base in BASELINES
             if base in times
         }
-        entry["share_of_ceiling"] = {
+        entry["fraction_of_roofline"] = {
             phase: 1e3 * roofline[phase] / entry["milliseconds"][phase]["median"]
             for phase in PHASES
         }
-        entry["held_MiB"] = candidate.saved / MIB
+        entry["saved_MiB"] = candidate.saved / MIB
         entry["peak_MiB"] = None if candidate.peak is None else candidate.peak / MIB
     record = {
         "series": case.series,
@@ -129,9 +129,9 @@ def compare(
         "rounds": rounds,
         "sets": len(sets),
         "inputs_MiB": sets[0].nbytes / MIB,
-        "least": {phase: cost._asdict() for phase, cost in costs.items()},
-        "ceilings": rates,
-        "floor_milliseconds": {phase: 1e3 * value for phase, value in roofline.items()},
+        "roofline_cost": {phase: cost._asdict() for phase, cost in costs.items()},
+        "peak_rates": rates,
+        "roofline_milliseconds": {phase: 1e3 * value for phase, value in roofline.items()},
         "providers": entries,
     }
     return record, {name: [row["both"] for row in rows] for name, rows in times.items()}

@@ -14,7 +14,7 @@ What is counted, on a small workload:
 - ``"triton"``: its kernel launches; each reads or writes every tensor argument once.
 
 ``operations`` are those of matrix products (a multiply-add is two); compiled kernels' are not
-counted. ``held`` is the memory saved for the backward.
+counted. ``saved`` is the memory saved for the backward.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def count_pass(name: str, precision: str) -> dict[str, Count]:
         precision: ``fp32`` or ``bf16``.
 
     Returns:
-        ``operators``, ``bytes`` and ``operations`` of ``forward`` and ``backward``, and ``held``
+        ``operators``, ``bytes`` and ``operations`` of ``forward`` and ``backward``, and ``saved``
         with ``forward``.
     """
     inputs = make_inputs(WORKLOAD, PRECISIONS[precision], torch.device("cpu"))
@@ -107,11 +107,11 @@ def count_pass(name: str, precision: str) -> dict[str, Count]:
     loss(inputs)  # one-time work of a first call is not counted
     with Counter() as forward:
         losses = loss(inputs)
-    held = saved_for_backward(losses, inputs)
+    saved = saved_for_backward(losses, inputs)
     grad_outputs = grad_outputs_for(losses)
     with Counter() as backward:
         torch.autograd.grad(losses, inputs.trained, grad_outputs)
-    return {"forward": {**forward.total, "held": held}, "backward": backward.total}
+    return {"forward": {**forward.total, "saved": saved}, "backward": backward.total}
 
 
 def count_cuda() -> Count:

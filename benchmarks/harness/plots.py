@@ -50,7 +50,7 @@ def _draw_lines(axes: Any, records: list[dict[str, Any]], key: str) -> None:
         if points and all(value is not None for _, value in points):
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], ms=3, label=name)
     if key == "time":
-        roofline = [(r["workload"]["patches"], r["floor_milliseconds"]["both"]) for r in records]
+        roofline = [(r["workload"]["patches"], r["roofline_milliseconds"]["both"]) for r in records]
         axes.plot(*zip(*roofline, strict=True), "k--", linewidth=1, label="roofline")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -85,7 +85,7 @@ def draw(run: RunResults, path: Path) -> None:
         if sweep:
             workload = Workload(**sweep[0]["workload"])
             sizes = f"{workload.images} x P x {workload.width}, {sweep[0]['precision']}"
-            for axes, key in ((second, "time"), (third, "held_MiB")):
+            for axes, key in ((second, "time"), (third, "saved_MiB")):
                 axes.set_title(sizes)
                 _draw_lines(axes, sweep, key)
         path.parent.mkdir(parents=True, exist_ok=True)

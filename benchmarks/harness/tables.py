@@ -187,13 +187,13 @@ def _roofline_table(records: Sequence[dict[str, Any]]) -> str:
     names = providers_in(records)
 
     def cell(record: dict[str, Any], name: str) -> str:
-        share = record["providers"].get(name, {}).get("share_of_ceiling")
-        return "" if share is None else f"{share['both']:.0%}"
+        fraction = record["providers"].get(name, {}).get("fraction_of_roofline")
+        return "" if fraction is None else f"{fraction['both']:.0%}"
 
     rows = [
         [
             Workload(**record["workload"]).sizes,
-            f"{number(record['floor_milliseconds']['both'])} ms",
+            f"{number(record['roofline_milliseconds']['both'])} ms",
             *(cell(record, name) for name in names),
         ]
         for record in records
@@ -211,14 +211,14 @@ def _detail_row(name: str, entry: dict[str, Any]) -> list[str]:
         f"{entry['ratio'][base]['both']:.2f}x" if base in entry["ratio"] else ""
         for base in ("eager", "compiled")
     ]
-    memory = [entry["held_MiB"], entry["peak_MiB"]]
+    memory = [entry["saved_MiB"], entry["peak_MiB"]]
     return [
         f"`{name}`",
         *(number(times[phase]["median"]) for phase in PHASES[:2]),
         f"{number(both['median'])} ({number(both['low'])} to {number(both['high'])})",
         host,
         *ratios,
-        f"{entry['share_of_ceiling']['both']:.0%}",
+        f"{entry['fraction_of_roofline']['both']:.0%}",
         " / ".join("?" if value is None else f"{value:.1f}" for value in memory),
         f"{max(entry['errors'][output] for output in OUTPUTS):.0e}",
     ]
@@ -226,8 +226,8 @@ def _detail_row(name: str, entry: dict[str, Any]) -> list[str]:
 
 def _detail(record: dict[str, Any]) -> str:
     workload = Workload(**record["workload"])
-    cost, rates = record["least"]["both"], record["ceilings"]
-    roofline = record["floor_milliseconds"]
+    cost, rates = record["roofline_cost"]["both"], record["peak_rates"]
+    roofline = record["roofline_milliseconds"]
     lines = [
         f"#### {workload.name}, {record['precision']}",
         f"{workload.sizes}, rank {workload.rank}; {record['rounds']} rounds over "

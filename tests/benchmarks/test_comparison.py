@@ -112,12 +112,14 @@ def test_a_record_is_complete_and_consistent():
         for phase in PHASES:
             times = entry["milliseconds"][phase]
             assert 0 < times["fastest"] <= times["low"] <= times["median"] <= times["high"]
-            share = record["floor_milliseconds"][phase] / times["median"]
-            assert entry["share_of_ceiling"][phase] == pytest.approx(share)
+            fraction = record["roofline_milliseconds"][phase] / times["median"]
+            assert entry["fraction_of_roofline"][phase] == pytest.approx(fraction)
         assert entry["ratio"].keys() == {"eager"}
-        assert entry["held_MiB"] > 0
+        assert entry["saved_MiB"] > 0
     assert record["providers"]["eager"]["ratio"]["eager"]["both"] == 1.0
-    roofline, rates, costs = (record[k] for k in ("floor_milliseconds", "ceilings", "least"))
+    roofline, rates, costs = (
+        record[k] for k in ("roofline_milliseconds", "peak_rates", "roofline_cost")
+    )
     for phase in PHASES[:2]:
         moving = costs[phase]["bytes"] / rates["bytes_per_second"]
         computing = costs[phase]["operations"] / rates["operations_per_second"]

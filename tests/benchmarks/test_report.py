@@ -39,8 +39,8 @@ def entry(milliseconds, ratio):
         "errors": dict.fromkeys(("kd", "outlier", "info", "d_student", "d_down", "d_up"), 1e-7),
         "milliseconds": spread,
         "ratio": {"eager": dict.fromkeys(phases(1.0), ratio)},
-        "share_of_ceiling": dict.fromkeys(phases(1.0), 0.125),
-        "held_MiB": 3.5,
+        "fraction_of_roofline": dict.fromkeys(phases(1.0), 0.125),
+        "saved_MiB": 3.5,
         "peak_MiB": None,
     }
 
@@ -53,9 +53,9 @@ def comparison(series, patches, precision="fp32"):
         "rounds": 5,
         "sets": 2,
         "inputs_MiB": 1.5,
-        "least": {name: {"bytes": 10**6, "operations": 10**9} for name in phases(1.0)},
-        "ceilings": {"bytes_per_second": 1e10, "operations_per_second": 1e11},
-        "floor_milliseconds": phases(1.0),
+        "roofline_cost": {name: {"bytes": 10**6, "operations": 10**9} for name in phases(1.0)},
+        "peak_rates": {"bytes_per_second": 1e10, "operations_per_second": 1e11},
+        "roofline_milliseconds": phases(1.0),
         "providers": {
             "eager": entry(8.0, 1.0),
             "torch": {"status": "wrong", "reason": "kd 1.0e+00 (allowed 1.0e-06)"},
