@@ -18,7 +18,8 @@ from torch import Tensor
 
 from singer.config.changes import differences
 from singer.config.schema import Config, load_config
-from singer.data.loader import BatchLoader, EpochBatchSampler, create_loader
+from singer.data.loader import BatchLoader, create_loader
+from singer.data.sampler import EpochBatchSampler
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
 from singer.engine.distributed import (
     PreemptionHandler,

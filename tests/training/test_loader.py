@@ -18,11 +18,11 @@ from singer.data.crops import CenterCrop
 from singer.data.loader import (
     BatchLoader,
     CropDataset,
-    EpochBatchSampler,
     UnreadableLimit,
     check_batch,
     create_loader,
 )
+from singer.data.sampler import EpochBatchSampler
 from singer.data.sources import ImageFiles, open_source, photo_paths
 from singer.errors import SingerError
 
