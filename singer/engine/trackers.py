@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Trackers:
     ) -> None:
         self._path = output / TENSORBOARD
         self._pending: dict[int, dict[str, float]] = {}
-        self._trackers = [self._start(name, output, done, config) for name in names]
+        self._trackers = {name: self._start(name, output, done, config) for name in names}
 
     def _start(
         self, name: str, output: Path, done: int, config: Mapping[str, Any]
@@ -71,7 +72,7 @@ class Trackers:
             options["logging_dir"] = str(output)
         if name == "tensorboard":
             tracker = tracker_class(TENSORBOARD, **options, purge_step=done + 1)
-            with writing(self._path):
+            with self._naming(name):
                 tracker.start()
             return tracker
         if name in _RUN_NAME_OPTION:
@@ -94,13 +95,25 @@ class Trackers:
         """Send the scalars that were added, in the order of the steps.
 
         Raises:
-            SingerError: TensorBoard's events can't be written.
+            SingerError: a tracker can't; the message names it.
         """
         pending, self._pending = self._pending, {}
-        with writing(self._path):
-            for step, values in sorted(pending.items()):
-                for tracker in self._trackers:
+        for name, tracker in self._trackers.items():
+            with self._naming(name):
+                for step, values in sorted(pending.items()):
                     tracker.log(values, step=step)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Raise errors of a tracker as a SingerError that names it: each package has its own."""
+        if name == "tensorboard":
+            with writing(self._path):
+                yield
+            return
+        try:
+            yield
+        except Exception as error:
+            raise SingerError(f"train.trackers: {name!r}: {typed_line(error)}") from error
 
     def close(self) -> None:
         """Send what was added, and flush all trackers; a failure is only logged at this point."""
@@ -108,8 +121,9 @@ class Trackers:
             self.write()
         except Exception as error:
             _logger.warning("%s", one_line(error))
-        for tracker in self._trackers:
+        for name, tracker in self._trackers.items():
             try:
-                tracker.finish()
-            except Exception as error:  # each package raises errors of its own
-                _logger.warning("%s can't be written: %s", self._path, one_line(error))
+                with self._naming(name):
+                    tracker.finish()
+            except Exception as error:
+                _logger.warning("%s", one_line(error))

@@ -151,6 +151,19 @@ def test_a_tracker_that_does_not_start_is_one_line(make_config, recorder, monkey
     assert not Path(config.output).exists()
 
 
+def test_a_tracker_that_fails_later_is_named(make_config, recorder, monkeypatch, caplog):
+    def fail(self, values=None, step=None):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(recorder, "log", fail)
+    monkeypatch.setattr(recorder, "finish", fail)
+    config = make_config(train={"trackers": ["wandb"]})
+    with pytest.raises(SingerError, match="^train.trackers: 'wandb': OSError: no network$"):
+        training.train(config, QUIET)
+    assert "train.trackers: 'wandb': OSError: no network" in caplog.text
+    assert "tensorboard" not in caplog.text
+
+
 def test_mlflow_offline(make_config, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
