@@ -158,7 +158,7 @@ def test_a_tracker_that_fails_later_is_named(make_config, recorder, monkeypatch,
     monkeypatch.setattr(recorder, "log", fail)
     monkeypatch.setattr(recorder, "finish", fail)
     config = make_config(train={"trackers": ["wandb"]})
-    with pytest.raises(SingerError, match="^train.trackers: 'wandb': OSError: no network$"):
+    with pytest.raises(SingerError, match=r"^train.trackers: 'wandb': OSError: no network$"):
         training.train(config, QUIET)
     assert "train.trackers: 'wandb': OSError: no network" in caplog.text
     assert "tensorboard" not in caplog.text
