@@ -15,7 +15,7 @@ struct ForwardInputs {
   Optional gram_target;
   bool gram;
   double quantile;
-  int64_t prefix;
+  int64_t num_prefix_tokens;
   bool has_refined, has_residual, has_grad_hz, has_grad_target;
   ScalarType acc, product, gram_product;
 };
@@ -25,14 +25,14 @@ struct BackwardInputs {
   Tensor teacher, up, hz;
   Optional grad_hz, residual, norms, threshold, outlier_weight;
   Optional grad_kd, grad_outlier, grad_info, grad_refined;
-  int64_t prefix;
+  int64_t num_prefix_tokens;
   ScalarType acc, product;
   OptionalDtype student_dtype, down_dtype, up_dtype;
 };
 
 struct GramLossInputs {
   Tensor tokens, target;
-  int64_t prefix;
+  int64_t num_prefix_tokens;
   bool has_grad_tokens, has_grad_target;
   ScalarType acc, product;
 };
@@ -242,16 +242,16 @@ ForwardOutput forward(const ForwardInputs& x, const Sizes& sizes) {
 }
 
 ForwardOutput losses_forward(Tensor student, Tensor teacher, Tensor down, Tensor up,
-                             Optional gram_target, bool gram, double quantile, int64_t prefix,
-                             bool has_refined, bool has_residual, bool has_grad_hz,
-                             bool has_grad_target, ScalarType acc, ScalarType product,
-                             ScalarType gram_product) {
+                             Optional gram_target, bool gram, double quantile,
+                             int64_t num_prefix_tokens, bool has_refined, bool has_residual,
+                             bool has_grad_hz, bool has_grad_target, ScalarType acc,
+                             ScalarType product, ScalarType gram_product) {
   const ForwardInputs x{student,     teacher,      down,        up,
-                        gram_target, gram,         quantile,    prefix,
+                        gram_target, gram,         quantile,    num_prefix_tokens,
                         has_refined, has_residual, has_grad_hz, has_grad_target,
                         acc,         product,      gram_product};
   check_cpu("teacher", x.teacher);
-  check_tokens("teacher", x.teacher, x.prefix);
+  check_tokens("teacher", x.teacher, x.num_prefix_tokens);
   const auto shape = shape_of(x.teacher);
   check_shape("student", x.student, shape, x.teacher);
   check_tensor("down", x.down, 2, x.teacher);
@@ -269,7 +269,7 @@ ForwardOutput losses_forward(Tensor student, Tensor teacher, Tensor down, Tensor
   check_acc("acc", x.acc);
   check_product("product", x.product);
   check_product("gram_product", x.gram_product);
-  const Sizes sizes{shape[0], shape[1], x.prefix, shape[2], rank};
+  const Sizes sizes{shape[0], shape[1], x.num_prefix_tokens, shape[2], rank};
   return x.acc == ScalarType::Double ? forward<double>(x, sizes) : forward<float>(x, sizes);
 }
 
@@ -331,16 +331,16 @@ BackwardOutput losses_backward(Optional student, Tensor teacher, Tensor up, Tens
                                Optional grad_hz, Optional residual, Optional norms,
                                Optional threshold, Optional outlier_weight, Optional grad_kd,
                                Optional grad_outlier, Optional grad_info, Optional grad_refined,
-                               int64_t prefix, ScalarType acc, ScalarType product,
+                               int64_t num_prefix_tokens, ScalarType acc, ScalarType product,
                                OptionalDtype student_dtype, OptionalDtype down_dtype,
                                OptionalDtype up_dtype) {
-  const BackwardInputs x{student,        teacher,    up,           hz,
-                         grad_hz,        residual,   norms,        threshold,
-                         outlier_weight, grad_kd,    grad_outlier, grad_info,
-                         grad_refined,   prefix,     acc,          product,
-                         student_dtype,  down_dtype, up_dtype};
+  const BackwardInputs x{student,        teacher,           up,           hz,
+                         grad_hz,        residual,          norms,        threshold,
+                         outlier_weight, grad_kd,           grad_outlier, grad_info,
+                         grad_refined,   num_prefix_tokens, acc,          product,
+                         student_dtype,  down_dtype,        up_dtype};
   check_cpu("teacher", x.teacher);
-  check_tokens("teacher", x.teacher, x.prefix);
+  check_tokens("teacher", x.teacher, x.num_prefix_tokens);
   check_acc("acc", x.acc);
   check_product("product", x.product);
   for (const auto& dtype : {x.student_dtype, x.down_dtype, x.up_dtype}) {
@@ -348,7 +348,7 @@ BackwardOutput losses_backward(Optional student, Tensor teacher, Tensor up, Tens
   }
   const auto shape = shape_of(x.teacher);
   check_tensor("up", x.up, 2, x.teacher);
-  const int64_t images = shape[0], patches = shape[1] - x.prefix, rank = x.up.size(0);
+  const int64_t images = shape[0], patches = shape[1] - x.num_prefix_tokens, rank = x.up.size(0);
   STD_TORCH_CHECK(rank > 0, "up: got rank 0, expected at least 1");
   check_shape("up", x.up, {rank, shape[2]}, x.teacher);
   STD_TORCH_CHECK(!x.grad_kd.has_value() || x.student.has_value(),
@@ -371,7 +371,7 @@ BackwardOutput losses_backward(Optional student, Tensor teacher, Tensor up, Tens
   if (x.grad_outlier.has_value()) check_shape("grad_outlier", *x.grad_outlier, {}, x.teacher);
   if (x.grad_info.has_value()) check_shape("grad_info", *x.grad_info, {}, x.teacher);
   if (x.grad_refined.has_value()) check_shape("grad_refined", *x.grad_refined, shape, x.teacher);
-  const Sizes sizes{images, shape[1], x.prefix, shape[2], rank};
+  const Sizes sizes{images, shape[1], x.num_prefix_tokens, shape[2], rank};
   return x.acc == ScalarType::Double ? run_backward<double>(x, sizes)
                                      : run_backward<float>(x, sizes);
 }
@@ -379,7 +379,7 @@ BackwardOutput losses_backward(Optional student, Tensor teacher, Tensor up, Tens
 template <typename T>
 GramLossOutput run_gram_loss(const GramLossInputs& x) {
   constexpr ScalarType acc = scalar_type<T>();
-  const Sizes sizes{x.tokens.size(0), x.tokens.size(1), x.prefix, x.tokens.size(2), 0};
+  const Sizes sizes{x.tokens.size(0), x.tokens.size(1), x.num_prefix_tokens, x.tokens.size(2), 0};
   const int64_t images = sizes.images, patches = sizes.patches(), width = sizes.width;
   const auto new_gradient = [&](bool is_needed) {
     return is_needed ? new_tensor(x.tokens, {images, patches, width}, acc)
@@ -415,14 +415,16 @@ GramLossOutput run_gram_loss(const GramLossInputs& x) {
   return {loss, grad_tokens, grad_target};
 }
 
-GramLossOutput gram_loss(Tensor tokens, Tensor target, int64_t prefix, bool has_grad_tokens,
-                         bool has_grad_target, ScalarType acc, ScalarType product) {
+GramLossOutput gram_loss(Tensor tokens, Tensor target, int64_t num_prefix_tokens,
+                         bool has_grad_tokens, bool has_grad_target, ScalarType acc,
+                         ScalarType product) {
   check_cpu("tokens", tokens);
-  check_tokens("tokens", tokens, prefix);
+  check_tokens("tokens", tokens, num_prefix_tokens);
   check_shape("target", target, shape_of(tokens), tokens);
   check_acc("acc", acc);
   check_product("product", product);
-  const GramLossInputs x{tokens, target, prefix, has_grad_tokens, has_grad_target, acc, product};
+  const GramLossInputs x{tokens, target, num_prefix_tokens, has_grad_tokens, has_grad_target,
+                         acc,    product};
   return acc == ScalarType::Double ? run_gram_loss<double>(x) : run_gram_loss<float>(x);
 }
 

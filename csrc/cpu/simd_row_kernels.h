@@ -79,6 +79,7 @@ struct RowKernels {
   }
 
   static void write(const T* in, ScalarType dtype, int64_t count, void* out) {
+    // 1. Float types of C++: the compiler converts.
     if (dtype == ScalarType::Double) {
       double* values = static_cast<double*>(out);
       for (int64_t i = 0; i < count; ++i) values[i] = static_cast<double>(in[i]);
@@ -86,6 +87,7 @@ struct RowKernels {
       float* values = static_cast<float*>(out);
       for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(in[i]);
     } else {
+      // 2. 16-bit types: round the bits.
       uint16_t* values = static_cast<uint16_t*>(out);
       if (dtype == ScalarType::BFloat16) {
         for (int64_t i = 0; i < count; ++i) values[i] = float_to_bfloat16(in[i]);
@@ -101,10 +103,12 @@ struct RowKernels {
     T refined_sum = 0, teacher_sum = 0, kd_sum = 0;
 #pragma omp simd reduction(+ : refined_sum, teacher_sum, kd_sum)
     for (int64_t i = 0; i < count; ++i) {
+      // 1. F^ and F^ - S.
       const T refined = delta[i] + teacher[i];
       const T difference = refined - student[i];
       delta[i] = refined;
       if constexpr (kHasResidual) residual[i] = difference;
+      // 2. The sums of squares: of n, of the norm of F, and of the KD loss.
       refined_sum += refined * refined;
       teacher_sum += teacher[i] * teacher[i];
       kd_sum += difference * difference;
@@ -141,15 +145,19 @@ struct RowKernels {
     const T own = is_identity ? T(1) : T(0), sign = is_identity ? T(-1) : T(1);
 #pragma omp simd reduction(+ : squares, row_dot, target_row_dot)
     for (int64_t j = 0; j < count; ++j) {
+      // 1. G and G_R.
       const T cosine = products[j] * (inv_norm * inv_norms[j]);
       const T target_product = own * products[j] + sign * target_products[j];
       const T target_cosine = target_product * (target_inv_norm * target_inv_norms[j]);
+      // 2. E, in place of the product.
       const T difference = cosine - target_cosine;
       products[j] = difference;
+      // 3. The sums of the row: of E^2, E G and E G_R.
       squares += difference * difference;
       const T dot = difference * cosine, target_dot = difference * target_cosine;
       row_dot += dot;
       target_row_dot += target_dot;
+      // 4. By symmetry, the sums of later rows.
       if constexpr (kHasDots) column_dots[j] += dot;
       if constexpr (kHasTargetDots) target_column_dots[j] += target_dot;
     }
@@ -236,13 +244,17 @@ struct RowKernels {
   static void backward_row(const T* grad_hz, T grad_info, const T* hz, T coefficient,
                            const T* residual, T alpha, const T* grad_refined_up, int64_t count,
                            T* out) {
+    // 1. The outlier loss.
     for (int64_t i = 0; i < count; ++i) out[i] = coefficient * hz[i];
+    // 2. The information loss.
     if (grad_hz != nullptr) {
       for (int64_t i = 0; i < count; ++i) out[i] += grad_info * grad_hz[i];
     }
+    // 3. The KD loss.
     if (residual != nullptr) {
       for (int64_t i = 0; i < count; ++i) out[i] += alpha * residual[i];
     }
+    // 4. The teacher's next block.
     if (grad_refined_up != nullptr) {
       for (int64_t i = 0; i < count; ++i) out[i] += grad_refined_up[i];
     }

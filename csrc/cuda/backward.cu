@@ -21,11 +21,11 @@ SINGER_DEVICE T scalar(const Rows& rows) {
 
 // V = X H + c H and dH = X Z + c Z + a (F^ - S) Wu^T + Y Wu^T. One warp per patch.
 // hz = [H | Z] and grad_hz = X [H | Z]: [B, P, 2r]; residual = (F^ - S) Wu^T, grad_refined_up =
-// Y Wu^T, grad_h = dH and v = V: [B, P, r]; norms: [B, P]; thresholds: [B];
+// Y Wu^T, grad_h = dH and v = V: [B, P, r]; norms: [B, P]; threshold: [B];
 // outlier_weight and grad_outputs: [].
 template <typename T>
 __global__ void backward_rows_kernel(const T* hz, Rows grad_hz, Rows residual,
-                                     Rows grad_refined_up, const T* norms, const T* thresholds,
+                                     Rows grad_refined_up, const T* norms, const T* threshold,
                                      const T* outlier_weight, GradOutputs grad_outputs,
                                      Output grad_h, Output v, int64_t images, int64_t tokens,
                                      int64_t patches, int64_t width, int64_t rank) {
@@ -35,7 +35,7 @@ __global__ void backward_rows_kernel(const T* hz, Rows grad_hz, Rows residual,
   T coefficient = 0, grad_info = 0, alpha = 0;
   if (grad_outputs.outlier.data != nullptr) {
     const T weight = *outlier_weight * scalar<T>(grad_outputs.outlier);
-    coefficient = outlier_coefficient(norms[patch], thresholds[patch / patches], weight);
+    coefficient = outlier_coefficient(norms[patch], threshold[patch / patches], weight);
   }
   if (grad_outputs.info.data != nullptr) grad_info = scalar<T>(grad_outputs.info);
   if (grad_outputs.kd.data != nullptr) {

@@ -7,10 +7,10 @@ namespace singer::cuda {
 namespace {
 
 // E = G - G_R, and per row the sums of E^2, E * G and E * G_R. One warp per row of a matrix.
-// cosines = G, targets = G_R and differences = E: [B, P, P]; squares, row_dots = rowsum(E * G) and
-// target_row_dots = rowsum(E * G_R): [B, P].
+// gram = G, target_gram = G_R and difference_out = E: [B, P, P]; squares_out, row_dots =
+// rowsum(E * G) and target_row_dots = rowsum(E * G_R): [B, P].
 template <typename T>
-__global__ void gram_difference_kernel(Rows cosines, Rows targets, Output differences,
+__global__ void gram_difference_kernel(Rows gram, Rows target_gram, Output difference_out,
                                        T* squares_out, T* row_dots, T* target_row_dots,
                                        int64_t count, int64_t patches, bool aligned) {
   const int64_t row = warp_index();
@@ -19,17 +19,17 @@ __global__ void gram_difference_kernel(Rows cosines, Rows targets, Output differ
   T squares = 0, row_dot = 0, target_row_dot = 0;
   for_row(patches, aligned, [&](int64_t j, auto size) {
     constexpr int kCount = decltype(size)::value;
-    T cosine[kCount], target[kCount];
-    load(cosines, row * patches + j, cosine);
-    load(targets, row * patches + j, target);
+    T gram_values[kCount], target_gram_values[kCount];
+    load(gram, row * patches + j, gram_values);
+    load(target_gram, row * patches + j, target_gram_values);
     for (int i = 0; i < kCount; ++i) {
-      const T difference = cosine[i] - target[i];
+      const T difference = gram_values[i] - target_gram_values[i];
       squares += difference * difference;
-      row_dot += difference * cosine[i];
-      target_row_dot += difference * target[i];
-      cosine[i] = difference;
+      row_dot += difference * gram_values[i];
+      target_row_dot += difference * target_gram_values[i];
+      gram_values[i] = difference;
     }
-    if (differences.data != nullptr) store(cosine, differences, row * patches + j);
+    if (difference_out.data != nullptr) store(gram_values, difference_out, row * patches + j);
   });
   // 2. The sums of the row.
   squares = warp_sum(squares);
@@ -82,31 +82,31 @@ __global__ void gram_gradient_kernel(Rows product, Rows factor, const T* norms, 
   });
 }
 
-void difference(Tensor cosines, Tensor targets, std::optional<Tensor> differences, Tensor squares,
+void difference(Tensor gram, Tensor target_gram, std::optional<Tensor> difference, Tensor squares,
                 Tensor row_dots, Tensor target_row_dots) {
-  check_tensor("cosines", cosines, 3, cosines);
-  const auto shape = shape_of(cosines);
+  check_tensor("gram", gram, 3, gram);
+  const auto shape = shape_of(gram);
   const ScalarType acc = acc_of("squares", squares);
-  STD_TORCH_CHECK(shape[1] == shape[2], "cosines: got shape ", shape_text(shape),
+  STD_TORCH_CHECK(shape[1] == shape[2], "gram: got shape ", shape_text(shape),
                   ", expected [B, P, P]");
-  check_dense("cosines", cosines, shape, cosines);
-  check_dense("targets", targets, shape, cosines);
-  check_dense("differences", differences, shape, cosines);
-  check_dense("squares", squares, {shape[0], shape[1]}, cosines, acc);
-  check_dense("row_dots", row_dots, {shape[0], shape[1]}, cosines, acc);
-  check_dense("target_row_dots", target_row_dots, {shape[0], shape[1]}, cosines, acc);
-  check_apart({{"differences", differences},
+  check_dense("gram", gram, shape, gram);
+  check_dense("target_gram", target_gram, shape, gram);
+  check_dense("difference", difference, shape, gram);
+  check_dense("squares", squares, {shape[0], shape[1]}, gram, acc);
+  check_dense("row_dots", row_dots, {shape[0], shape[1]}, gram, acc);
+  check_dense("target_row_dots", target_row_dots, {shape[0], shape[1]}, gram, acc);
+  check_apart({{"difference", difference},
                {"squares", squares},
                {"row_dots", row_dots},
                {"target_row_dots", target_row_dots}},
-              {{"cosines", cosines}, {"targets", targets}});
+              {{"gram", gram}, {"target_gram", target_gram}});
   const int64_t patches = shape[2], count = shape[0] * patches;
-  const Output out = output_of(differences);
+  const Output out = output_of(difference);
   const bool aligned =
-      is_aligned(patches, {cosines.const_data_ptr(), targets.const_data_ptr(), out.data});
+      is_aligned(patches, {gram.const_data_ptr(), target_gram.const_data_ptr(), out.data});
   dispatch(acc, [&](auto zero) {
     using T = decltype(zero);
-    launch<gram_difference_kernel<T>>(count, cosines, rows_of(cosines), rows_of(targets), out,
+    launch<gram_difference_kernel<T>>(count, gram, rows_of(gram), rows_of(target_gram), out,
                                       data_of<T>(squares), data_of<T>(row_dots),
                                       data_of<T>(target_row_dots), count, patches, aligned);
   });

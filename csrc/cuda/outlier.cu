@@ -7,10 +7,10 @@ namespace singer::cuda {
 namespace {
 
 // q, the sum of (n - q)^2 over the outliers and their count, per image. One warp per image.
-// all_norms = n: [B, P]; thresholds = q, squares, counts: [B].
+// all_norms = n: [B, P]; threshold_out = q, squares_out, counts: [B].
 template <typename T>
-__global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out, T* counts,
-                               int64_t images, int64_t patches, int64_t rank_below,
+__global__ void outlier_kernel(const T* all_norms, T* threshold_out, T* squares_out, T* counts,
+                               int64_t images, int64_t patches, int64_t lower_index,
                                double fraction) {
   const int64_t image = warp_index();
   if (image >= images) return;
@@ -22,7 +22,7 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   // 1. The norm at the integer part of the quantile's position: bitwise selection.
   int64_t nans = 0;
   for_each([&](T norm) { nans += norm != norm; });
-  const Key<T> low = kth_smallest<T>(rank_below, [&](Key<T> key) {
+  const Key<T> low = kth_smallest<T>(lower_index, [&](Key<T> key) {
     int64_t count = 0;
     for_each([&](T norm) { count += norm_key(norm) < key; });
     return warp_sum(count);
@@ -37,7 +37,7 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   });
   count_through = warp_sum(count_through);
   next = warp_min(next);
-  const Key<T> high = fraction > 0 && count_through <= rank_below + 1 ? next : low;
+  const Key<T> high = fraction > 0 && count_through <= lower_index + 1 ? next : low;
   T threshold = interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(fraction));
   if (warp_sum(nans) > 0) threshold = bits_as<T>(last_key<T>());
   // 3. Sum and count the outliers.
@@ -51,7 +51,7 @@ __global__ void outlier_kernel(const T* all_norms, T* thresholds, T* squares_out
   squares = warp_sum(squares);
   count = warp_sum(count);
   if (!is_first_lane()) return;
-  thresholds[image] = threshold;
+  threshold_out[image] = threshold;
   squares_out[image] = squares;
   counts[image] = static_cast<T>(count);
 }

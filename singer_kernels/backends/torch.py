@@ -150,10 +150,10 @@ def _threshold(norms: Tensor, quantile: float) -> Tensor:
     if not is_compiling():
         return norm_threshold(norms, quantile)
     ordered = norms.sort(dim=1).values  # NaN last
-    rank = norms.new_full((1,), quantile) * (norms.shape[1] - 1)
-    below = ordered.index_select(1, rank.floor().long())
-    above = ordered.index_select(1, rank.ceil().long())
-    value = below.lerp(above, rank - rank.floor())
+    position = norms.new_full((1,), quantile) * (norms.shape[1] - 1)
+    below = ordered.index_select(1, position.floor().long())
+    above = ordered.index_select(1, position.ceil().long())
+    value = below.lerp(above, position - position.floor())
     return torch.where(ordered[:, -1:].isnan(), ordered[:, -1:], value)[:, 0]
 
 

@@ -49,7 +49,7 @@ CONTRACTS = {
             "kd_partials": "BT",
             "refined": "BTD",
             "rows": "BND",
-            "differences": "BND",
+            "kd_difference": "BND",
         },
         ("delta", "norms", "kd_partials"),
         is_filled=True,
@@ -64,9 +64,9 @@ CONTRACTS = {
     ),
     "gram_difference": Contract(
         {
-            "cosines": "BPP",
-            "targets": "BPP",
-            "differences": "BPP",
+            "gram": "BPP",
+            "target_gram": "BPP",
+            "difference": "BPP",
             "squares": "BP",
             "row_dots": "BP",
             "target_row_dots": "BP",

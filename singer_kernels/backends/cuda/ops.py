@@ -18,11 +18,11 @@ from singer_kernels.backends.precision import MatmulPrecision
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
     "Tensor(a!) norms, Tensor(b!) kd_partials, Tensor(c!)? refined, Tensor(d!)? rows, "
-    "Tensor(e!)? differences) -> ()",
+    "Tensor(e!)? kd_difference) -> ()",
     "cuda_normalize(Tensor tokens, int num_prefix_tokens, Tensor(a!) norms, Tensor(b!) rows) -> ()",
     "cuda_outlier(Tensor norms, float quantile, Tensor(a!) threshold, Tensor(b!) squares, "
     "Tensor(c!) counts) -> ()",
-    "cuda_gram_difference(Tensor cosines, Tensor targets, Tensor(a!)? differences, "
+    "cuda_gram_difference(Tensor gram, Tensor target_gram, Tensor(a!)? difference, "
     "Tensor(b!) squares, Tensor(c!) row_dots, Tensor(d!) target_row_dots) -> ()",
     "cuda_gram_scale(Tensor factor, Tensor norms, Tensor(a!) out) -> ()",
     "cuda_gram_gradient(Tensor product, Tensor factor, Tensor norms, Tensor row_dots, float scale, "

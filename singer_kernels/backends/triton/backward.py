@@ -232,12 +232,14 @@ def sum_partials_kernel(
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_D, BLOCK_R), ACC)
+    # 1. dWd, BLOCK_D rows of [D, r]
     if tl.program_id(1) == 0:
         if NEEDS_DOWN:
             for split in range(num_partials):
                 offsets = (split * width + d).to(tl.int64) * rank
                 total += load_tile(grad_down_partials_ptr, offsets, k, d < width, rank)
             store_tile(grad_down_ptr, d.to(tl.int64) * rank, k, d < width, rank, total)
+    # 2. dWu, BLOCK_D columns of [r, D]: the transpose of the sum
     else:
         if NEEDS_UP:
             for split in range(num_partials):

@@ -168,11 +168,13 @@ def row_norms_kernel(
     patch = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = patch < num_patches
     offsets = image * stride_image + (patch + num_prefix_tokens).to(tl.int64) * stride_token
+    # 1. ‖x‖² over D
     squares = tl.zeros((BLOCK_P,), ACC)
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = load_tile(tokens_ptr, offsets, d, mask, width).to(ACC)
         squares += tl.sum(x * x, axis=1)
+    # 2. n, of the image's patches only
     tl.store(norms_ptr + image * num_patches + patch, sqrt(squares), mask=mask)
 
 
