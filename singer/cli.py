@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _distill(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from singer.config.schema import load_config
+    from singer.config.loading import load_config
     from singer.engine.progress import summary_table
     from singer.engine.run import train
 

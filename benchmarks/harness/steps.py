@@ -40,7 +40,8 @@ from harness.authors_step import AuthorsStep
 from harness.memory import peak_memory_increase
 from harness.step_check import check, is_correct
 from harness.timing import TimedRun, interleave
-from singer.config.schema import Config, load_config, parse_config
+from singer.config.loading import load_config
+from singer.config.schema import Config, parse_config
 from singer.demo import DemoOptions, demo_config
 from singer.engine.student import create_optimizer
 from singer.methods import METHODS, SiNGER

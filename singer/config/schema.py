@@ -1,15 +1,12 @@
-"""The configuration of a run: YAML files and ``key=value`` overrides, checked."""
+"""The configuration of a run: its keys, their types, bounds and defaults."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -22,10 +19,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from yaml import YAMLError
 
-from singer.config.yaml_text import Plain, Section, dump_yaml, load_yaml, parse_override
-from singer.errors import SingerError, did_you_mean, one_line, typed_line
+from singer.config.yaml_text import Section
+from singer.errors import SingerError, did_you_mean, typed_line
 from singer.methods import METHODS
 from singer.methods.options import derive_options
 
@@ -151,7 +147,8 @@ def method_config(name: Any) -> type[MethodConfig]:
     return derive_options(name, METHODS[name], MethodConfig) if name in METHODS else MethodConfig
 
 
-def _method_name(method: Any) -> str | None:
+def method_name(method: Any) -> str | None:
+    """Return the name in a ``method`` section; the default's if it has none; None if malformed."""
     name = method.get("name", "singer") if isinstance(method, Mapping) else None
     return str(name) if isinstance(name, str) else None
 
@@ -160,7 +157,7 @@ def _check_method(method: Any) -> Any:
     """Check a method's section against the options of the method that it names."""
     if isinstance(method, MethodConfig):
         return method
-    name = _method_name(method)
+    name = method_name(method)
     if name is not None and name not in METHODS:
         method = {"name": name}  # no method's options: their keys are neither right nor wrong
     elif name is not None:
@@ -348,7 +345,7 @@ class Config(Section):
         ]
 
 
-def _section(parents: Sequence[str | int], method: str | None) -> type[BaseModel]:
+def section(parents: Sequence[str | int], method: str | None) -> type[BaseModel]:
     """Return the section that a path of keys leads to."""
     sections: dict[str, type[BaseModel]] = {
         "teacher": TeacherConfig,
@@ -369,7 +366,7 @@ def _explain(error: ValidationError, method: str | None) -> str:
         path = detail["loc"]
         key = ".".join(map(str, path))
         if detail["type"] == "extra_forbidden":
-            known = _section(path[:-1], method).model_fields
+            known = section(path[:-1], method).model_fields
             whose = f" of method {method!r}" if path[0] == "method" and len(path) > 1 else ""
             lines.append(f"unknown key {key!r}{whose}{did_you_mean(str(path[-1]), known)}")
         elif detail["type"] == "missing":
@@ -399,105 +396,5 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        explained = _explain(error, _method_name(values.get("method")))
+        explained = _explain(error, method_name(values.get("method")))
         raise SingerError(f"configuration: {explained}") from error
-
-
-@contextmanager
-def _naming(what: object) -> Iterator[None]:
-    """Turn an error of a file or of YAML into one line that names a file or override."""
-    try:
-        yield
-    except OSError as error:
-        raise SingerError(f"configuration: {what}: {error.strerror or error}") from error
-    except (YAMLError, ValueError, TypeError) as error:
-        raise SingerError(f"configuration: {what}: {one_line(error)}") from error
-
-
-def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two mappings merged key by key; those given may be shared by YAML's aliases."""
-    merged = dict(values)
-    for key, value in changes.items():
-        is_section = isinstance(merged.get(key), dict)
-        if is_section and isinstance(value, list):
-            raise TypeError(f"{key}: got {reprlib.repr(value)}, expected keys and values")
-        both = is_section and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _index(key: str, entries: list[Any], path: str) -> int:
-    if key.isdecimal() and int(key) < len(entries):
-        return int(key)
-    expected = f"an index from 0 to {len(entries) - 1}" if entries else "no index: it is empty"
-    raise ValueError(f"{path}: got {key!r}, expected {expected}")
-
-
-def _default(path: Sequence[str | int], method: str | None) -> Any:
-    """Return the list at a path of keys that no file names, or an empty mapping."""
-    field = _section(path[:-1], method).model_fields.get(str(path[-1]))
-    default = None if field is None else field.get_default(call_default_factory=True)
-    return list(default) if isinstance(default, (list, tuple)) else {}
-
-
-def _override(values: dict[str, Any], keys: Sequence[str], value: Plain) -> None:
-    """Set the value at a dotted key, in place.
-
-    Raises:
-        ValueError: a list has no such entry.
-    """
-    container: Any = values
-    path: list[str | int] = []
-    for depth, key in enumerate(keys):
-        is_list = isinstance(container, list)
-        name = _index(key, container, ".".join(map(str, path))) if is_list else key
-        path.append(name)
-        inner = container[name] if is_list else container.get(name)
-        if depth == len(keys) - 1:
-            if isinstance(inner, dict) and isinstance(value.value, dict):
-                container[name] = _merge(inner, value.value)
-            else:
-                container[name] = value
-        else:
-            inner = inner.value if isinstance(inner, Plain) else inner
-            if not isinstance(inner, (dict, list)):
-                inner = _default(path, _method_name(values.get("method")))
-            container[name] = container = copy.copy(inner)
-
-
-def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Read and merge YAML files, apply overrides, and check the result.
-
-    Args:
-        paths: one or several YAML files, merged key by key; later files override earlier ones.
-        overrides: ``key=value``, with dotted keys: ``train.lr=3e-4``, ``method.layers=[17,23]``,
-            ``students.0.weights=a.safetensors``. A text is taken as written, ``null`` included
-            where the key can't be null; other values are read as YAML.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        SingerError: a file can't be read, an override is malformed, or see :func:`parse_config`.
-    """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    merged: dict[str, Any] = {}
-    for path in paths:
-        with _naming(path), open(path, encoding="utf-8") as file:
-            values = load_yaml(file)
-            if not isinstance(values, (dict, NoneType)):
-                raise TypeError("expected keys and values at the top level")
-            merged = _merge(merged, values or {})
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        keys = key.split(".")
-        if not equals or not all(keys):
-            raise SingerError(f"configuration: got {override!r}, expected key=value")
-        with _naming(repr(override)):
-            _override(merged, keys, parse_override(value))
-    return parse_config(merged)
-
-
-def to_yaml(config: Config) -> str:
-    """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads."""
-    return dump_yaml(config.model_dump(mode="json"))

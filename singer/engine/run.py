@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from singer.config.changes import differences
-from singer.config.schema import Config, load_config
+from singer.config.loading import load_config
+from singer.config.schema import Config
 from singer.data.loader import BatchLoader, create_loader
 from singer.data.sampler import EpochBatchSampler
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError

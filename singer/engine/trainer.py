@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
-from singer.config.schema import Config, to_yaml
+from singer.config.loading import to_yaml
+from singer.config.schema import Config
 from singer.data.loader import Batch, BatchLoader, UnreadableLimit
 from singer.engine.checkpoints import Checkpoint, CheckpointStore
 from singer.engine.distributed import (

@@ -11,7 +11,8 @@ from harness import step_check, steps
 from harness.authors_step import AuthorsStep
 from tiny_models import SIGLIP, VIT, tiny_backbone
 
-from singer.config.schema import parse_config, to_yaml
+from singer.config.loading import to_yaml
+from singer.config.schema import parse_config
 from singer.methods import SiNGER
 
 LAYERS = [1, 2]

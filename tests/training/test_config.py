@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from singer.config.schema import (
-    _TAKEN_OPTIONS,
-    load_config,
-    method_config,
-    parse_config,
-    to_yaml,
-)
+from singer.config.loading import load_config, to_yaml
+from singer.config.schema import _TAKEN_OPTIONS, method_config, parse_config
 from singer.errors import SingerError
 from singer.methods import METHODS
 

@@ -12,7 +12,8 @@ from timm.optim import create_optimizer_v2
 from tiny_models import generator
 
 from singer.cli import main
-from singer.config.schema import TrainConfig, load_config, method_config
+from singer.config.loading import load_config
+from singer.config.schema import TrainConfig, method_config
 from singer.errors import SingerError
 from singer.methods import METHODS
 from singer.methods.base import match_models

@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from singer.cli import main
 from singer.config.changes import differences
-from singer.config.schema import parse_config, to_yaml
+from singer.config.loading import to_yaml
+from singer.config.schema import parse_config
 from singer.data.loader import CropDataset
 from singer.engine import run as training
 from singer.engine.run_dir import RunDir

@@ -9,7 +9,7 @@ import pytest
 from interrupted_runs import QUIET, assert_same, saved_steps
 
 from singer.cli import main
-from singer.config.schema import to_yaml
+from singer.config.loading import to_yaml
 from singer.data import loader as loaders
 from singer.data.loader import CropDataset, check_shared_memory, create_loader
 from singer.engine import run as training

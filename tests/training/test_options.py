@@ -13,7 +13,8 @@ from pydantic import Field
 from tiny_models import VIT, random_images, tiny_backbone
 
 import singer.methods
-from singer.config.schema import load_config, parse_config, to_yaml
+from singer.config.loading import load_config, to_yaml
+from singer.config.schema import parse_config
 from singer.errors import SingerError
 from singer.methods import METHODS, Distiller, FitNet
 
@@ -183,7 +184,7 @@ def test_the_documented_example_is_found_by_the_program(tmp_path, values):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     program = (
-        "import sys; from singer.config.schema import load_config, to_yaml; "
+        "import sys; from singer.config.loading import load_config, to_yaml; "
         "print(to_yaml(load_config(sys.argv[1])))"
     )
     done = subprocess.run(

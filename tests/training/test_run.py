@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from singer.config.schema import load_config, method_config, parse_config
+from singer.config.loading import load_config
+from singer.config.schema import method_config, parse_config
 from singer.data.loader import CropDataset, create_loader
 from singer.engine import run as training
 from singer.engine.checkpoints import CheckpointStore
