@@ -235,7 +235,7 @@ def source_digest(loader: BatchLoader) -> str:
 
 @run_on_main
 def _step_to_resume(
-    config: Config, store: CheckpointStore, identity: Mapping[str, Any], force: bool
+    config: Config, store: CheckpointStore, fingerprint: Mapping[str, Any], force: bool
 ) -> int | None:
     """Return the step of the checkpoint to resume from; None: start from the beginning.
 
@@ -260,7 +260,7 @@ def _step_to_resume(
     changed = differences(before, config)
     checkpoint = store.newest()
     if checkpoint is not None:
-        for key, value in identity.items():
+        for key, value in fingerprint.items():
             saved = checkpoint.state.get(key)
             if saved != value:
                 changed.append(f"{key}: {saved} → {value}")
@@ -342,14 +342,16 @@ def _train(
     rank, size = accelerator.process_index, accelerator.num_processes
     loader = run_on_all_ranks(check)(config, process_index=rank, num_processes=size, resume=resume)
     store = CheckpointStore(Path(config.output, CHECKPOINTS), config.train.keep_checkpoints)
-    identity = {"processes": size, "images": source_digest(loader)}
+    fingerprint = {"processes": size, "images": source_digest(loader)}
     checkpoint = None
     if resume:
-        step = _step_to_resume(config, store, identity, force)
+        step = _step_to_resume(config, store, fingerprint, force)
         if step is not None:
             checkpoint = _read_checkpoint(store, step)
     methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device)
-    tokens = _teacher_tokens(config, methods, loader, identity["images"], accelerator, preemption)
+    tokens = _teacher_tokens(
+        config, methods, loader, fingerprint["images"], accelerator, preemption
+    )
     set_seed(config.train.seed, device_specific=True)
     completed = 0 if checkpoint is None else checkpoint.step
     if checkpoint is not None:
@@ -374,7 +376,7 @@ def _train(
         preemption,
         console,
         steps=steps,
-        identity=identity,
+        fingerprint=fingerprint,
         resumed=checkpoint,
         reopen=resume,
     )

@@ -58,7 +58,8 @@ class Trainer:
         loader: this rank's batches of images, at the position of the next step.
         preemption: tells whether a signal asked the run to stop.
         steps: number of optimiser steps of the whole run.
-        identity: saved in checkpoints; must be unchanged when the run is resumed.
+        fingerprint: number of processes and digest of the image names; saved in checkpoints, and must
+            be unchanged when the run is resumed.
         resumed: the checkpoint to resume from; None: start from the beginning.
         reopen: the output directory may exist already.
     """
@@ -72,7 +73,7 @@ class Trainer:
     preemption: PreemptionHandler
     console: Console
     steps: int
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     resumed: InitVar[Checkpoint | None] = None
     reopen: bool = False
 
@@ -348,7 +349,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         steps = self.completed_steps - self._first_step
         state = {
-            **self.identity,
+            **self.fingerprint,
             "position": self.loader.batch_sampler.position_after(steps),
             "unreadable": self.unreadable.names,
             "scaler": None if scaler is None else scaler.state_dict(),

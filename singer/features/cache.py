@@ -140,7 +140,7 @@ class _Layout:
             raise corrupt(path, error) from error
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise SingerError(f"{KEY}: {path} is no token cache's; name another folder")
-        check_fingerprint(path, manifest.get("identity"), self.fingerprint)
+        check_fingerprint(path, manifest.get("fingerprint"), self.fingerprint)
         sizes = manifest.get("bytes")
         if not isinstance(sizes, dict):
             raise corrupt(path, "it lists no shards")
@@ -154,7 +154,7 @@ class _Layout:
         paths = [self.path(shard) for shard in range(self.num_shards)]
         manifest = {
             "format": _FORMAT,
-            "identity": self.fingerprint,
+            "fingerprint": self.fingerprint,
             "bytes": {path.name: path.stat().st_size for path in paths},
         }
         text = json.dumps(manifest, indent=2) + "\n"

@@ -2,7 +2,7 @@
 
 A shard is a safetensors file. For each of the teacher's blocks it holds ``tokens.BLOCK``,
 ``[n, T, D]``, bfloat16, and ``checksums.BLOCK``, ``[n]``, int64. Its metadata holds the first
-image's index, ``first_image``, and the fingerprint in JSON, ``identity``.
+image's index, ``first_image``, and the fingerprint in JSON, ``fingerprint``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ class Shard:
         try:
             with safe_open(path, framework="pt") as file:  # it checks header and length
                 metadata = file.metadata() or {}
-                check_fingerprint(path, json.loads(metadata.get("identity", "null")), fingerprint)
+                check_fingerprint(
+                    path, json.loads(metadata.get("fingerprint", "null")), fingerprint
+                )
                 names = [name.partition(".") for name in file.keys()]  # noqa: SIM118  (no mapping)
                 layers = sorted(int(layer) for name, _, layer in names if name == "tokens")
                 self.tokens = {layer: file.get_tensor(f"tokens.{layer}") for layer in layers}
@@ -180,7 +182,7 @@ class ShardWriter:
         self._stack = ExitStack()
         self._metadata = {
             "format": "pt",
-            "identity": json.dumps(fingerprint),
+            "fingerprint": json.dumps(fingerprint),
             "first_image": str(images.start),
         }
         self._num_images = len(images)

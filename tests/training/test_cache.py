@@ -133,7 +133,7 @@ def test_files_are_safetensors_with_a_manifest(built):
     paths = shard_paths(built.folder)
     assert [path.name for path in paths] == [f"tokens-0000{i}.safetensors" for i in (0, 1, 2)]
     manifest = json.loads((built.folder / MANIFEST).read_text())
-    assert manifest["identity"] == {**FINGERPRINT, "num_images": IMAGES, "images_per_shard": 4}
+    assert manifest["fingerprint"] == {**FINGERPRINT, "num_images": IMAGES, "images_per_shard": 4}
     assert manifest["bytes"] == {path.name: path.stat().st_size for path in paths}
     assert int.from_bytes(paths[2].read_bytes()[:8], "little") % 8 == 0  # the tensors are aligned
     last = load_file(paths[2])
