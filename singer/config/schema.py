@@ -101,7 +101,8 @@ class NamedStudentConfig(ModelConfig):
     """One of several students that learn from one pass of the teacher.
 
     Attributes:
-        folder: its folder inside the run's; None: the model's name (a slash in it becomes _).
+        folder: its directory inside the output directory; None: the model's name (a slash in it
+            becomes _).
     """
 
     folder: str | None = None
@@ -303,7 +304,7 @@ class Config(Section):
         method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.
         data: the images.
         train: optimiser, schedule and logging.
-        output: the run's folder. It must not exist yet, unless the run is resumed.
+        output: the output directory. It must not exist yet, unless the run is resumed.
     """
 
     teacher: TeacherConfig

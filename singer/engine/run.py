@@ -251,7 +251,9 @@ def _step_to_resume(
     written = output / CONFIG
     if not written.exists():
         if set(output.iterdir()) - set(stale_tmp(output)):
-            raise SingerError(f"output: {str(output)!r} is no run's folder: it has no {CONFIG}")
+            raise SingerError(
+                f"output: {str(output)!r} is no run's output directory: it has no {CONFIG}"
+            )
         return None
     try:
         before = load_config(written)

@@ -58,8 +58,8 @@ class Trainer:
         loader: this rank's batches of images, at the position of the next step.
         preemption: tells whether a signal asked the run to stop.
         steps: number of optimiser steps of the whole run.
-        fingerprint: number of processes and digest of the image names; saved in checkpoints, and must
-            be unchanged when the run is resumed.
+        fingerprint: number of processes and digest of the image names; saved in checkpoints;
+            must be unchanged when the run is resumed.
         resumed: the checkpoint to resume from; None: start from the beginning.
         reopen: the output directory may exist already.
     """

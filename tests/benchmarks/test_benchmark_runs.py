@@ -93,7 +93,7 @@ def test_no_measurement_starts_after_the_time_limit(tmp_path):
 
 
 # A plugin: a loss of the provider "torch" is wrong.
-SPOILER = """
+WRONG_LOSS_PLUGIN = """
 from harness import comparison, providers
 
 def build(name):
@@ -108,11 +108,11 @@ def pytest_collection_finish():
 
 
 def test_a_wrong_provider_fails_alone_and_the_baseline_is_always_measured(tmp_path):
-    (tmp_path / "spoiler.py").write_text(SPOILER, encoding="utf-8")
+    (tmp_path / "wrong_loss.py").write_text(WRONG_LOSS_PLUGIN, encoding="utf-8")
     path = tmp_path / "r.json"
     paths = os.pathsep.join([str(ROOT / "benchmarks"), str(tmp_path)])
     selection = "-k=tiny-bf16-torch or (tiny-fp32 and (torch or eager))"
-    arguments = ["--device=cpu", f"--results={path}", "-p", "spoiler", selection]
+    arguments = ["--device=cpu", f"--results={path}", "-p", "wrong_loss", selection]
     done = run(*arguments, PYTHONPATH=paths)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "torch is wrong: kd" in done.stdout

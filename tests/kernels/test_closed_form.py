@@ -37,7 +37,7 @@ def test_the_student_reaches_no_gradient_but_that_of_kd(bad):
         torch.testing.assert_close(tensors[name].grad, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_a_loss_that_is_not_asked_for_spoils_nothing():
+def test_a_loss_that_is_not_asked_for_affects_nothing():
     case = random_case(Shape(2, 1, 9, 8, 3), 0.5, with_target=True)
     case.target[0, 3, 2] = float("nan")
     tensors = case.tensors()

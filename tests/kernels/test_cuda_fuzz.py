@@ -232,7 +232,7 @@ def dense(random, shape, dtype):
     return numbers.to(dtype)[before : before + count].view(shape)
 
 
-def spoilt(random, way, shape, dtype, others):
+def invalid_tensor(random, way, shape, dtype, others):
     """Return a tensor, or None, that usually breaks the contract in the given way."""
     shape = list(shape)
     if way == "none":
@@ -282,21 +282,21 @@ def scalar(random, name, sizes, is_odd):
     return random.choice([least, least + 5, 2**62])
 
 
-def call_of(random, kernel, spoilable):
+def call_of(random, kernel, invalid_name):
     """Return a call's arguments by name, and whether all their elements are ordinary numbers.
 
-    In half of the calls the argument ``spoilable`` is made invalid, in some another one as well.
+    In half of the calls the argument ``invalid_name`` is made invalid, in some another one as well.
     """
     contract, names = CONTRACTS[kernel], [x.name for x in arguments_of(kernel)]
     prefix, patches, rank = random.randrange(4), random.choice(SIZES), random.choice(WIDTHS)
     sizes = {"B": random.choice(SIZES), "P": patches, "D": random.choice(WIDTHS), "R": rank}
     sizes |= {"C": 2 * rank, "N": patches, "Q": patches + prefix, "T": patches + prefix}
     acc = random.choice(ACC)
-    to_spoil = {spoilable} if random.random() < 0.5 else set()
+    invalid_names = {invalid_name} if random.random() < 0.5 else set()
     if random.random() < 0.1:
-        to_spoil.add(random.choice(names))
+        invalid_names.add(random.choice(names))
     plain = [name for name in names if name not in contract.shapes]
-    args = {name: scalar(random, name, sizes, name in to_spoil) for name in plain}
+    args = {name: scalar(random, name, sizes, name in invalid_names) for name in plain}
     absent = {name for name in sorted(optionals(kernel)) if random.random() < 0.5}
     is_whole = random.random() < 0.9  # else a required tensor may be missing
     for name, with_ in contract.needs:
@@ -304,13 +304,13 @@ def call_of(random, kernel, spoilable):
     for name, letters in contract.shapes.items():
         shape = tuple(sizes[letter] for letter in letters)
         dtype = acc if name in contract.acc else random.choice(DTYPES)
-        if name in to_spoil:
+        if name in invalid_names:
             others = [x for x in args.values() if isinstance(x, torch.Tensor)]
             others = [x for x in others if not is_foreign(x)]
-            args[name] = spoilt(random, random.choice(WAYS), shape, dtype, others)
+            args[name] = invalid_tensor(random, random.choice(WAYS), shape, dtype, others)
         else:
             args[name] = None if name in absent else dense(random, shape, dtype)
-    is_ordinary = not to_spoil
+    is_ordinary = not invalid_names
     if random.random() < 0.2:
         tensor = args[random.choice(list(contract.shapes))]
         usable = isinstance(tensor, torch.Tensor) and not is_foreign(tensor)
@@ -385,7 +385,7 @@ def described(args):
     )
 
 
-def check_calls(kernel, spoilable, outcomes):
+def check_calls(kernel, invalid_name, outcomes):
     """Check some calls; in half of them that argument is invalid."""
 
     # Hypothesis draws only a seed: by drawing arguments it would vary few calls in detail, and miss
@@ -399,7 +399,7 @@ def check_calls(kernel, spoilable, outcomes):
     )
     @given(st.integers(0, 2**64 - 1))
     def check_one(seed):
-        call = call_of(Random(f"{kernel} {spoilable} {seed}"), kernel, spoilable)
+        call = call_of(Random(f"{kernel} {invalid_name} {seed}"), kernel, invalid_name)
         note(described(call[0]))
         outcomes[check(kernel, *call)] += 1
 

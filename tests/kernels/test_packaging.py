@@ -32,7 +32,7 @@ WINDOWS = replace(EVERYTHING, platform="win32")
 NO_SOURCES = replace(EVERYTHING, cpp_sources=False)
 NO_CUDA_SOURCES = replace(EVERYTHING, cuda_sources=False)
 OTHER_NVCC = replace(EVERYTHING, nvcc_version="12.4")
-MUTE_NVCC = replace(EVERYTHING, nvcc_version=None)
+NVCC_WITHOUT_VERSION = replace(EVERYTHING, nvcc_version=None)
 
 NOTHING_CAN_BE_BUILT = [
     (NO_TORCH, "no torch at build time"),
@@ -46,7 +46,7 @@ NO_CUDA_CAN_BE_BUILT = [
     (CPU_TORCH, "torch 2.13.0+cpu is built without CUDA"),
     (CUDA_TORCH, "no nvcc (torch is built for CUDA 13.2)"),
     (OTHER_NVCC, "nvcc is of CUDA 12.4, torch is built for CUDA 13.2"),
-    (MUTE_NVCC, "/c/nvcc does not tell its version"),
+    (NVCC_WITHOUT_VERSION, "/c/nvcc does not tell its version"),
     (NO_CUDA_SOURCES, "there are no .cu sources"),
 ]
 
@@ -71,7 +71,7 @@ def test_cpu_is_everything_where_there_is_nothing_for_cuda(toolchain):
     assert plan_build(toolchain) == Plan("cpu")
 
 
-@pytest.mark.parametrize("toolchain", [CUDA_TORCH, OTHER_NVCC, MUTE_NVCC])
+@pytest.mark.parametrize("toolchain", [CUDA_TORCH, OTHER_NVCC, NVCC_WITHOUT_VERSION])
 def test_cpu_is_built_without_a_fitting_nvcc_and_the_reason_is_given(toolchain):
     (reason,) = [reason for other, reason in NO_CUDA_CAN_BE_BUILT if other is toolchain]
     assert plan_build(toolchain) == Plan("cpu", f"without CUDA: {reason}")

@@ -81,7 +81,7 @@ class Call:
         self.wrong = None  # the argument that is invalid
         self.named = ()  # the arguments that the message may name
         if rng.random() < 0.35:
-            self.spoil(rng)
+            self.make_invalid(rng)
         elif min(self.sizes[x] for dims in DIMS[self.function].values() for x in dims) == 0:
             self.wrong, self.named = "a size of 0", tuple(DIMS[self.function])
         elif self.options.get("num_prefix_tokens", 0) >= self.sizes["T"]:
@@ -118,7 +118,7 @@ class Call:
             options["gram"] = rng.random() < 0.7 or self.tensors["gram_target"] is not None
         return options
 
-    def spoil(self, rng):
+    def make_invalid(self, rng):
         """Make one argument invalid, and the others valid."""
         self.sizes = {letter: max(1, size) for letter, size in self.sizes.items()}
         for name, dims in DIMS[self.function].items():

@@ -260,7 +260,7 @@ def test_equal_fingerprint_in_other_types_is_accepted(tmp_path):
     build(tmp_path, never, fingerprint={**FINGERPRINT, "layers": tuple(LAYERS)})
 
 
-def spoil(path, change):
+def corrupt(path, change):
     path.write_bytes(change(path.read_bytes()))
 
 
@@ -280,7 +280,7 @@ def test_corrupt_shard_is_named(tmp_path, change, has_manifest):
     if not has_manifest:
         (tmp_path / MANIFEST).unlink()
     path = shard_paths(tmp_path)[1]
-    spoil(path, change)
+    corrupt(path, change)
     refuse(rf"{path} is damaged \(.*\); delete this file", tmp_path)
     path.unlink()
     assert build(tmp_path).num_images == IMAGES
@@ -302,7 +302,7 @@ def test_any_altered_byte_shows_when_its_image_is_read(tmp_path, from_end):
 def test_damage_is_found_before_anything_is_computed(tmp_path):
     build(tmp_path)
     shard_paths(tmp_path)[0].unlink()
-    spoil(shard_paths(tmp_path)[1], lambda content: content[:-2])
+    corrupt(shard_paths(tmp_path)[1], lambda content: content[:-2])
     (tmp_path / MANIFEST).unlink()
     refuse("tokens-00002.* is damaged", tmp_path)
 

@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
 CLI = ["-m", "singer.cli"]
 
-DYING = """
+SIGNALLED_RUN = """
 import sys
 from test_launchers import main_with_signal
 
@@ -33,21 +33,21 @@ sys.exit(main_with_signal(sys.argv[1], sys.argv[2:]))
 
 
 def main_with_signal(name, arguments):
-    """Run in a process of its own, of which one, in its first life, signals itself at step 6."""
+    """Run in a process of its own, of which one, before any restart, signals itself at step 6."""
     original, init = Trainer._step, PeerMonitor.__init__
 
     def step(self, number, batches):
-        dying = os.environ.get("DYING_RANK", "1")
-        is_first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if number == 6 and os.environ["RANK"] == dying and is_first_life:
+        signalled = os.environ.get("SIGNALLED_RANK", "1")
+        is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if number == 6 and os.environ["RANK"] == signalled and is_first_attempt:
             os.kill(os.getpid(), getattr(signal, name))
         return original(self, number, batches)
 
-    def impatient(self, *arguments, **options):
+    def init_with_short_timeout(self, *arguments, **options):
         init(self, *arguments, **{**options, "interval": 0.2, "timeout": 3.0})
 
     Trainer._step = step
-    PeerMonitor.__init__ = impatient
+    PeerMonitor.__init__ = init_with_short_timeout
     return main(arguments)
 
 
@@ -114,8 +114,8 @@ def test_a_restart_by_the_launcher_goes_on_exactly(distill, tmp_path):
     two = [*TORCHRUN, "--nproc-per-node", "2"]
     whole = _run([*two, *CLI, *distill("whole")])
     assert whole.returncode == 0, whole.stderr
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED_RUN)
     killed = _run([*two, "--max-restarts", "1", str(script), "SIGKILL", *distill("killed")])
     assert killed.returncode == 0, killed.stderr
     assert "local_rank: 1" in killed.stderr  # the launcher's report
@@ -174,7 +174,7 @@ def _without_launcher(folder, function, *arguments, **environment):
 )
 def test_a_dead_process_is_named_and_ends_the_others(distill, tmp_path, name, dead, expected):
     ranks = _without_launcher(
-        tmp_path, main_with_signal, name, distill("run"), DYING_RANK=str(dead)
+        tmp_path, main_with_signal, name, distill("run"), SIGNALLED_RANK=str(dead)
     )
     with killed_at_exit(ranks):
         assert ranks[1 - dead].wait(120) == EXIT_PEER_LOST
@@ -222,8 +222,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(distill, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_under_a_launcher(distill, tmp_path):
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED_RUN)
     two = [*TORCHRUN, "--nproc-per-node", "2"]
     done = _run([*two, str(script), "SIGUSR1", *distill("run")])
     _assert_stopped_at_one_step(done.stderr, tmp_path / "run")

@@ -52,7 +52,7 @@ def _break(folder, *names):
 # Crops
 
 
-def test_crop_is_a_function_of_seed_and_ticket(image_folder):
+def test_crop_is_a_function_of_seed_and_sample_id(image_folder):
     first, again = _crops(image_folder), _crops(image_folder)
     torch.manual_seed(1)
     one = first[5]
@@ -74,7 +74,7 @@ def test_crops_leave_the_global_random_state_alone(image_folder):
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_a_batch_holds_its_tickets_crops(image_folder):
+def test_a_batch_holds_the_crops_of_its_sample_ids(image_folder):
     crops = _crops(image_folder)
     batch = crops.batch([13, 2, 7])
     assert batch.images.dtype == torch.uint8

@@ -263,11 +263,11 @@ def test_a_nan_image_shows_in_every_loss(variant, layers):
         make(FitNet, *pair(), layers),
     ]
     images = random_images(methods[0].teacher, dtype=F64)
-    spoiled = images.clone()
-    spoiled[1, 0, 3, 4] = float("nan")
+    with_nan = images.clone()
+    with_nan[1, 0, 3, 4] = float("nan")
     for method in methods:
         assert all(value.isfinite() for value in method(images).values())
-        assert all(value.isnan() for value in method(spoiled).values())
+        assert all(value.isnan() for value in method(with_nan).values())
 
 
 def test_single_precision_agrees_with_double():

@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_runs_is_left_alone(make_config):
     config = make_config()
     Path(config.output).mkdir()
     Path(config.output, "thesis.tex").write_text("x")
-    with pytest.raises(SingerError, match=r"is no run's folder: it has no config\.yaml"):
+    with pytest.raises(SingerError, match=r"is no run's output directory: it has no config\.yaml"):
         training.train(config, QUIET, resume=True)
     assert [path.name for path in Path(config.output).iterdir()] == ["thesis.tex"]
 
