@@ -223,6 +223,9 @@ class FusedLosses(nn.Module):
     The parameters start from a random orthonormal basis N, ``Wd = N`` and ``Wu = Nᵀ`` (the paper's
     ablation); :meth:`set_basis` sets a nullspace basis.
 
+    Calls are typed :class:`FusedLossesOutput`: ``info`` and ``refined`` are optional whatever the
+    options (the overloads of :func:`fused_losses` narrow them).
+
     Raises:
         TypeError: an option is of the wrong type.
         ValueError: ``rank`` lies outside 1 to ``dim``, or an option does not fit.
