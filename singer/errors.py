@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 70
@@ -55,6 +55,20 @@ DEBUG_VARIABLE = "SINGER_DEBUG"
 DEBUG_HINT = f"{DEBUG_VARIABLE}=1 shows the traceback"
 
 DEMO_EXTRA_HINT = 'install the demo extra: pip install "singer-kernels[demo]" (or ".[demo]")'
+
+
+MAX_NAMES_SHOWN = 5
+
+
+def first_names(names: Sequence[str], count: int | None = None) -> str:
+    """Return the first names for a message, with ``, …`` if there are more.
+
+    Args:
+        names: all of them, or at least the first ``MAX_NAMES_SHOWN``.
+        count: how many there are; None: ``len(names)``.
+    """
+    count = len(names) if count is None else count
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (", …" if count > MAX_NAMES_SHOWN else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -14,13 +14,11 @@ from typing import BinaryIO, NamedTuple
 
 from timm.utils import natural_key
 
-from singer.errors import SingerError, one_line
+from singer.errors import MAX_NAMES_SHOWN, SingerError, first_names, one_line
 
 _logger = logging.getLogger("singer")
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-
-_MAX_NAMES_SHOWN = 5
 
 _MAX_LINKS = 40
 """Symbolic links that are followed in one path, as on Linux."""
@@ -40,15 +38,15 @@ class LeftOut:
         """Count something under a reason, which is in the plural: ``hidden folders``."""
         self._counts[reason] = self._counts.get(reason, 0) + 1
         names = self._names.setdefault(reason, [])
-        if len(names) < _MAX_NAMES_SHOWN:
+        if len(names) < MAX_NAMES_SHOWN:
             names.append(name)
 
     def log(self, where: str) -> None:
         """Warn, in one line, of what was left out of a source, if anything was."""
-        reasons = []
-        for reason, count in self._counts.items():
-            more = ", …" if count > _MAX_NAMES_SHOWN else ""
-            reasons.append(f"{reason}: {count} ({', '.join(self._names[reason])}{more})")
+        reasons = [
+            f"{reason}: {count} ({first_names(self._names[reason], count)})"
+            for reason, count in self._counts.items()
+        ]
         if reasons:
             _logger.warning("data.source: %s: left out: %s", where, "; ".join(reasons))
 

@@ -28,7 +28,7 @@ from singer.data.crops import create_crop
 from singer.data.decoding import decoding_errors
 from singer.data.sampler import EpochBatchSampler
 from singer.data.sources import ImageSource, open_source
-from singer.errors import STOP_SIGNALS, SingerError
+from singer.errors import STOP_SIGNALS, SingerError, first_names
 from singer.seeding import cpu_seed
 
 _MAX_REPLACEMENTS = 20
@@ -36,8 +36,6 @@ _MAX_REPLACEMENTS = 20
 
 _MAX_IMAGES_TRIED = 1000
 """Images tried before the source is reported as unreadable."""
-
-_MAX_NAMES_SHOWN = 5
 
 _KEY = "data.source: "
 
@@ -445,10 +443,8 @@ class UnreadableLimit:
 
     def error(self) -> SingerError:
         """Return the error that stops a run whose limit is exceeded."""
-        shown = ", ".join(self.names[:_MAX_NAMES_SHOWN])
-        more = ", …" if len(self._names) > _MAX_NAMES_SHOWN else ""
         return SingerError(
             f"data.source: {len(self._names)} of {self.total} images can't be read, and "
-            f"data.max_unreadable={self.max_unreadable} allows {self.allowed}: {shown}{more}; "
-            f"remove or replace them, or raise data.max_unreadable"
+            f"data.max_unreadable={self.max_unreadable} allows {self.allowed}: "
+            f"{first_names(self.names)}; remove or replace them, or raise data.max_unreadable"
         )

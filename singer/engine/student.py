@@ -20,7 +20,7 @@ from singer.engine.distributed import run_on_all_ranks
 from singer.engine.run_dir import STUDENT, STUDENT_EMA, RunDir
 from singer.engine.state_dicts import load_module, load_optimizer, optimizer_tensors
 from singer.engine.trackers import Trackers
-from singer.errors import NonFiniteError, SharedError
+from singer.errors import NonFiniteError, SharedError, first_names
 from singer.methods import Distiller
 from singer.models.backbones import BlockTokens
 from singer.report import figures
@@ -205,10 +205,9 @@ class StudentTrainer:
             if parameter.requires_grad and parameter.grad is None
         ]
         if unused:  # DDP would wait for its gradient
-            names = f"{', '.join(unused[:5])}{', …' if len(unused) > 5 else ''}"
             raise SharedError(
-                f"method.name: {self.config.method.name!r} trains {names}, which its loss does not "
-                f"depend on; use it, or set requires_grad_(False)"
+                f"method.name: {self.config.method.name!r} trains {first_names(unused)}, "
+                f"which its loss does not depend on; use it, or set requires_grad_(False)"
             )
 
     def step(self, step: int, epoch: int) -> None:
