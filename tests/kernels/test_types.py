@@ -1,5 +1,6 @@
 """The annotations: mypy accepts a correct script and refuses wrong ones."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -53,6 +54,31 @@ def test_the_readme_snippets_pass_strict_mypy(errors):
 def test_the_readme_snippets_pass_strict_mypy_with_all_of_torch():
     done = mypy("--strict", SCRIPT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def statements(code):
+    """Return the lines of code without indentation, comments and blank lines."""
+    lines = (line.partition("  #")[0].strip() for line in code.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def names_imported(lines):
+    return {
+        name
+        for line in lines
+        if line.startswith("from singer_kernels import ")
+        for name in line.removeprefix("from singer_kernels import ").split(", ")
+    }
+
+
+def test_the_script_holds_the_readmes_snippet():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Drop-in\n")[2].partition("\n## ")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    wanted, found = statements(snippet), statements(SCRIPT.read_text(encoding="utf-8"))
+    assert len(wanted) == 6
+    assert names_imported(wanted) <= names_imported(found)
+    assert [line for line in wanted if line not in found and "import" not in line] == []
 
 
 def test_the_snippets_run():

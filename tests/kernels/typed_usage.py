@@ -19,6 +19,8 @@ def step(student: Tensor, teacher: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return last.info
 
 
-adapter = FusedLosses(dim=8, rank=4)
-out: FusedLossesOutput = adapter(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
-step(torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8), adapter.down, adapter.up)
+student, teacher = torch.randn(2, 5, 1024, requires_grad=True), torch.randn(2, 5, 1024)
+adapter = FusedLosses(dim=1024, rank=64)
+out = adapter(student, teacher)
+typed: FusedLossesOutput = out
+step(student, teacher, adapter.down, adapter.up)
