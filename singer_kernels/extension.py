@@ -23,18 +23,19 @@ _logger = logging.getLogger("singer_kernels")
 def _folder() -> Path:
     """Return the folder of the compiled files: this package's, except in a clone.
 
-    A clone that was not built in place has none: there the package that was installed from the
-    same sources in ``csrc`` has them. One from other sources is not used, which is logged.
+    A clone that was not built in place has none: there the installed package has them, or the
+    reason why not. A library from other sources in ``csrc`` is not used, which is logged.
     """
     hashing = _HERE.parent / "build_backend" / "singer_build" / "hashing.py"
     if (_HERE / "_install.json").exists() or not hashing.is_file():
         return _HERE
     for distribution in importlib.metadata.distributions(name="singer-kernels"):
         folder = Path(str(distribution.locate_file("singer_kernels")))
-        if not (folder / "_ops.so").is_file():
-            continue
+        record = _read_record(folder / "_install.json")
+        if record and not (folder / "_ops.so").is_file():
+            return folder  # whose record has the reason
         sources = runpy.run_path(str(hashing))["build_hash"](_HERE.parent, [])
-        if _read_record(folder / "_install.json").get("sources") == sources:
+        if record.get("sources") == sources:
             return folder
         _logger.warning(
             "singer_kernels: %s is imported, without a compiled library: that of the installed "

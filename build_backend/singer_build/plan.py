@@ -57,8 +57,8 @@ def _why_nothing(toolchain: Toolchain) -> str | None:
         return "it is not built on Windows"
     if toolchain.torch is None:
         return (
-            "no torch at build time (with torch installed, "
-            "pip install --no-deps --no-cache-dir --force-reinstall builds it)"
+            "no torch at build time (now that torch is installed, in the clone: "
+            "pip install --no-deps --no-cache-dir --force-reinstall .)"
         )
     version = re.match(r"(\d+)\.(\d+)", toolchain.torch)
     if version is None or (int(version[1]), int(version[2])) < OLDEST_TORCH:

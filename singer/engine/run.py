@@ -364,6 +364,8 @@ def _train(
             f"train.steps: got {steps} in all, but the run in {config.output!r} has done "
             f"{checkpoint.step}"
         )
+    if completed == steps:
+        _logger.info("all %d steps are done: nothing is left to train", steps)
     students = [
         StudentTrainer(spec, method, config, accelerator, steps)
         for spec, method in zip(config.student_specs(), methods, strict=True)

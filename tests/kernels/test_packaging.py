@@ -280,6 +280,21 @@ def test_a_clone_uses_the_installed_library_of_the_same_sources(tmp_path, same):
         assert f"{clone / 'singer_kernels'} is imported, without a compiled library" in done.stderr
 
 
+def test_a_clone_tells_why_the_installed_package_has_no_library(tmp_path, monkeypatch):
+    installed = tmp_path / "installed"
+    metadata = installed / "singer_kernels-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: singer-kernels\nVersion: 1\n")
+    (installed / "singer_kernels").mkdir()
+    record(installed / "singer_kernels", built="none", reason="no torch at build time")
+    clone = tmp_path / "clone"
+    (clone / "build_backend" / "singer_build").mkdir(parents=True)
+    (clone / "build_backend" / "singer_build" / "hashing.py").touch()
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(extension, "_HERE", clone / "singer_kernels")
+    assert extension._folder() == installed / "singer_kernels"
+
+
 def test_any_error_of_loading_is_a_reason(installed, monkeypatch):
     def fail(path):
         raise RuntimeError("two\n  lines")
