@@ -60,8 +60,10 @@ def report() -> str:
         f"torch           {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
         f"triton          {_version('triton')}",
     ]
-    forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
-    lines.append(f"{backends.ENVIRONMENT_VARIABLE}  {forced or 'not set'}")
+    forced = os.environ.get(backends.ENVIRONMENT_VARIABLE) or "not set"
+    if forced not in (*backends.NAMES, "not set"):
+        forced += f": expected one of {', '.join(backends.NAMES)}"
+    lines.append(f"{backends.ENVIRONMENT_VARIABLE}  {forced}")
     lines += _extension()
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in (torch.device("cpu"), *gpus):

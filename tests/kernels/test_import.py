@@ -97,6 +97,12 @@ def test_info_prints_the_forced_backend(monkeypatch):
     assert "SINGER_BACKEND  reference" in info.report().splitlines()
 
 
+def test_info_says_that_a_forced_backend_is_unknown(monkeypatch):
+    monkeypatch.setenv("SINGER_BACKEND", "foo")
+    expected = "SINGER_BACKEND  foo: expected one of triton, cuda, cpu, torch, reference"
+    assert expected in info.report().splitlines()
+
+
 def test_info_gives_the_reason_of_a_backend_that_is_off(monkeypatch):
     monkeypatch.setattr(backends, "NAMES", ("missing", "reference"))
     assert re.search(r"^  missing +off: it can't be imported: .+missing", info.report(), re.M)
