@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import collections
+import collections.abc
 import os
 
 import pytest
@@ -15,19 +16,50 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before "-m" selects by the markers added here
-def pytest_collection_modifyitems(items):
+def _values(cases):
+    """Return the values of each axis of a grid."""
+    found = collections.defaultdict(dict)
+    for case in cases:
+        for axis, value in case.callspec.params.items():
+            key = value if isinstance(value, collections.abc.Hashable) else repr(value)
+            found[axis][type(value), key] = value
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector, name):
     # @pytest.mark.sample(n): every n-th case of a grid belongs to the ordinary run, the others are
-    # slow. Choose an n that has no divisor in common with the lengths of the grid's last axes, so
-    # that the sample meets every value of every axis.
-    counts = collections.Counter()
-    for item in items:
-        marker = item.get_closest_marker("sample")
-        if marker is not None:
-            grid = (item.path, item.originalname)
-            if counts[grid] % marker.args[0]:
-                item.add_marker(pytest.mark.slow)
-            counts[grid] += 1
+    # slow. The sample must meet every value of every axis: an n that has no divisor in common with
+    # the lengths of the grid's last axes does, if it leaves enough cases. Where each case starts
+    # processes, sample(n, partial="reason") need not.
+    #
+    # Here the grid is whole, also when the command names some of its cases.
+    items = yield
+    if not isinstance(items, list):
+        return items
+    cases = [
+        x for x in items if x.get_closest_marker("sample") and not x.get_closest_marker("slow")
+    ]
+    if not cases:
+        return items
+    marker = cases[0].get_closest_marker("sample")
+    (n,) = marker.args
+    for index, case in enumerate(cases):
+        if index % n:
+            case.add_marker(pytest.mark.slow)
+    if not marker.kwargs.get("partial"):
+        sampled = _values(cases[::n])
+        for axis, values in _values(cases).items():
+            missed = [value for key, value in values.items() if key not in sampled[axis]]
+            if missed:
+                raise collector.CollectError(
+                    f"{name}: sample({n}) misses {len(missed)} of {len(values)} values of "
+                    f"{axis!r}: {missed}"
+                )
+    return items
+
+
+def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:

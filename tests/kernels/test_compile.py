@@ -1,5 +1,7 @@
 """The losses inside torch.compile, torch.export, torch.func, gradient checkpointing and AMP."""
 
+import itertools
+
 import pytest
 import torch
 from cases import Shape, random_case, total
@@ -56,7 +58,7 @@ WRAPPED = [(name, checkpointed) for name in BACKENDS]
 WRAPPED += [(name, compiled) for name in BACKENDS if name != "reference"]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("with_target", [False, True])
@@ -116,14 +118,24 @@ def losses_and_gradients(function, inputs):
 
 
 KERNELS = ("fused_losses", "intermediate layer", "gram_loss")  # the rest is the reference's
-DYNAMIC = [(name, function) for name in BACKENDS for function in KERNELS]
-DYNAMIC += [("reference", function) for function in FUNCTIONS if function not in KERNELS]
+GRAPHS = [(name, function) for name in BACKENDS for function in KERNELS]
+GRAPHS += [("reference", function) for function in FUNCTIONS if function not in KERNELS]
+# By default one of KERNELS with each backend, and each function that is the reference's.
+BY_DEFAULT = list(zip(BACKENDS, itertools.cycle(KERNELS[::-1]), itertools.cycle([None, True])))
+BY_DEFAULT += [
+    (*graph, dynamic)
+    for graph, dynamic in zip(GRAPHS[len(BACKENDS) * len(KERNELS) :], itertools.cycle([None, True]))
+]
 
 
-@pytest.mark.sample(7)
 @pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize(("name", "function"), DYNAMIC)
+@pytest.mark.parametrize(
+    ("name", "function", "dynamic"),
+    [
+        pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.slow)
+        for case in ((*graph, dynamic) for graph in GRAPHS for dynamic in (None, True))
+    ],
+)
 def test_a_few_graphs_serve_every_batch_and_token_count(name, function, dynamic, monkeypatch):
     monkeypatch.setenv("SINGER_BACKEND", name)
     function = FUNCTIONS[function]

@@ -7,6 +7,7 @@ met none: its newest checkpoint is that run's of the same step, or it begins ane
 import builtins
 import errno
 import io
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -36,6 +37,15 @@ ERRORS = {
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
 PLACES = ("step", "log", "open", "fsync", "rename", "mkdir")
+CASES = list(itertools.product([*ERRORS, *SIGNALS], PLACES))
+# Each error or signal once, the places with many calls, which take longest, once.
+BY_DEFAULT = set(
+    zip(
+        [*ERRORS, *SIGNALS],
+        ["open", "fsync", "mkdir", "rename", "step", "log", "step", "log", "step", "log"],
+        strict=True,
+    )
+)
 
 
 class Fault:
@@ -122,9 +132,10 @@ def tiny(values, make_config, tmp_path, monkeypatch):
     return make_config(train={**train, "save_every": 2}), expected, _metrics(whole.output)
 
 
-@pytest.mark.sample(11)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", [*ERRORS, *SIGNALS])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.slow) for case in CASES],
+)
 def test_a_fault_loses_nothing(tiny, tmp_path, place, name):
     config, expected, metrics = tiny
     call = 0

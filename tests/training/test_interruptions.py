@@ -23,9 +23,13 @@ from singer.errors import SingerError
 from singer.methods import SiNGER
 
 
-@pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    ("call", "error"), [(5, KeyboardInterrupt()), (6, KeyboardInterrupt()), (6, SingerError("bad"))]
+    ("call", "error"),
+    [
+        (5, KeyboardInterrupt()),
+        pytest.param(6, KeyboardInterrupt(), marks=pytest.mark.slow),
+        (6, SingerError("bad")),
+    ],
 )
 def test_what_ends_in_the_middle_of_a_step_keeps_the_steps_before(whole, monkeypatch, call, error):
     config, expected = whole()
@@ -224,7 +228,6 @@ def test_a_kill_before_the_configuration_is_written_can_be_resumed(make_config):
     assert training.distill(config, QUIET, resume=True).steps == 6
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["NULs", "missing"])
 def test_damaged_records_do_not_stop_a_run(whole, monkeypatch, caplog, damage):
     config, _ = whole()

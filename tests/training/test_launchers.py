@@ -91,7 +91,7 @@ def _assert_close(folder, expected):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, partial="each case starts several processes")
 @pytest.mark.parametrize(
     ("launcher", "overrides"),
     [
@@ -163,7 +163,7 @@ def _without_launcher(folder, function, *arguments, **environment):
     ]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(3, partial="each case starts several processes")
 @pytest.mark.parametrize(
     ("name", "dead", "expected"),
     [

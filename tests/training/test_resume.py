@@ -80,7 +80,7 @@ def test_several_students_go_on_exactly(whole, values, monkeypatch):
         assert_same(f"{config.output}/{name}", expected / name)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(2, partial="each case starts a process")
 @pytest.mark.parametrize("place", ["step", "checkpoint", "export", "end", "metrics"])
 def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     config, expected = whole()
@@ -93,9 +93,14 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     assert_same(config.output, expected)
 
 
-@pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGHUP", 75), ("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)]
+    ("name", "code"),
+    [
+        ("SIGHUP", 75),
+        ("SIGTERM", 75),
+        pytest.param("SIGUSR1", 75, marks=pytest.mark.slow),
+        ("SIGINT", 130),
+    ],
 )
 def test_a_signal_saves_and_has_an_exit_code_of_its_own(
     whole, tmp_path, monkeypatch, capsys, name, code
