@@ -3,6 +3,7 @@
 import collections
 import collections.abc
 import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ torch.set_num_threads(1)
 # runs the kernels, and what is imported before that is set does not take part.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# nohup and a shell's background jobs ignore them, and a run leaves ignored ones so.
+for _name in ("SIGHUP", "SIGINT"):
+    if signal.getsignal(_number := getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
 
 def _values(cases):
