@@ -43,6 +43,7 @@ def _folder() -> Path:
             _HERE,
             folder,
         )
+        break  # the first is the one that is installed
     return _HERE
 
 

@@ -240,7 +240,10 @@ def _worker_error(error: Exception, workers: Sequence[BaseProcess]) -> SingerErr
     """Return the one-line error for an exception of a worker, or for its end."""
     is_raised = str(error).startswith("Caught ")  # then torch's message holds a traceback
     if not is_raised:  # a connection that is lost is noticed before the end of its process
-        connection.wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(_END_SECONDS)  # its files are closed a moment before its exit code
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     if is_raised or not codes:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
