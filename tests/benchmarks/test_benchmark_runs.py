@@ -26,6 +26,7 @@ def run(*arguments, **variables):
     )
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(tmp_path):
     path, plugin_path = tmp_path / "r.json", tmp_path / "plugin.json"
     arguments = [f"--results={path}", f"--benchmark-json={plugin_path}", "-k=not compiled"]
@@ -76,6 +77,7 @@ def test_compiled_code_is_a_baseline(tmp_path):
     assert "compiled-max" in found["unavailable"]
 
 
+@pytest.mark.slow
 def test_no_measurement_starts_after_the_time_limit(tmp_path):
     done = run("--device=cpu", f"--results={tmp_path}", "--time-limit=0", "-k=fp32 or step")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -31,7 +31,7 @@ CUOBJDUMP = shutil.which("cuobjdump", path=":".join(FOLDERS))
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-@pytest.fixture(scope="module", params=[pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.fixture(scope="module", params=["80", "90"])
 def compiled(request, tmp_path_factory):
     """Return the output of ptxas for each cubin, of one architecture."""
     if NVCC is None:
@@ -53,6 +53,7 @@ def compiled(request, tmp_path_factory):
     return printed
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(compiled):
     kernels = 0
     for text in compiled.values():
@@ -63,6 +64,7 @@ def test_no_kernel_spills(compiled):
     assert kernels == 16  # eight, in float and double
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump")
 @pytest.mark.parametrize("stage", ["refine", "gram", "backward"])
 def test_rows_are_read_and_written_by_16_bytes(compiled, stage):
@@ -91,6 +93,7 @@ def names_of(symbols):
 
 
 @needs_emulation
+@pytest.mark.slow
 def test_each_compiled_kernel_is_listed_once(compiled, monkeypatch):
     monkeypatch.setattr(extension, "LIBRARY", emulation.library())
     symbols = re.findall(r"Compiling entry function '(\S+)'", "".join(compiled.values()))

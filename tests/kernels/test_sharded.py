@@ -49,6 +49,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_one_basis(tmp_path):
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available():

@@ -141,7 +141,11 @@ def test_refine_beside_fused_losses_in_float64(order):
         assert_near(grads[1], expected.up)
 
 
-@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(order, marks=[pytest.mark.slow] * ("fused" in order[1:])) for order in ORDERS],
+    ids="-".join,
+)
 def test_refine_beside_fused_losses_in_bfloat16(order):
     # The Gram identity: bfloat16, and 6 r <= D.
     case = random_case(Shape(2, 1, 33, 64, 8), 0.8).rounded(BF16, BF16, BF16)

@@ -170,6 +170,7 @@ def test_a_step_trains_everything_but_the_teacher(config):
         assert moved == trained
 
 
+@pytest.mark.slow
 def test_main_measures_and_writes_json(config, tmp_path, capsys):
     path, output = tmp_path / "run.yaml", tmp_path / "steps.json"
     path.write_text(to_yaml(config), encoding="utf-8")

@@ -15,6 +15,7 @@ from singer.data.sources import HELD_OUT_PHOTOS, photo_paths
 from singer.errors import SingerError
 
 
+@pytest.mark.slow
 @pytest.mark.draws
 def test_demo_trains_compares_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_DIGITS", (12, 6))

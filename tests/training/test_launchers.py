@@ -91,7 +91,7 @@ def _assert_close(folder, expected):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.sample(2, partial="each case starts several processes")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "overrides"),
     [
