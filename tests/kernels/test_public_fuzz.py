@@ -234,12 +234,17 @@ def gradients(function, tensors, options):
     return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
-def check_gradients(call):
+def check_gradients(call, out):
     found = gradients(singer_kernels.fused_losses, call.tensors, call.options)
     tensors, options = call.in_float64()
     exact = gradients(reference.fused_losses, tensors, options)
+    # Where the gradient of G vanishes (D = 1, say) it is rounding, times the reciprocal of a norm.
+    target = tensors["teacher"] if tensors["gram_target"] is None else tensors["gram_target"]
+    norms = [out.norms, reference.token_norms(target, options["num_prefix_tokens"])]
+    smallest = min(x.min().item() for x in norms)
+    atol = 1e-5 + 400 * call.unit() / max(smallest, 1e-6)
     for one, other in zip(found, exact, strict=True):
-        close(one, other, 4000 * call.unit(), 1e-5)
+        close(one, other, 4000 * call.unit(), atol)
 
 
 def check(seed):
@@ -273,7 +278,7 @@ def check(seed):
     if call.function == "fused_losses":
         check_fused(call, out, exact, rtol)
         if call.special is None and call.unit() < 1e-6:
-            check_gradients(call)
+            check_gradients(call, out)
     elif call.function == "gram_loss":
         root = exact.sqrt().item() if exact.isfinite() else 0.0
         close(out, exact, 0.0, 8 * root * rtol + 16 * rtol**2)
@@ -283,14 +288,21 @@ def check(seed):
         close(out, exact, rtol, 1e-30)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(st.integers(0, 2**64 - 1))
 def test_a_call_agrees_with_float64_or_names_its_argument(seed):
     check(seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=10_000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(st.integers(0, 2**64 - 1))
 def test_ten_thousand_calls(seed):
     check(seed)
