@@ -32,7 +32,9 @@ def _folder() -> Path:
     for distribution in importlib.metadata.distributions(name="singer-kernels"):
         folder = Path(str(distribution.locate_file("singer_kernels")))
         record = _read_record(folder / "_install.json")
-        if record and not (folder / "_ops.so").is_file():
+        if not record:  # the clone's own, which a build left beside the sources
+            continue
+        if not (folder / "_ops.so").is_file():
             return folder  # whose record has the reason
         sources = runpy.run_path(str(hashing))["build_hash"](_HERE.parent, [])
         if record.get("sources") == sources:

@@ -257,6 +257,8 @@ def test_a_clone_uses_the_installed_library_of_the_same_sources(tmp_path, same):
     metadata = installed / "singer_kernels-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: singer-kernels\nVersion: 1\n")
+    (clone / "singer_kernels.egg-info").mkdir()  # a build leaves it there
+    (clone / "singer_kernels.egg-info" / "PKG-INFO").write_text((metadata / "METADATA").read_text())
     if not same:
         (clone / "csrc" / "checks.h").write_text("int changed;")
     record(installed / "singer_kernels", built="cpu", sources=hashing.build_hash(ROOT, []))
