@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 EXIT_USER_ERROR = 2
@@ -69,6 +70,13 @@ def first_names(names: Sequence[str], count: int | None = None) -> str:
     """
     count = len(names) if count is None else count
     return ", ".join(names[:MAX_NAMES_SHOWN]) + (", …" if count > MAX_NAMES_SHOWN else "")
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Return whether an error is about memory or the number of open files, not about its object."""
+    exhausted = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    is_about_files = isinstance(error, OSError) and error.errno in exhausted
+    return is_about_files or isinstance(error, MemoryError)
 
 
 def one_line(error: BaseException) -> str:

@@ -10,12 +10,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 
-from singer.errors import SingerError, one_line
+from singer.errors import SingerError, is_exhaustion, one_line
 
 WHITE = (255, 255, 255)
+
+DECODING = 2
+"""Version of what :func:`read_image` returns: a cache of tokens of other pixels is refused."""
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation: what shows the image upright."""
 
 _COLOUR_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 """By PNG raw mode: pixels that Pillow decodes per unit of the file's transparent colour."""
@@ -23,17 +43,38 @@ _COLOUR_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 @contextmanager
 def decoding_errors(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError."""
+    """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError.
+
+    Too little memory and too many open files are not the image's fault, and stay what they are.
+    """
     try:
         yield
     except SingerError:
         raise
     except Exception as error:
+        if is_exhaustion(error):
+            raise
         is_unknown = isinstance(error, UnidentifiedImageError)  # its text has an address in memory
         reason = "in no known image format" if is_unknown else one_line(error)
         raise SingerError(
             f"data.source: {name} can't be read as an image ({reason}); remove or replace it"
         ) from error
+
+
+class _LibTiffFile(TiffImageFile):
+    """An uncompressed TIFF that libtiff decodes: Pillow's own code misreads separate planes."""
+
+    use_load_libtiff = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
+def _separate_planes(image: Image.Image, file: BinaryIO) -> Image.Image:
+    """Return the image; of a TIFF in separate planes another one, whose planes are read right."""
+    if getattr(image, "tag_v2", {}).get(PLANAR_CONFIGURATION) != 2:
+        return image
+    if image.mode in ("LA", "PA", "LAB"):  # Pillow takes their planes for red, green and blue
+        raise ValueError(f"a TIFF of {image.mode} pixels in separate planes")
+    file.seek(0)
+    return _LibTiffFile(file)
 
 
 def _bit_depth(image: Image.Image) -> int | None:
@@ -68,12 +109,20 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
     return image
 
 
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    """Return what shows a decoded image upright, by its EXIF data; None: nothing."""
+    try:
+        return _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block raises anything, and says nothing of the pixels
+        return None
+
+
 def read_image(
     file: str | Path | BinaryIO, name: str = "", background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """Decode an image as 8-bit RGB; of deeper grey values the upper 8 bits are kept.
+    """Decode an image as 8-bit RGB; of deeper values the upper 8 bits are kept.
 
-    A rotation that the file's EXIF data asks for is not applied.
+    It is turned and mirrored as the file's EXIF orientation says; broken EXIF data are ignored.
 
     Args:
         file: its path, or the encoded image.
@@ -83,12 +132,17 @@ def read_image(
     Raises:
         SingerError: it can't be read as an image, or its values have no fixed range (signed
             integers, floats); the message names it.
+        MemoryError, OSError: too little memory, or too many open files.
     """
     name = name or str(file)
     with decoding_errors(name):
-        if isinstance(file, (str, Path)) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("no regular file")  # opening a named pipe may wait for ever
-    with decoding_errors(name), Image.open(file) as opened:
+        if isinstance(file, (str, Path)):
+            if not stat.S_ISREG(os.stat(file).st_mode):
+                raise ValueError("no regular file")  # opening a named pipe may wait for ever
+            # Pillow maps files that it opens itself, and misreads those of TIFFs to be turned.
+            with open(file, "rb") as content:
+                return read_image(content, name, background)
+        opened = _separate_planes(Image.open(file), file)
         bits = _bit_depth(opened)
         if bits is None:
             raise SingerError(
@@ -100,4 +154,6 @@ def read_image(
             image = image.convert("RGBA")
             behind = Image.new("RGBA", image.size, (*background, 255))
             image = Image.alpha_composite(behind, image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        transposition = _transposition(opened)  # after decoding: Pillow turns some formats itself
+        return image if transposition is None else image.transpose(transposition)

@@ -19,6 +19,7 @@ from torch import Tensor
 from singer.config.changes import differences
 from singer.config.loading import load_config
 from singer.config.schema import Config
+from singer.data.decoding import DECODING
 from singer.data.loader import BatchLoader, create_loader
 from singer.data.sampler import EpochBatchSampler
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
@@ -200,6 +201,7 @@ def _teacher_tokens(
         "image_size": config.image_size,
         "source": [config.data.source, config.data.split, config.data.image_key],
         "background": config.data.background,
+        "decoding": DECODING,
         "layers": layers,
         "images": images_digest,
         "precision": [str(next(teacher.model.parameters()).dtype), config.train.precision],

@@ -329,6 +329,14 @@ def test_a_cache_of_another_background_is_refused(cached):
         training.train(other, QUIET)
 
 
+def test_a_cache_of_images_decoded_otherwise_is_refused(cached, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(training, "DECODING", 1)
+        training.train(cached("first"), QUIET)
+    with pytest.raises(SingerError, match=r"teacher\.cache: .*decoding 1 \(this run: 2\)"):
+        training.train(cached("second"), QUIET)
+
+
 def test_a_cache_of_random_crops_is_refused(make_config, tmp_path):
     with pytest.raises(SingerError, match=r"teacher\.cache: .*data\.crops is 'random'"):
         make_config(teacher={"cache": str(tmp_path / "cache")})
