@@ -71,7 +71,9 @@ def nullspace(block: nn.Module, rank: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train, and return every step's loss."""
-    parser = argparse.ArgumentParser(description="SiNGER in a plain PyTorch loop")
+    parser = argparse.ArgumentParser(
+        description="SiNGER in a plain PyTorch loop", allow_abbrev=False
+    )
     parser.add_argument("--teacher", default="vit_small_patch16_224")
     parser.add_argument("--student", default="vit_tiny_patch16_224")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights for the teacher")

@@ -96,7 +96,9 @@ class SiNGERTask(FeatureDistillationTask):
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train, and return every step's loss."""
-    parser = argparse.ArgumentParser(description="SiNGER as a training task of timm's")
+    parser = argparse.ArgumentParser(
+        description="SiNGER as a training task of timm's", allow_abbrev=False
+    )
     parser.add_argument("--teacher", default="vit_small_patch16_224")
     parser.add_argument("--student", default="vit_tiny_patch16_224")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights for the teacher")

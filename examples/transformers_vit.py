@@ -46,7 +46,9 @@ def nullspace(block: nn.Module, rank: int) -> Tensor | None:
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train, and return every step's loss."""
-    parser = argparse.ArgumentParser(description="SiNGER from a Transformers ViT")
+    parser = argparse.ArgumentParser(
+        description="SiNGER from a Transformers ViT", allow_abbrev=False
+    )
     parser.add_argument("--teacher", help="a pretrained ViT, DeiT or DINOv2; without it: random")
     parser.add_argument("--student", default="vit_tiny_patch16_224")
     parser.add_argument("--image-size", type=int, default=96, help="of the random teacher")

@@ -27,12 +27,16 @@ from singer_kernels import __version__
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="singer", description="Distil a big Vision Transformer into a small one with SiNGER."
+        prog="singer",
+        description="Distil a big Vision Transformer into a small one with SiNGER.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    distill = commands.add_parser("distill", help="train one or several students")
+    distill = commands.add_parser(
+        "distill", help="train one or several students", allow_abbrev=False
+    )
     distill.add_argument(
         "--config",
         required=True,
@@ -58,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         help="overrides the files, for example train.lr=3e-4",
     )
 
-    demo = commands.add_parser("demo", help="DINOv2 ViT-S/14 teaches a ViT-Tiny, in minutes")
+    demo = commands.add_parser(
+        "demo", help="DINOv2 ViT-S/14 teaches a ViT-Tiny, in minutes", allow_abbrev=False
+    )
     demo.add_argument("--steps", type=int, default=150, metavar="N", help="default: %(default)s")
     demo.add_argument(
         "--output", default="runs/demo", metavar="DIR", help="a new directory; default: %(default)s"

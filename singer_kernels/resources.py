@@ -391,7 +391,9 @@ def table(found: list[Usage]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m singer_kernels.resources", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m singer_kernels.resources", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=configs.ARCHITECTURES, default=configs.ARCHITECTURES

@@ -159,7 +159,7 @@ def counts() -> dict[str, Any]:
 
 def main() -> None:
     """Print or write the counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--write", action="store_true", help=f"into {EXPECTED.name}")
     text = json.dumps(counts(), indent=1)
     if parser.parse_args().write:

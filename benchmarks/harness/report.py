@@ -74,7 +74,7 @@ def with_section(text: str, section: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write, check or print; return 1 if a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("files", nargs="*", type=Path, help="default: all committed results")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare instead of writing")

@@ -60,7 +60,7 @@ def measure(backend: str, device: str) -> dict[str, float]:
 
 def main() -> None:
     """Print the times as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("backend")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()

@@ -438,7 +438,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure and print; return 1 if a provider is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=list(STEPS_PER_ROUND), default="cpu")
     parser.add_argument(
         "--config",

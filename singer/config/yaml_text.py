@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TextIO, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from singer.errors import typed_line
+
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -36,8 +38,14 @@ class _Loader(yaml.SafeLoader):
     """Reads an unquoted scalar as :class:`Plain`; refuses a key that stands twice."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        value = super().construct_object(node, True)  # an alias to what holds it is then refused
         is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        try:
+            value = super().construct_object(node, True)  # an alias to what holds it is refused
+        except Exception:  # of 2024-02-30, 0x_, =, <<, too many digits: no value, but a text
+            if not is_plain or node.tag != self.resolve(type(node), node.value, (True, False)):
+                raise
+            del self.recursive_objects[node]
+            value = node.value
         return Plain(node.value, value) if is_plain else value
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
@@ -77,7 +85,10 @@ def load_yaml(source: str | TextIO) -> Any:
     Raises:
         yaml.YAMLError: it is no YAML, or a key stands twice.
     """
-    return yaml.load(source, _Loader)
+    try:
+        return yaml.load(source, _Loader)
+    except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(typed_line(error)) from error  # of !!int x, !!bool x, [[[[...
 
 
 def dump_yaml(values: Any) -> str:

@@ -264,6 +264,11 @@ def _step_to_resume(
     changed = differences(before, config)
     checkpoint = store.newest()
     if checkpoint is not None:
+        if missing := {"position", "unreadable", "scaler"} - checkpoint.state.keys():
+            raise SingerError(
+                f"output: the checkpoint {store.path(checkpoint.step)} is of another version of "
+                f"singer: it has no {', '.join(sorted(missing))}; start anew in another folder"
+            )
         for key, value in fingerprint.items():
             saved = checkpoint.state.get(key)
             if saved != value:

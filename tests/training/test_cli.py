@@ -186,6 +186,8 @@ def test_mistakes_in_the_demos_options(arguments, expected, capsys, tmp_path):
         (["--output=b", "--fly"], "--output=b --fly; write output=b"),
         (["--lr=3e-4"], "--lr=3e-4"),
         (["-q"], "-q"),
+        (["--resum"], "--resum"),
+        (["--conf", "b.yaml"], "--conf"),
     ],
 )
 @pytest.mark.parametrize("before", [[], ["image_size=32", "--resume"]])

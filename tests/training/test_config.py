@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from singer.config.loading import load_config, to_yaml
 from singer.config.schema import _TAKEN_OPTIONS, method_config, parse_config
+from singer.config.yaml_text import _Loader, dump_yaml, load_yaml, parse_override, resolve
 from singer.errors import SingerError
 from singer.methods import METHODS
 
@@ -72,6 +73,17 @@ TEXTS = [
     "#",
     "- a[1]",
     "&a *b !c %d @e",
+    "2024-02-30",
+    "0x_",
+    "=",
+    "<<",
+    "2001-01-01 00:00:00 +99:00",
+    "1" * 5000,
+    ":".join(["1"] * 300) + ".5",
+    "!!int x",
+    "!!bool x",
+    "!!timestamp x",
+    "[" * 400,
     "!!python/name:os.system",
     "a\tb\nc",
 ]
@@ -93,6 +105,34 @@ def test_text_without_quotes_is_taken_as_written_in_files_and_lists(tmp_path, va
     path.write_text(f"output: {text}\n{rest}")
     config = load_config(path, [f"train.trackers=[{text}, 'a b']"])
     assert (config.output, config.train.trackers) == (text, [text, "a b"])
+
+
+_GRAMMARS = {each[1] for of in _Loader.yaml_implicit_resolvers.values() for each in of}
+_scalars = st.sampled_from(sorted(_GRAMMARS, key=str)).flatmap(
+    lambda grammar: st.from_regex(grammar, fullmatch=True)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    _scalars.map(lambda text: " ".join(text.split())).filter(
+        lambda text: text not in ("", "!", "&", "*")
+    )
+)
+def test_any_number_date_or_word_of_yaml_is_a_text_as_well(text):
+    written = load_yaml(f"a: {text}\nb: &x {text}\nc: *x")
+    assert resolve(written, dict[str, str]) == dict.fromkeys("abc", text)
+    assert resolve(load_yaml(f"[{text}, x]"), list[str]) == [text, "x"]
+    assert resolve(parse_override(text), str) == text
+    assert resolve(load_yaml(dump_yaml([text])), list[str]) == [text]
+
+
+@pytest.mark.parametrize("text", ["2024-02-30", "0x_", "=", "<<", "1" * 5000, "!!int x"])
+def test_a_text_where_a_number_is_expected_is_named(tmp_path, values, text):
+    with pytest.raises(
+        SingerError, match=r"^configuration: train\.steps: got '.*: (Input should|Unable to)"
+    ):
+        load_config(_write(tmp_path, values), [f"train.steps={text}"])
 
 
 def test_what_is_no_text_is_read_as_yaml(tmp_path, values):
@@ -254,8 +294,23 @@ def test_missing_keys_and_several_mistakes_are_all_named(values):
         ("- 1\n- 2\n", "config.yaml"),
         ("a: 1\na: 2\n", "config.yaml.*'a' twice"),
         ("x: &a [*a]", "config.yaml.*recursive"),
+        ("x: !!int a", "config.yaml: ValueError"),
+        ("x: !!bool a", "config.yaml: KeyError"),
+        ("x: !!timestamp a", "config.yaml: AttributeError"),
+        ("x: !unknown a", "config.yaml.*!unknown"),
+        ("x: " + "[" * 400 + "]" * 400, "config.yaml: RecursionError"),
     ],
-    ids=["broken YAML", "a list", "a key twice", "a recursive alias"],
+    ids=[
+        "broken YAML",
+        "a list",
+        "a key twice",
+        "a recursive alias",
+        "a tagged number",
+        "a tagged word",
+        "a tagged date",
+        "an unknown tag",
+        "too deep",
+    ],
 )
 def test_unreadable_files_are_named(tmp_path, content, expected):
     path = tmp_path / "config.yaml"

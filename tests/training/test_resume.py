@@ -216,6 +216,19 @@ def test_other_images_are_refused(make_config, image_folder):
         training.train(config, QUIET, resume=True)
 
 
+@pytest.mark.parametrize("key", ["position", "unreadable", "scaler"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_checkpoint_of_another_version_is_refused(make_config, key, force):
+    config = make_config(train={"steps": 2})
+    training.train(config, QUIET)
+    store = CheckpointStore(Path(config.output, "checkpoints"))
+    checkpoint = store.newest()
+    del checkpoint.state[key]
+    store.save(checkpoint)
+    with pytest.raises(SingerError, match=rf"^output: the checkpoint .*step-0+2 is .* no {key};"):
+        training.train(config, QUIET, resume=True, force=force)
+
+
 @pytest.mark.parametrize("changes", [{"embed_dim": 32}, {"depth": 3}])
 def test_a_checkpoint_of_another_student_is_refused_even_if_forced(make_config, changes):
     training.train(make_config(train={"steps": 4}), QUIET)
