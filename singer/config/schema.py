@@ -192,6 +192,9 @@ class DataConfig(Section):
         crops: ``random`` crops and flips, other ones every epoch; or ``center``, always the same.
         epoch_size: samples per epoch; None: one per image. A larger number takes several random
             crops of each image; a smaller one is refused.
+        interpolation: how a crop is resized, with antialiasing: ``bicubic`` or ``bilinear``.
+        normalization: mean and standard deviation of the inputs: each ``model``'s own (those of its
+            timm configuration), or ``imagenet``'s for all, whatever they were trained with.
         crop_scale: smallest and largest area of a random crop, as a fraction of the image.
         hflip: probability of a horizontal flip.
         max_unreadable: fraction of the images that may be unreadable: such an image is named in the
@@ -205,6 +208,8 @@ class DataConfig(Section):
     background: tuple[ColourValue, ColourValue, ColourValue] = (255, 255, 255)
     crops: Literal["random", "center"] = "random"
     epoch_size: int | None = Field(None, ge=1)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    normalization: Literal["model", "imagenet"] = "model"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
     max_unreadable: float = Field(0.001, ge=0, le=1)
@@ -301,7 +306,8 @@ class Config(Section):
         students: several models instead, which learn from one pass of the teacher.
         image_size: pixels, for square images.
         plugins: modules to import first, which register methods (see :mod:`singer.methods`).
-        method: ``singer``, ``fitnet``, ``vitkd`` or one that a plugin registers, and its options.
+        method: ``singer``, ``fitnet``, ``vitkd``, ``vitkd_same_layers`` or one that a plugin
+            registers, and its options.
         data: the images.
         train: optimiser, schedule and logging.
         output: the output directory. It must not exist yet, unless the run is resumed.

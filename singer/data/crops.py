@@ -8,8 +8,6 @@ from torchvision.transforms import v2 as transforms
 
 from singer.config.schema import DataConfig
 
-_BICUBIC = transforms.InterpolationMode.BICUBIC
-
 _MAX_RESIZED = 8
 """Largest area of an image resized whole, in crops: of a longer one only the crop is computed."""
 
@@ -19,20 +17,23 @@ class CenterCrop(nn.Module):
 
     Args:
         size: pixels of the crop's side.
+        interpolation: ``bicubic`` or ``bilinear``.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, interpolation: str = "bicubic") -> None:
         super().__init__()
         self.size = size
+        self.resampling = Image.Resampling[interpolation.upper()]
+        mode = transforms.InterpolationMode(interpolation)
         self.whole = transforms.Compose(
             [
-                transforms.Resize(size, interpolation=_BICUBIC, antialias=True),
+                transforms.Resize(size, interpolation=mode, antialias=True),
                 transforms.CenterCrop(size),
             ]
         )
 
     def forward(self, image: Image.Image) -> Image.Image:
-        """Return the crop, bicubic with antialiasing; memory is bounded by image and crop."""
+        """Return the crop, resized with antialiasing; memory is bounded by image and crop."""
         short, long = sorted(image.size)
         if long <= _MAX_RESIZED * short:
             return self.whole(image)
@@ -41,22 +42,25 @@ class CenterCrop(nn.Module):
         start, end = (edge * long / resized for edge in (first, first + self.size))
         is_wide = image.width == long
         box = (start, 0, end, short) if is_wide else (0, start, short, end)
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        return image.resize((self.size, self.size), self.resampling, box)
 
 
 def create_crop(data: DataConfig, image_size: int) -> nn.Module:
     """Return the transform of an RGB image to a crop, ``[3, image_size, image_size]``, uint8.
 
     Args:
-        data: kind of crop, crop scale and flips.
+        data: kind of crop, interpolation, crop scale and flips.
         image_size: pixels of a crop's side.
     """
     if data.crops == "center":
-        crop = [CenterCrop(image_size)]
+        crop = [CenterCrop(image_size, data.interpolation)]
     else:
         crop = [
             transforms.RandomResizedCrop(
-                image_size, scale=data.crop_scale, interpolation=_BICUBIC, antialias=True
+                image_size,
+                scale=data.crop_scale,
+                interpolation=transforms.InterpolationMode(data.interpolation),
+                antialias=True,
             ),
             transforms.RandomHorizontalFlip(data.hflip),
         ]

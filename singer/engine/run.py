@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from singer.config.changes import differences
 from singer.config.loading import load_config
-from singer.config.schema import Config
+from singer.config.schema import Config, ModelConfig
 from singer.data.decoding import DECODING
 from singer.data.loader import BatchLoader, create_loader
 from singer.data.sampler import EpochBatchSampler
@@ -39,8 +40,7 @@ from singer.engine.trainer import TeacherTokens, Trainer
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.features.cache import TokenCache, weights_digest
 from singer.methods import METHODS, Distiller
-from singer.methods.base import match_models
-from singer.models.backbones import BlockTokens, create_backbone, inspect_backbone
+from singer.models.backbones import Backbone, BlockTokens, create_backbone, inspect_backbone
 from singer_kernels import resolve_backend
 
 _logger = logging.getLogger("singer")
@@ -100,8 +100,7 @@ def check(
     )
     for key, model, _ in config.student_specs():
         student = inspect_backbone(model.name, config.image_size, key, model.options)
-        match_models(teacher, student, config.method.layers)
-    METHODS[config.method.name].check(teacher, config.method.model_dump())
+        METHODS[config.method.name].check(teacher, student, config.method.model_dump())
     return create_loader(config, process_index, num_processes)
 
 
@@ -127,22 +126,11 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
     except (ValueError, RuntimeError) as error:
         key = "" if backend is None else "method."
         raise SingerError(f"{key}{error}") from error
-    set_seed(config.train.seed)
-    teacher = create_backbone(
-        config.teacher.name,
-        config.image_size,
-        "teacher",
-        config.teacher.weights,
-        config.teacher.options,
-        config.teacher.weights_prefix,
-    )
-    teacher.model.to(device)
-    images = loader.dataset.batch(range(CALIBRATION_IMAGES)).images.to(device)
-    options = config.method.model_dump(exclude={"name"})
-    methods = []
-    for key, model, _ in config.student_specs():
-        set_seed(config.train.seed)  # again: loading weights draws fewer random numbers than init
-        student = create_backbone(
+
+    def load(key: str, model: ModelConfig) -> Backbone:
+        # Again for each: loading weights draws fewer random numbers than initialising them.
+        set_seed(config.train.seed)
+        backbone = create_backbone(
             model.name,
             config.image_size,
             key,
@@ -150,8 +138,18 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
             model.options,
             model.weights_prefix,
         )
+        if config.data.normalization == "imagenet":
+            backbone.set_normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return backbone
+
+    teacher = load("teacher", config.teacher)
+    teacher.model.to(device)
+    images = loader.dataset.batch(range(CALIBRATION_IMAGES)).images.to(device)
+    options = config.method.model_dump(exclude={"name"})
+    methods = []
+    for key, model, _ in config.student_specs():
         method = METHODS[config.method.name](
-            teacher, student, images=images, seed=config.train.seed, **options
+            teacher, load(key, model), images=images, seed=config.train.seed, **options
         )
         methods.append(method.to(device))
     # Last: blocks are linearised with their full-precision weights.
@@ -198,6 +196,7 @@ def _teacher_tokens(
         "weights": weights_digest(teacher.model),
         "options": config.teacher.options,
         "normalization": [teacher.mean, teacher.std],
+        "interpolation": config.data.interpolation,
         "image_size": config.image_size,
         "source": [config.data.source, config.data.split, config.data.image_key],
         "background": config.data.background,

@@ -321,10 +321,15 @@ class StudentTrainer:
         self.saved_step = step
 
     def export(self, step: int) -> None:
-        """Write the weights under timm's keys, the student last. Main rank only."""
+        """Write the weights under timm's keys, the student last. Main rank only.
+
+        The metadata of each file names the model and its options, the step, the inputs'
+        normalisation, and, by teacher block, the student block that its projection belongs to.
+        """
         self.saved_step = step
         if self.run_dir is None:
             return
+        method, backbone = self.method, self.method.student_backbone
         options = {
             "num_classes": 0,
             "img_size": self.config.image_size,
@@ -335,12 +340,14 @@ class StudentTrainer:
             "model": self.model_config.name,
             "options": json.dumps(options),
             "step": str(step),
+            "normalization": json.dumps({"mean": backbone.mean, "std": backbone.std}),
+            "blocks": json.dumps(dict(zip(method.layers, method.student_layers, strict=True))),
         }
-        for name, tensors in self.method.exports().items():
+        for name, tensors in method.exports().items():
             self.run_dir.write_tensors(f"{name}.safetensors", tensors, metadata)
         if self.ema is not None:
             self.run_dir.write_tensors(STUDENT_EMA, self.ema.module.state_dict(), metadata)
-        self.run_dir.write_tensors(STUDENT, self.method.student.state_dict(), metadata)
+        self.run_dir.write_tensors(STUDENT, method.student.state_dict(), metadata)
 
     def plot(self) -> None:
         """Plot the losses. Main rank only."""

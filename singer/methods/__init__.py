@@ -32,8 +32,13 @@ parameter that requires a gradient must get one at each step: many processes wai
 from singer.methods.base import Distiller
 from singer.methods.fitnet import FitNet
 from singer.methods.singer import SiNGER
-from singer.methods.vitkd import ViTKD
+from singer.methods.vitkd import ViTKD, ViTKDSameLayers
 
-METHODS: dict[str, type[Distiller]] = {"singer": SiNGER, "fitnet": FitNet, "vitkd": ViTKD}
+METHODS: dict[str, type[Distiller]] = {
+    "singer": SiNGER,
+    "fitnet": FitNet,
+    "vitkd": ViTKD,
+    "vitkd_same_layers": ViTKDSameLayers,
+}
 
-__all__ = ["METHODS", "Distiller", "FitNet", "SiNGER", "ViTKD"]
+__all__ = ["METHODS", "Distiller", "FitNet", "SiNGER", "ViTKD", "ViTKDSameLayers"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from singer.seeding import cpu_seed
 
 Weight = Annotated[float, Field(ge=0)]
 """The weight of a term of the loss."""
+
+ProjectionInit = Literal["random", "identity"]
+"""How the projections start: as ``nn.Linear`` draws them, or at the identity."""
 
 
 def match_models(
@@ -43,6 +46,14 @@ def match_models(
         )
     resolved = resolve_layers(layers, teacher.depth, "method.layers")
     return resolved, match_layers(resolved, teacher.depth, student.depth)
+
+
+def _check_projection_init(init: ProjectionInit, teacher: Backbone, student: Backbone) -> None:
+    if init == "identity" and student.dim != teacher.dim:
+        raise SingerError(
+            f"method.projection_init: got 'identity' for tokens of width {student.dim} (student) "
+            f"and {teacher.dim} (teacher), expected equal widths, or 'random'"
+        )
 
 
 def global_means(means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
@@ -72,13 +83,16 @@ class Distiller(nn.Module):
     all-reduce, but moves between devices with the module.
 
     A subclass defines :meth:`losses`, may define :meth:`check`, and adds to :attr:`teacher_layers`
-    the blocks it needs beside the distilled layers.
+    the blocks it needs beside the distilled layers. One whose loss reads the student's tokens after
+    its final norm sets ``uses_final_norm = True``; otherwise that norm is frozen.
 
     Args:
         teacher: the frozen model.
         student: the model to train.
         layers: the teacher's blocks to distil (negative ones count from the end); None: three
             quarters of its depth, and the last.
+        projection_init: ``random``: the projections start as ``nn.Linear`` draws them;
+            ``identity``: at the identity, where student and teacher are equally wide.
         images: a calibration batch ``[B, 3, H, W]``, for methods that measure the teacher.
         seed: of everything random in the method's own initialisation.
 
@@ -91,8 +105,11 @@ class Distiller(nn.Module):
         num_prefix_tokens: how many prefix tokens both models share.
 
     Raises:
-        SingerError: the patch grids differ, or a layer is out of range.
+        SingerError: the patch grids differ, a layer is out of range, or the widths differ with
+            ``identity``.
     """
+
+    uses_final_norm = False
 
     def __init__(
         self,
@@ -100,34 +117,45 @@ class Distiller(nn.Module):
         student: Backbone,
         layers: Sequence[int] | None = None,
         *,
+        projection_init: ProjectionInit = "random",
         images: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.layers, self.student_layers = match_models(teacher, student, layers)
+        _check_projection_init(projection_init, teacher, student)
         self.teacher = teacher.freeze()
         self.student_backbone = student
         self.teacher_layers = list(self.layers)
         self.num_prefix_tokens = _shared_prefix(teacher, student)
         self.student = student.model
-        _freeze_unused(student, self.student_layers[-1])
+        _freeze_unused(student, self.student_layers[-1], self.uses_final_norm)
+        self.projections = nn.ModuleDict()
+        self._add_projections(self.layers, projection_init, seed)
+
+    def _add_projections(self, layers: Sequence[int], init: ProjectionInit, seed: int) -> None:
         with cpu_seed(seed):
-            self.projections = nn.ModuleDict(
-                {str(layer): nn.Linear(student.dim, teacher.dim) for layer in self.layers}
-            )
+            for layer in layers:
+                projection = nn.Linear(self.student_backbone.dim, self.teacher.dim)
+                if init == "identity":
+                    nn.init.eye_(projection.weight)
+                    nn.init.zeros_(projection.bias)
+                self.projections[str(layer)] = projection
 
     @classmethod
-    def check(cls, teacher: Backbone, options: Mapping[str, Any]) -> None:
-        """Check the method's options against the teacher, before any weight is loaded.
+    def check(cls, teacher: Backbone, student: Backbone, options: Mapping[str, Any]) -> None:
+        """Check the method's options against the models, before any weight is loaded.
 
         Args:
             teacher: its structure alone; it holds no values.
+            student: likewise.
             options: the constructor's, by name.
 
         Raises:
-            SingerError: one does not fit.
+            SingerError: one does not fit, or the models don't.
         """
-        return
+        match_models(teacher, student, options["layers"])
+        _check_projection_init(options.get("projection_init", "random"), teacher, student)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         # .to(device) moves the teacher too, although it is no submodule.
@@ -218,14 +246,16 @@ def _shared_prefix(teacher: Backbone, student: Backbone) -> int:
     return int(teacher.has_class_token and student.has_class_token)
 
 
-def _freeze_unused(student: Backbone, last_layer: int) -> None:
-    """Freeze parameters that do not affect the distilled tokens (final norm, pooling)."""
+def _freeze_unused(student: Backbone, last_layer: int, uses_final_norm: bool) -> None:
+    """Freeze parameters that do not affect the distilled tokens (pooling, final norm)."""
     model = student.model
     was_training = model.training
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     image = torch.zeros(1, 3, *student.image_size, device=parameters[0].device)
     tokens = student.tokens(image, [last_layer])[last_layer]
+    if uses_final_norm:
+        tokens = student.final_norm(tokens)
     gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -15,6 +15,7 @@ from singer.models.backbones import Backbone, BlockTokens
 from singer.models.nullspace import (
     Linearization,
     NullspaceBasis,
+    RandomVectors,
     Selection,
     check_rank,
     nullspace_basis,
@@ -31,7 +32,7 @@ class SiNGER(Distiller):
     Per layer: ``kd``, the student against the refined features; ``outlier``, the refined features'
     high norms; ``info``, what the refinement must keep. ``loss`` is their weighted sum.
 
-    The variants, ``paper`` and ``official`` (the authors' code), differ in four points:
+    The variants, ``paper`` and ``official`` (the authors' code), differ in five points:
 
     - ``info`` of an intermediate layer compares what the next block makes of the refined and of
       the plain features: their Gram matrices (``paper``), or their MSE (``official``).
@@ -40,6 +41,11 @@ class SiNGER(Distiller):
     - The terms are summed over the layers (``paper``), or averaged (``official``).
     - The adapter starts from the r smallest singular vectors (``paper``), or from the first r below
       the threshold (``official``).
+    - Random vectors are orthonormal (``paper``; the paper does not say), or Gaussian, of length 1
+      and not orthogonal (``official``).
+
+    ``paper`` is the paper's formulas. No commit of the authors' repository computes its information
+    term: their configurations behind the paper's tables name that of ``official``.
 
     Args:
         teacher: the frozen model.
@@ -54,9 +60,15 @@ class SiNGER(Distiller):
         linearization: how a block is linearised, see :func:`singer.models.nullspace.linearize`.
         selection: which singular vectors are taken; None: the variant's own.
         threshold: for ``official`` selection.
+        random_vectors: see :func:`singer.models.nullspace.nullspace_basis`; None: the variant's
+            own, or that of ``selection`` if it is set.
+        detach_kd: ``kd`` trains the student and its projections alone: the adapters learn from
+            ``outlier`` and ``info``. (By default they also move the refined features to where the
+            student can follow.)
         backend: which backend of ``singer_kernels`` computes the losses; None: the best.
         images: calibration batch ``[B, 3, H, W]``, for ``jacobian``.
         seed: of everything random in the initialisation.
+        kwargs: see :class:`Distiller`.
 
     Attributes:
         adapters: layer to :class:`singer_kernels.FusedLosses`, which holds ``down`` and ``up``.
@@ -83,17 +95,21 @@ class SiNGER(Distiller):
         linearization: Linearization = "mlp",
         selection: Selection | None = None,
         threshold: Annotated[float, Field(gt=0)] = 0.05,
+        random_vectors: RandomVectors | None = None,
+        detach_kd: bool = False,
         backend: str | None = None,
         images: Tensor | None = None,
         seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(teacher, student, layers, images=images, seed=seed)
+        super().__init__(teacher, student, layers, images=images, seed=seed, **kwargs)
         if variant not in get_args(Variant):
             raise SingerError(
                 f"method.variant: got {variant!r}, expected {' or '.join(get_args(Variant))}"
             )
         self.variant = variant
         self.weights = {"kd": kd_weight, "outlier": outlier_weight, "info": info_weight}
+        self.detach_kd = detach_kd
         self.backend = backend
         self.last_layer = self.layers[-1]
         following = [layer + 1 for layer in self.layers[:-1]]
@@ -111,6 +127,7 @@ class SiNGER(Distiller):
                 threshold,
                 images,
                 seed * 4096 + layer,  # what is random must differ from layer to layer
+                random_vectors,
             )
             with cpu_seed(seed):  # it draws a basis that is replaced at once
                 adapter = FusedLosses(
@@ -119,7 +136,7 @@ class SiNGER(Distiller):
                     gram=is_last,
                     quantile=quantile,
                     num_prefix_tokens=self.num_prefix_tokens,
-                    return_refined=not is_last,
+                    return_refined=detach_kd or not is_last,
                     backend=backend,
                 )
             adapter.set_basis(basis.vectors)
@@ -127,8 +144,9 @@ class SiNGER(Distiller):
             self.adapters[str(layer)] = adapter
 
     @classmethod
-    def check(cls, teacher: Backbone, options: Mapping[str, Any]) -> None:
+    def check(cls, teacher: Backbone, student: Backbone, options: Mapping[str, Any]) -> None:
         """See :meth:`Distiller.check`: the rank must fit into the teacher's width."""
+        super().check(teacher, student, options)
         check_rank(options["rank"], teacher.dim)
 
     def losses(self, student: BlockTokens, teacher: BlockTokens) -> dict[str, Tensor]:
@@ -142,15 +160,19 @@ class SiNGER(Distiller):
         counts: list[Tensor] = []  # of the outliers that each mean is taken over
         refined_before: Tensor | None = None  # of the last intermediate layer
         for layer in self.layers:
+            projected, plain = self.token_pair(layer, student, teacher)
             out = self.adapters[str(layer)](
-                *self.token_pair(layer, student, teacher),
+                projected.detach() if self.detach_kd else projected,
+                plain,
                 refined_before if layer == self.last_layer and self.variant == "official" else None,
             )
-            info = out.info
+            kd, info = out.kd, out.info
+            if self.detach_kd:
+                kd = kd_loss(projected, out.refined.detach(), backend=self.backend)
             if layer != self.last_layer:
                 refined_before = out.refined
                 info = self._next_block_loss(layer, out.refined, teacher)
-            for name, value in (("kd", out.kd), ("outlier", out.outlier), ("info", info)):
+            for name, value in (("kd", kd), ("outlier", out.outlier), ("info", info)):
                 terms[name].append(value)
             counts.append((out.norms > out.threshold[:, None]).sum())
         if self.training:

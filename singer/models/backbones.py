@@ -84,7 +84,8 @@ class Backbone:
         prefix_layout: what each prefix token is: ``"cls"``, ``"dist"`` or ``"register"``.
         grid: (rows, columns) of patches.
         image_size: (height, width) in pixels.
-        mean: the model's own normalisation, per channel, for images in [0, 1].
+        mean: of the inputs' normalisation, per channel, for images in [0, 1]; the model's own,
+            unless :meth:`set_normalization` has changed it.
         std: likewise.
 
     Raises:
@@ -145,8 +146,14 @@ class Backbone:
         """Return block ``layer``, counted from 0."""
         return self.model.blocks[layer]
 
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> Backbone:
+        """Normalise inputs with another mean and standard deviation, per channel; return self."""
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._statistics.clear()
+        return self
+
     def normalize(self, images: Tensor) -> Tensor:
-        """Apply the model's own mean and standard deviation.
+        """Apply :attr:`mean` and :attr:`std`.
 
         Args:
             images: ``[B, 3, H, W]``, uint8 in 0 to 255 or floating in [0, 1].
@@ -240,6 +247,25 @@ class Backbone:
         with self._precision(tokens):
             tokens = tokens.to(next(self.model.parameters()).dtype)
             return self.block(layer)(tokens, *call.args, **call.kwargs)
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """Apply the model's final normalisation layer to each token.
+
+        Models that pool before it (``fc_norm``: BEiT, EVA-02) apply it to the pooled token alone;
+        here it serves every token.
+
+        Args:
+            tokens: ``[B, T, D]``: the last block's output; cast to the weights' dtype.
+
+        Returns:
+            ``[B, T, D]``; the tokens as they are if the model has no such layer.
+        """
+        norms = (getattr(self.model, name, None) for name in ("norm", "fc_norm"))
+        norm = next((n for n in norms if not isinstance(n, (nn.Identity, type(None)))), None)
+        if norm is None:
+            return tokens
+        with self._precision(tokens):
+            return norm(tokens.to(next(self.model.parameters()).dtype))
 
     def _precision(self, tensor: Tensor) -> AbstractContextManager[Any]:
         if not self._disables_autocast:

@@ -28,6 +28,7 @@ _logger = logging.getLogger("singer")
 
 Linearization = Literal["mlp", "mlp_folded", "block", "jacobian", "random"]
 Selection = Literal["paper", "official"]
+RandomVectors = Literal["orthonormal", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,9 @@ def linearize(
     - ``block``: that beside the attention's value path, folded likewise.
     - ``jacobian``: measured on a calibration batch, see :func:`measure_jacobian`.
 
+    None is shown to distil better than ``mlp``: the paper's appendix finds a block's full Jacobian
+    worse along the null directions.
+
     Args:
         backbone: the model, in evaluation mode.
         layer: index of the block.
@@ -240,7 +244,12 @@ def _random_unit_vectors(dim: int, count: int, generator: torch.Generator) -> Te
 
 
 def select_vectors(
-    matrix: Tensor, rank: int, selection: Selection, threshold: float, generator: torch.Generator
+    matrix: Tensor,
+    rank: int,
+    selection: Selection,
+    threshold: float,
+    generator: torch.Generator,
+    random_vectors: RandomVectors = "gaussian",
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Choose r left singular vectors of W̃.
 
@@ -254,6 +263,8 @@ def select_vectors(
         selection: see above.
         threshold: for ``official``; the authors' is 0.05.
         generator: draws the random vectors, on the CPU.
+        random_vectors: ``gaussian``: normalised to length 1; ``orthonormal``: then made orthogonal
+            to the chosen vectors and to each other.
 
     Returns:
         N ``[D, r]``, all singular values ``[D]`` descending, those of N's columns (ascending,
@@ -268,8 +279,12 @@ def select_vectors(
     basis = vectors[:, chosen]
     num_random = rank - chosen.numel()
     if num_random:
-        padding = _random_unit_vectors(dim, num_random, generator)
-        basis = torch.cat([basis, padding.to(basis)], dim=1)
+        padding = _random_unit_vectors(dim, num_random, generator).to(basis)
+        padded = torch.cat([basis, padding], dim=1)
+        if random_vectors == "orthonormal":
+            padding = torch.linalg.qr(padded).Q[:, chosen.numel() :]
+            padded = torch.cat([basis, padding], dim=1)
+        basis = padded
     return basis, values, values[chosen].flip(0), num_random
 
 
@@ -292,6 +307,7 @@ def nullspace_basis(
     threshold: float = 0.05,
     images: Tensor | None = None,
     seed: int = 0,
+    random_vectors: RandomVectors | None = None,
 ) -> NullspaceBasis:
     """Return a basis of a block's nullspace; the SVD is in float64, on the model's device.
 
@@ -300,11 +316,13 @@ def nullspace_basis(
         layer: index of the block to linearise.
         rank: r, 1 to D.
         linearization: ``mlp``, ``mlp_folded``, ``block``, ``jacobian`` (see :func:`linearize`), or
-            ``random``: a random orthonormal basis, the paper's ablation.
+            ``random``: random vectors, the paper's ablation.
         selection: ``paper`` or ``official``, see :func:`select_vectors`.
         threshold: for ``official``.
         images: the calibration batch, see :func:`linearize`.
         seed: of everything random here.
+        random_vectors: of the padding and of ``random``: ``orthonormal``, or ``gaussian`` (of
+            length 1, not orthogonal); None: the latter, the authors', with ``official`` selection.
 
     Returns:
         The basis and the spectrum it was taken from.
@@ -313,21 +331,26 @@ def nullspace_basis(
         SingerError: ``rank`` is above the width, an option is unknown, or a calibration batch is
             missing.
     """
+    if random_vectors is None:
+        random_vectors = "gaussian" if selection == "official" else "orthonormal"
     for name, value, known in (
         ("linearization", linearization, get_args(Linearization)),
         ("selection", selection, get_args(Selection)),
+        ("random_vectors", random_vectors, get_args(RandomVectors)),
     ):
         if value not in known:
             raise SingerError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     check_rank(rank, backbone.dim)
     generator = torch.Generator().manual_seed(seed)
     if linearization == "random":
-        vectors, _ = torch.linalg.qr(_random_unit_vectors(backbone.dim, rank, generator))
+        vectors = _random_unit_vectors(backbone.dim, rank, generator)
+        if random_vectors == "orthonormal":
+            vectors = torch.linalg.qr(vectors).Q
         empty = torch.empty(0, dtype=torch.float64)
         return NullspaceBasis(vectors.float(), empty, empty, "random", layer)
     matrix, used = linearize(backbone, layer, linearization, images, seed)
     vectors, values, chosen, num_random = select_vectors(
-        matrix, rank, selection, threshold, generator
+        matrix, rank, selection, threshold, generator, random_vectors
     )
     if num_random:
         _logger.warning(

@@ -104,7 +104,7 @@ def tokens_of_both(method, images, shared):
     return raw, aligned
 
 
-def singer_by_hand(method, variant, images, shared):
+def singer_by_hand(method, variant, images, shared, detach_kd=False):
     raw, aligned = tokens_of_both(method, images, shared)
     own_prefix = FAMILIES[method.teacher.name].prefix
     terms = {"kd": [], "outlier": [], "info": []}
@@ -115,7 +115,8 @@ def singer_by_hand(method, variant, images, shared):
         patches = plain[:, shared:]
         refined_patches = patches + patches @ adapter.down @ adapter.up
         refined = torch.cat([plain[:, :shared], refined_patches], dim=1)
-        terms["kd"].append(((student - refined) ** 2).mean())
+        followed = refined.detach() if detach_kd else refined
+        terms["kd"].append(((student - followed) ** 2).mean())
         terms["outlier"].append(outlier_by_hand(refined_patches))
         if layer == method.layers[-1]:
             target = refined_before if variant == "official" and refined_before is not None else (
@@ -204,6 +205,24 @@ def test_singer_between_families(variant, teacher, student, shared):
     assert_same(method, method(images), expected)
 
 
+@VARIANTS
+@pytest.mark.parametrize("layers", [[3], [0, 1, 3]], ids=str)
+def test_kd_can_be_detached_from_the_adapters(variant, layers):
+    options = {"variant": variant, "rank": 5, "quantile": QUANTILE, "outlier_weight": 0.3}
+    method = make(SiNGER, *pair(), layers, detach_kd=True, **options)
+    images = random_images(method.teacher, batch=3, dtype=F64)
+    expected = singer_by_hand(method, variant, images, shared=1, detach_kd=True)
+    expected["loss"] = expected["kd"] + 0.3 * expected["outlier"] + expected["info"]
+    found = method(images)
+    assert_same(method, found, expected)
+    attached = make(SiNGER, *pair(), layers, **options)(images)
+    for name, value in attached.items():
+        torch.testing.assert_close(found[name], value, **NEAR)
+    adapters = list(method.adapters.parameters())
+    kd, *_ = torch.autograd.grad(found["kd"], adapters, allow_unused=True)
+    assert kd is None
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "shared"),
     [(VIT, VIT, 1), (REG4, VIT, 1), (SIGLIP, VIT, 0), (DINOV3, REG4, 5)],
@@ -215,6 +234,15 @@ def test_fitnet(teacher, student, shared, layers):
     _, aligned = tokens_of_both(method, images, shared)
     kd = sum(((mine - target) ** 2).mean() for mine, target in aligned.values())
     assert_same(method, method(images), {"loss": 0.7 * kd, "kd": kd})
+
+
+def test_fitnets_layers_can_be_weighted():
+    method = make(FitNet, *pair(), [1, 3], kd_weight=10.0, layer_weights=[0.5, 2.0])
+    images = random_images(method.teacher, dtype=F64)
+    _, aligned = tokens_of_both(method, images, 1)
+    errors = {layer: ((mine - target) ** 2).mean() for layer, (mine, target) in aligned.items()}
+    kd = 0.5 * errors[1] + 2.0 * errors[3]
+    assert_same(method, method(images), {"loss": 10.0 * kd, "kd": kd})
 
 
 @VARIANTS

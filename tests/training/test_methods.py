@@ -19,8 +19,9 @@ from tiny_models import (
     tiny_backbone,
 )
 
+from singer.config.schema import method_config
 from singer.errors import SingerError
-from singer.methods import METHODS, FitNet, SiNGER, ViTKD
+from singer.methods import METHODS, FitNet, SiNGER, ViTKD, ViTKDSameLayers
 from singer.models.nullspace import nullspace_basis
 
 RANK = 5
@@ -28,10 +29,18 @@ KINDS = [
     pytest.param(SiNGER, {"variant": "paper", "rank": RANK}, id="paper"),
     pytest.param(SiNGER, {"variant": "official", "rank": RANK}, id="official"),
     pytest.param(FitNet, {}, id="fitnet"),
+    pytest.param(ViTKDSameLayers, {}, id="vitkd_same_layers"),
     pytest.param(ViTKD, {}, id="vitkd"),
 ]
-OWN_PART = {SiNGER: {"adapters"}, FitNet: set(), ViTKD: {"generator"}}
+OWN_PART = {
+    SiNGER: {"adapters"},
+    FitNet: set(),
+    ViTKDSameLayers: {"generator"},
+    ViTKD: {"generator"},
+}
+METHOD_NAMES = {kind: name for name, kind in METHODS.items()}
 each_kind = pytest.mark.parametrize(("kind", "options"), KINDS)
+each_at_any_layers = pytest.mark.parametrize(("kind", "options"), KINDS[:-1])
 each_singer = pytest.mark.parametrize(("kind", "options"), KINDS[:2])
 
 
@@ -43,8 +52,12 @@ def student_of(name=VIT, **options):
     return tiny_backbone(name, depth=3, dim=16, patch_size=16, seed=2, **options)
 
 
-def make(kind, options, layers=(1, 3), teacher=VIT, student=VIT):
-    return kind(teacher_of(teacher), student_of(student), list(layers), **options)
+def layers_of(kind):
+    return [3] if kind is ViTKD else [1, 3]
+
+
+def make(kind, options, layers=None, teacher=VIT, student=VIT):
+    return kind(teacher_of(teacher), student_of(student), layers or layers_of(kind), **options)
 
 
 def block_inputs(backbone):
@@ -106,7 +119,7 @@ def test_the_teacher_never_moves(kind, options):
 def test_the_teacher_stays_in_evaluation_mode(kind, options):
     teacher = teacher_of()
     teacher.model.train()
-    method = kind(teacher, student_of(), [1, 3], **options)
+    method = kind(teacher, student_of(), layers_of(kind), **options)
     method.train()
     assert not any(module.training for module in method.teacher.model.modules())
     assert all(module.training for module in method.student.modules())
@@ -120,14 +133,14 @@ def test_the_students_mode_and_frozen_weights_are_kept(kind, options, training):
     student = student_of()
     student.model.train(training)
     student.model.patch_embed.requires_grad_(False)
-    method = kind(teacher_of(), student, [1, 3], **options)
+    method = kind(teacher_of(), student, layers_of(kind), **options)
     assert all(module.training is training for module in method.student.modules())
     assert not any(p.requires_grad for p in method.student.patch_embed.parameters())
     assert method.student.pos_embed.requires_grad
     assert all(p.grad is None for p in method.parameters())
 
 
-@each_kind
+@each_at_any_layers
 @pytest.mark.parametrize(
     ("layers", "plain", "again"),
     [
@@ -234,6 +247,8 @@ def test_every_trainable_parameter_has_a_gradient_and_moves(kind, options, stude
 def test_what_the_tokens_do_not_depend_on_is_frozen(kind, options, student):
     method = make(kind, options, student=student)
     unused = UNUSED.get(student, {"norm"})
+    if kind is ViTKD:  # it reads the final norm
+        unused = unused - {"norm", "fc_norm"}
     for name, parameter in method.student.named_parameters():
         assert parameter.requires_grad == (name.split(".")[0] not in unused), name
     others = [p for n, p in method.named_parameters() if not n.startswith("student.")]
@@ -313,6 +328,35 @@ def test_the_selection_and_its_threshold_can_be_chosen():
     assert not torch.equal(expected.vectors, paper.vectors)
 
 
+@each_kind
+def test_projections_can_start_at_the_identity(kind, options):
+    def build(init, dim):
+        student = tiny_backbone(VIT, depth=3, dim=dim, patch_size=16, seed=2)
+        return kind(teacher_of(), student, layers_of(kind), projection_init=init, **options)
+
+    method = build("identity", 32)
+    student = method.student_tokens(random_images(method.teacher))
+    for layer, block in zip(method.layers, method.student_layers, strict=True):
+        projected = method.projected_student(layer, student)
+        own = student[block]
+        if kind is ViTKD and layer == 3:
+            own = method.student_backbone.final_norm(own)
+        assert torch.equal(projected, own)
+    assert all(p.requires_grad for p in method.projections.parameters())
+    for name, value in build("random", 32).projections.state_dict().items():
+        assert not torch.equal(method.projections.state_dict()[name], value)
+    message = r"method\.projection_init: got 'identity' for tokens of width 16 .* and 32"
+    with pytest.raises(SingerError, match=message):
+        build("identity", 16)
+    defaults = {key: f.default for key, f in method_config(METHOD_NAMES[kind]).model_fields.items()}
+    with pytest.raises(SingerError, match=message):
+        kind.check(
+            teacher_of(),
+            student_of(),
+            {**defaults, "layers": layers_of(kind), "projection_init": "identity"},
+        )
+
+
 def test_methods_with_one_seed_have_the_same_projections():
     torch.manual_seed(1)
     fitnet = FitNet(teacher_of(), student_of(), [1, 3], seed=4)
@@ -333,7 +377,7 @@ def test_the_construction_leaves_the_global_random_state_alone(kind, options):
     teacher, student = teacher_of(), student_of()
     torch.manual_seed(6)
     state = torch.random.get_rng_state()
-    kind(teacher, student, [1, 3], **options)
+    kind(teacher, student, layers_of(kind), **options)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -348,7 +392,7 @@ def test_exports(kind, options):
     if kind is SiNGER:
         expected["adapters"] = method.adapters
         assert set(exports["adapters"]) == {"1.down", "1.up", "3.down", "3.up"}
-    if kind is ViTKD:
+    if "generator" in OWN_PART[kind]:
         expected["generator"] = method.generator
     assert set(exports) == set(expected)
     for name, module in expected.items():
@@ -413,7 +457,7 @@ def test_grids_that_differ_are_refused(kind, options):
         kind(teacher_of(), student_of(grid=3), **options)
 
 
-@each_kind
+@each_at_any_layers
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -436,7 +480,18 @@ def test_wrong_options_are_refused():
     ):
         with pytest.raises(SingerError, match=message):
             SiNGER(teacher_of(), student_of(), [3], **options)
+    options = {"layers": [1, 3], "layer_weights": [1.0]}
+    message = r"method\.layer_weights: got 1 weights, expected 2, .* layers \[1, 3\]"
+    with pytest.raises(SingerError, match=message):
+        FitNet(teacher_of(), student_of(), **options)
+    with pytest.raises(SingerError, match=message):
+        FitNet.check(teacher_of(), student_of(), options)
 
 
 def test_methods_are_known_by_name():
-    assert dict(METHODS) == {"singer": SiNGER, "fitnet": FitNet, "vitkd": ViTKD}
+    assert dict(METHODS) == {
+        "singer": SiNGER,
+        "fitnet": FitNet,
+        "vitkd": ViTKD,
+        "vitkd_same_layers": ViTKDSameLayers,
+    }

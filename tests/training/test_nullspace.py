@@ -206,6 +206,32 @@ def test_padding_is_random_by_seed_and_logged(caplog):
     assert not caplog.records
 
 
+def test_padding_can_be_orthonormal():
+    backbone, _ = planted_spectrum(SPECTRUM)
+    gaussian, orthonormal = (
+        nullspace_basis(backbone, 1, 6, "mlp", "official", random_vectors=kind)
+        for kind in ("gaussian", "orthonormal")
+    )
+    assert torch.equal(gaussian.vectors[:, :4], orthonormal.vectors[:, :4])
+    assert gaussian.num_random == orthonormal.num_random == 2
+    gram = array(orthonormal.vectors).T @ array(orthonormal.vectors)
+    np.testing.assert_allclose(gram, np.eye(6), atol=8 * 2**-23)
+    by_default = nullspace_basis(backbone, 1, 6, "mlp", "official")
+    assert torch.equal(by_default.vectors, gaussian.vectors)
+    with pytest.raises(SingerError, match="random_vectors: got 'other', expected one of"):
+        nullspace_basis(backbone, 1, 6, random_vectors="other")
+
+
+def test_a_random_basis_can_be_gaussian():
+    """As the authors' code draws it: of length 1, at any angle."""
+    vectors = nullspace_basis(tiny_backbone(EVA02), 2, 32, "random", "official").vectors.double()
+    torch.testing.assert_close(vectors.norm(dim=0), torch.ones(32, dtype=F64), rtol=1e-6, atol=0)
+    cosines = (vectors.T @ vectors)[~torch.eye(32, dtype=bool)]
+    # Of 992 cosines of random directions in 32 dimensions, each of variance 1/32: the sample's
+    # variance lies within 5 of its standard deviations, (2 / 496)^½, relatively.
+    assert abs(32 * cosines.square().mean() - 1) < 5 * (2 / 496) ** 0.5
+
+
 def test_selection_serves_a_wide_matrix():
     matrix = randn(6, 12)
     vectors, values, chosen, num_random = select_vectors(matrix, 2, "paper", 0.05, generator(0))

@@ -60,21 +60,31 @@ def with_method(values, **method):
 
 def test_options_are_those_of_the_constructor(values):
     method = parse_config(with_method(values, name="scaled", scale=2)).method
-    assert method.model_dump() == {"name": "scaled", "layers": None, "scale": 2.0, "kind": "l2"}
+    assert method.model_dump() == {
+        "name": "scaled",
+        "layers": None,
+        "scale": 2.0,
+        "kind": "l2",
+        "projection_init": "random",
+    }
     method = parse_config(with_method(values, name="heavier", extra=2, layers=[1, 3])).method
     assert method.model_dump() == {
         "name": "heavier",
         "layers": [1, 3],
         "extra": 2.0,
         "kd_weight": 3.0,
+        "layer_weights": None,
         "backend": None,
+        "projection_init": "random",
     }
     method = parse_config(with_method(values, name="bare")).method
     assert method.model_dump() == {
         "name": "bare",
         "layers": None,
         "kd_weight": 1.0,
+        "layer_weights": None,
         "backend": None,
+        "projection_init": "random",
     }
 
 

@@ -58,7 +58,7 @@ def main_killed_at(place, arguments):
     return main(arguments)
 
 
-@pytest.mark.parametrize("method", ["singer", "fitnet", "vitkd"])
+@pytest.mark.parametrize("method", ["singer", "fitnet", "vitkd", "vitkd_same_layers"])
 def test_every_method_goes_on_exactly(whole, monkeypatch, method):
     options = {"rank": 8} if method == "singer" else {}
     config, expected = whole(method={"name": method, **options})

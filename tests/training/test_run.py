@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -434,3 +435,38 @@ def test_checkpoint_says_how_to_rebuild_the_model(make_config):
     model = timm.create_model(metadata["model"], **json.loads(metadata["options"]))
     model.load_state_dict(_weights(config), strict=True)
     assert metadata["step"] == "6"
+    assert json.loads(metadata["normalization"]) == {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize("method", ["singer", "vitkd"])
+def test_the_documented_projection_gives_the_projected_features(make_config, values, method):
+    values["method"] = {"name": method}
+    config = make_config(method={"rank": 8} if method == "singer" else {"layers": [3]})
+    trained = _distill(config).method.eval()
+    document = Path(__file__).parents[2] / "docs/training.md"
+    snippet = document.read_text().partition("```python\n")[2].partition("```")[0]
+    snippet = snippet.replace("runs/a", config.output)
+    if method == "vitkd":
+        snippet = snippet.replace("output_fmt=", "norm=True, output_fmt=")
+    options = config.student.options
+    model = timm.create_model(config.student.name, num_classes=0, img_size=32, **options)
+    model.load_state_dict(_weights(config))
+    images = torch.rand(2, 3, 32, 32)
+    names = {"model": model.eval(), "images": (images - 0.5) / 0.5}
+    with torch.no_grad():
+        exec(snippet, names)
+        expected = trained.projected_student(3, trained.student_tokens(images))
+    assert names["features"].shape == (2, 16, 32)
+    torch.testing.assert_close(names["features"], expected[:, 1:])
+
+
+def test_inputs_are_normalised_as_configured(make_config):
+    images = torch.rand(2, 3, 32, 32)
+    for normalization, mean, std in (
+        ("model", [0.5] * 3, [0.5] * 3),
+        ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ):
+        method = _build(make_config(data={"normalization": normalization}))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        for backbone in (method.teacher, method.student_backbone):
+            torch.testing.assert_close(backbone.normalize(images), (images - mean) / std)

@@ -314,6 +314,15 @@ def test_cached_tokens_take_the_teachers_place(cached, tmp_path, count_blocks):
     ]
 
 
+@pytest.mark.parametrize(
+    "data", [{"interpolation": "bilinear"}, {"normalization": "imagenet"}], ids=str
+)
+def test_a_cache_of_other_inputs_is_refused(cached, data):
+    training.train(cached("first"), QUIET)
+    with pytest.raises(SingerError, match=f"teacher.cache: .*{next(iter(data))}"):
+        training.train(cached("other", data=data), QUIET)
+
+
 def test_a_cache_of_other_images_or_another_teacher_is_refused(cached, tmp_path):
     training.train(cached("first"), QUIET)
     other = cached("other", train={"seed": 1})  # the random teacher has other weights

@@ -1,13 +1,21 @@
 """ViTKD: its losses against independent formulas, its masks, and that all of it trains."""
 
-import inspect
-
 import pytest
 import torch
-from tiny_models import DINOV3, REG4, SIGLIP, VIT, generator, random_images, tiny_backbone
+from tiny_models import (
+    BEIT,
+    DINOV3,
+    EVA02,
+    REG4,
+    SIGLIP,
+    VIT,
+    generator,
+    random_images,
+    tiny_backbone,
+)
 
 from singer.errors import SingerError
-from singer.methods import METHODS, FitNet, ViTKD
+from singer.methods import METHODS, FitNet, ViTKD, ViTKDSameLayers
 from singer.methods.vitkd import Generator, count_masked
 
 
@@ -61,7 +69,142 @@ def convolve(image, weight, bias):
     return out
 
 
-# --- the losses -----------------------------------------------------------------------------------
+def generation_by_hand(method, found, expected, masks):
+    """Complete every image's masked patches, given ``[B, P, D]`` twice, and return their error."""
+    squared, entries = 0.0, 0
+    first, _, second = method.generator.layers
+    for image in range(len(found)):
+        patches = found[image].clone()
+        patches[masks[image]] = method.generator.mask_token
+        grid = patches.T.reshape(-1, *method.teacher.grid)
+        hidden = convolve(grid, first.weight, first.bias).clamp(min=0)
+        generated = convolve(hidden, second.weight, second.bias).flatten(1).T
+        difference = (generated - expected[image])[masks[image]]
+        squared = squared + (difference**2).sum()
+        entries += difference.numel()
+    return squared / entries
+
+
+def layer_norm_by_hand(tokens, norm):
+    centred = tokens - tokens.mean(dim=-1, keepdim=True)
+    variance = (centred**2).mean(dim=-1, keepdim=True)
+    return centred / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+# float64 sums of at most a few thousand terms of order 1
+NEAR = {"rtol": 1e-10, "atol": 1e-12}
+
+
+# --- the published method -------------------------------------------------------------------------
+
+BOTH = pytest.mark.parametrize(
+    ("kind", "layers"), [(ViTKD, (3,)), (ViTKDSameLayers, (1, 3))], ids=["vitkd", "same_layers"]
+)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "prefix"), [(VIT, VIT, 1), (REG4, VIT, 5), (SIGLIP, VIT, 0)]
+)
+@pytest.mark.parametrize("mimic_layers", [(0, 1), (1,), [1, 0]], ids=str)
+def test_the_published_losses_are_those_of_the_formulas(teacher, student, prefix, mimic_layers):
+    options = {"kd_weight": 2.0, "generation_weight": 3.0, "mimic_layers": mimic_layers}
+    method = shake(make(ViTKD, options, (3,), teacher, student)).double()
+    masks = drawn_masks(method)
+    of_student, of_teacher = tokens_of(method)
+    losses = method.losses(of_student, of_teacher)
+    mimicked = sorted(mimic_layers)
+    assert (method.layers, method.student_layers) == ([*mimicked, 3], [*mimicked, 2])
+    assert set(of_teacher.tokens) == {*mimicked, 3}
+
+    def project(layer, tokens):
+        linear = method.projections[str(layer)]
+        return tokens @ linear.weight.T + linear.bias
+
+    kd = sum(
+        ((project(layer, of_student[layer][:, 1:]) - of_teacher[layer][:, prefix:]) ** 2).mean()
+        for layer in mimicked
+    )
+    found = project(3, layer_norm_by_hand(of_student[2], method.student.norm))[:, 1:]
+    expected = layer_norm_by_hand(of_teacher[3], method.teacher.model.norm)[:, prefix:]
+    torch.testing.assert_close(losses["kd"], kd, **NEAR)
+    generation = generation_by_hand(method, found, expected, masks)
+    torch.testing.assert_close(losses["generation"], generation, **NEAR)
+    torch.testing.assert_close(losses["loss"], 2.0 * kd + 3.0 * generation, **NEAR)
+    assert list(losses) == ["loss", "kd", "generation"]
+
+
+def test_the_published_weights_are_the_originals():
+    """Sums per image, times 3e-5 and 3e-6 / 0.5, are means times one common factor."""
+    method = shake(make(ViTKD, {}, (3,))).double()
+    masks = drawn_masks(method)
+    student, teacher = tokens_of(method)
+    pairs = [[t[:, 1:] for t in method.token_pair(layer, student, teacher)] for layer in (0, 1, 3)]
+    images, patches, dim = pairs[0][0].shape
+    original = 3e-5 * sum(((a - b) ** 2).sum() for a, b in pairs[:2]) / images
+    masked = generation_by_hand(method, *pairs[2], masks) * images * (patches // 2) * dim
+    original = original + 3e-6 / 0.5 * masked / images
+    loss = method.losses(student, teacher)["loss"]
+    torch.testing.assert_close(3e-5 * patches * dim * loss, original, **NEAR)
+
+
+@pytest.mark.parametrize("family", [VIT, REG4, SIGLIP, DINOV3, EVA02, BEIT])
+def test_every_module_of_the_published_method_trains(family):
+    method = shake(make(ViTKD, {}, (3,), family, family))
+    method(random_images(method.teacher))["loss"].backward()
+    norm = method.student.fc_norm if family in (EVA02, BEIT) else method.student.norm
+    assert all(p.grad.abs().sum() > 0 for p in norm.parameters())
+    for name, parameter in method.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("student.attn_pool")), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    parts = {name.rpartition(".")[0] for name, _ in method.projections.named_parameters()}
+    assert parts == {"0", "1", "3"}
+
+
+def test_a_frozen_final_norm_stays_frozen():
+    student = student_of()
+    student.model.norm.requires_grad_(False)
+    method = ViTKD(teacher_of(), student, [3])
+    assert not any(p.requires_grad for p in method.student.norm.parameters())
+
+
+def test_a_cast_teacher_norms_in_its_own_precision():
+    method = make(ViTKD, {}, (3,))
+    method.teacher.cast(torch.bfloat16)
+    images = random_images(method.teacher)
+    with torch.autocast("cpu", dtype=torch.float16):
+        tokens = method.teacher_tokens(images)
+        assert method.aligned_teacher(3, tokens).dtype == torch.bfloat16
+    cached = tokens[3].float()
+    assert torch.equal(method.teacher.final_norm(cached), method.aligned_teacher(3, tokens))
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ([1, 3], {}, r"method\.layers: got \[1, 3\], expected one block.*method\.layers=\[-1\]"),
+        ([3], {"mimic_layers": (0, 3)}, r"method\.mimic_layers: got 3, expected -3 to 2"),
+        ([3], {"mimic_layers": ()}, r"method\.mimic_layers: got no layer"),
+        ([3], {"mimic_layers": (1, 1)}, r"method\.mimic_layers: got \[1, 1\].*twice"),
+        ([1], {}, r"method\.mimic_layers: got \[0, 1\], expected blocks before .* block 1"),
+        ([4], {}, r"method\.layers: got 4"),
+    ],
+)
+def test_wrong_layers_of_the_published_method_are_refused(layers, options, message):
+    defaults = {"mimic_layers": (0, 1), "mask_ratio": 0.5}
+    with pytest.raises(SingerError, match=message):
+        make(ViTKD, options, layers)
+    with pytest.raises(SingerError, match=message):
+        ViTKD.check(teacher_of(), student_of(), {**defaults, **options, "layers": layers})
+
+
+def test_the_published_method_generates_the_last_block_by_default():
+    method = ViTKD(teacher_of(), student_of())
+    assert (method.layers, method.student_layers) == ([0, 1, 3], [0, 1, 2])
+
+
+# --- the losses at the layers of the other methods ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +213,9 @@ def convolve(image, weight, bias):
 @pytest.mark.parametrize("layers", [(3,), (1, 3), (0, 1, 3)], ids=str)
 def test_losses_are_those_of_the_formulas(teacher, student, prefix, layers):
     method = shake(
-        make(ViTKD, {"kd_weight": 2.0, "generation_weight": 3.0}, layers, teacher, student)
+        make(
+            ViTKDSameLayers, {"kd_weight": 2.0, "generation_weight": 3.0}, layers, teacher, student
+        )
     )
     method.double()
     masks = drawn_masks(method)
@@ -84,28 +229,16 @@ def test_losses_are_those_of_the_formulas(teacher, student, prefix, layers):
     assert method.num_prefix_tokens == prefix
     kd = sum(((a - b) ** 2).mean() for a, b in pairs[:-1])
     kd = kd + ((found - expected)[:, :prefix] ** 2).sum() / found.numel()
-    squared, entries = 0.0, 0
-    first, _, second = method.generator.layers
-    for image in range(len(found)):
-        patches = found[image, prefix:].clone()
-        patches[masks[image]] = method.generator.mask_token
-        grid = patches.T.reshape(-1, *method.teacher.grid)
-        hidden = convolve(grid, first.weight, first.bias).clamp(min=0)
-        generated = convolve(hidden, second.weight, second.bias).flatten(1).T
-        difference = (generated - expected[image, prefix:])[masks[image]]
-        squared = squared + (difference**2).sum()
-        entries += difference.numel()
-    # float64 sums of at most a few thousand terms of order 1
-    tolerance = {"rtol": 1e-10, "atol": 1e-12}
-    torch.testing.assert_close(losses["kd"], torch.as_tensor(kd), **tolerance)
-    torch.testing.assert_close(losses["generation"], squared / entries, **tolerance)
+    generation = generation_by_hand(method, found[:, prefix:], expected[:, prefix:], masks)
+    torch.testing.assert_close(losses["kd"], torch.as_tensor(kd), **NEAR)
+    torch.testing.assert_close(losses["generation"], generation, **NEAR)
     total = 2.0 * losses["kd"] + 3.0 * losses["generation"]
-    torch.testing.assert_close(losses["loss"], total, **tolerance)
+    torch.testing.assert_close(losses["loss"], total, **NEAR)
     assert list(losses) == ["loss", "kd", "generation"]
 
 
 def test_the_earlier_layers_are_fitnets():
-    method, fitnet = make(ViTKD, {}), make(FitNet, {})
+    method, fitnet = make(ViTKDSameLayers, {}), make(FitNet, {})
     for name, value in fitnet.projections.state_dict().items():
         assert torch.equal(method.projections.state_dict()[name], value)
     student, teacher = tokens_of(method)
@@ -142,19 +275,22 @@ def test_the_generator_keeps_the_order_of_the_patches(grid):
 @pytest.mark.parametrize("where", ["student", "teacher"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("token", range(5))
-def test_what_is_not_finite_shows(where, value, token):
-    method = make(ViTKD, {}, layers=(3,))
+@BOTH
+def test_what_is_not_finite_shows(kind, layers, where, value, token):
+    method = make(kind, {}, layers=layers)
     student, teacher = tokens_of(method)
     layer = 2 if where == "student" else 3
     tokens = {"student": student, "teacher": teacher}[where].tokens
     tokens[layer] = tokens[layer].clone()
     tokens[layer][1, token, 7] = value
+    is_unread = kind is ViTKD and token == 0  # patches only
     for _ in range(3):  # masked in some calls, visible in others
-        assert not method.losses(student, teacher)["loss"].isfinite()
+        assert method.losses(student, teacher)["loss"].isfinite() == is_unread
 
 
-def test_autocast_in_bfloat16():
-    method = make(ViTKD, {})
+@BOTH
+def test_autocast_in_bfloat16(kind, layers):
+    method = make(kind, {}, layers)
     torch.manual_seed(0)
     plain = method(random_images(method.teacher))
     torch.manual_seed(0)
@@ -173,9 +309,9 @@ def test_autocast_in_bfloat16():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.66, 0.9])
-def test_every_image_has_its_own_mask_of_the_exact_size(ratio):
-    teacher, student = teacher_of(grid=3), student_of(grid=3)
-    method = ViTKD(teacher, student, [1, 3], mask_ratio=ratio)
+@BOTH
+def test_every_image_has_its_own_mask_of_the_exact_size(kind, layers, ratio):
+    method = kind(teacher_of(grid=3), student_of(grid=3), layers, mask_ratio=ratio)
     masks = torch.cat([drawn_masks(method, seed=seed) for seed in range(40)])
     assert (masks.sum(dim=1) == round(9 * ratio)).all()
     assert len(masks.unique(dim=0)) > 5
@@ -185,8 +321,9 @@ def test_every_image_has_its_own_mask_of_the_exact_size(ratio):
     assert ((masks.float().mean(dim=0) - share).abs() < 5 * deviation).all()
 
 
-def test_masks_follow_the_global_generator_alone():
-    method = make(ViTKD, {})
+@BOTH
+def test_masks_follow_the_global_generator_alone(kind, layers):
+    method = make(kind, {}, layers)
     images = random_images(method.teacher)
     torch.manual_seed(5)
     method(images)
@@ -200,7 +337,7 @@ def test_masks_follow_the_global_generator_alone():
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9, 1.0, -1.0, 2.0])
 def test_a_mask_of_none_or_all_patches_is_refused(ratio):
     with pytest.raises(SingerError, match=rf"method\.mask_ratio: got {ratio}, which masks"):
-        make(ViTKD, {"mask_ratio": ratio})
+        make(ViTKDSameLayers, {"mask_ratio": ratio})
     with pytest.raises(SingerError, match=r"method\.mask_ratio"):
         count_masked(0.5, 1)
 
@@ -214,7 +351,7 @@ def test_a_mask_of_none_or_all_patches_is_refused(ratio):
 )
 @pytest.mark.parametrize("ratio", [0.25, 0.75])
 def test_every_trainable_parameter_gets_a_gradient(layers, teacher, student, ratio):
-    method = shake(make(ViTKD, {"mask_ratio": ratio}, layers, teacher, student))
+    method = shake(make(ViTKDSameLayers, {"mask_ratio": ratio}, layers, teacher, student))
     method(random_images(method.teacher))["loss"].backward()
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
@@ -225,14 +362,15 @@ def test_every_trainable_parameter_gets_a_gradient(layers, teacher, student, rat
 
 @pytest.mark.parametrize("options", [{"generation_weight": 0.0}, {"kd_weight": 0.0}])
 def test_a_weight_of_zero_leaves_no_parameter_without_gradient(options):
-    method = make(ViTKD, options, teacher=SIGLIP, layers=(3,))
+    method = make(ViTKDSameLayers, options, teacher=SIGLIP, layers=(3,))
     method(random_images(method.teacher))["loss"].backward()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
-def test_training_lowers_the_loss_and_leaves_the_teacher():
+@BOTH
+def test_training_lowers_the_loss_and_leaves_the_teacher(kind, layers):
     torch.manual_seed(0)
-    method = make(ViTKD, {})
+    method = make(kind, {}, layers)
     before = {name: value.clone() for name, value in method.teacher.model.state_dict().items()}
     token = method.generator.mask_token.clone()
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-3)
@@ -249,8 +387,9 @@ def test_training_lowers_the_loss_and_leaves_the_teacher():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_exports_add_the_generator():
-    method = make(ViTKD, {})
+@BOTH
+def test_exports_add_the_generator(kind, layers):
+    method = make(kind, {}, layers)
     exports = method.exports()
     assert set(exports) == {"projections", "generator"}
     fresh = Generator(method.teacher.dim, method.teacher.grid)
@@ -260,20 +399,29 @@ def test_exports_add_the_generator():
     assert parts == {"student", "projections", "generator"}
 
 
-def test_the_seed_decides_the_start_and_the_global_generator_is_left_alone():
+@BOTH
+def test_the_seed_decides_the_start_and_the_global_generator_is_left_alone(kind, layers):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    teacher = teacher_of()
-    one, same, other = (ViTKD(teacher, student_of(), [1, 3], seed=seed) for seed in (1, 1, 2))
+    one, same, other = (make(kind, {"seed": seed}, layers) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    for name, value in one.generator.named_parameters():
-        assert torch.equal(same.generator.get_parameter(name), value)
-        if name != "mask_token":
-            assert not torch.equal(other.generator.get_parameter(name), value)
+    parameters = {n: p for n, p in one.named_parameters() if not n.startswith("student.")}
+    assert len(parameters) == 5 + 2 * len(one.layers)
+    drawn = set()
+    for name, value in parameters.items():
+        assert torch.equal(same.get_parameter(name), value)
+        if name != "generator.mask_token":
+            assert not torch.equal(other.get_parameter(name), value)
+            drawn.add(value.flatten()[0].item())
+    assert len(drawn) == len(parameters) - 1  # no two start alike
 
 
-def test_registered_as_vitkd():
+def test_the_generated_layer_starts_as_fitnets():
+    """Compared with one seed, methods have the same projection of the last block."""
+    method, fitnet = make(ViTKD, {}, (3,)), make(FitNet, {}, (3,))
+    assert torch.equal(method.projections["3"].weight, fitnet.projections["3"].weight)
+
+
+def test_registered_by_name():
     assert METHODS["vitkd"] is ViTKD
-    defaults = inspect.signature(ViTKD).parameters
-    assert [defaults[name].default for name in ("kd_weight", "generation_weight")] == [1.0, 1.0]
-    assert defaults["mask_ratio"].default == 0.5
+    assert METHODS["vitkd_same_layers"] is ViTKDSameLayers
