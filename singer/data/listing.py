@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import posixpath
 import re
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
+from PIL import Image
 from timm.utils import natural_key
 
-from singer.errors import MAX_NAMES_SHOWN, SingerError, first_names, one_line
+from singer.errors import MAX_NAMES_SHOWN, SingerError, first_names, is_exhaustion, one_line
 
 _logger = logging.getLogger("singer")
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+_READ = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".gif"),
+    *(".tif", ".tiff", ".bmp", ".dib", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+EXTENSIONS = tuple(name for name in _READ if name in Image.registered_extensions())
+"""Of the images that are read; Pillow's older versions know no ``.avif``."""
+
+_UNREAD = {
+    "images in formats that are not read": (
+        *_READ,
+        *(".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".tga", ".qoi", ".exr", ".hdr", ".pfm"),
+        *(".ico", ".pcx", ".sgi", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
+    ),
+    "compressed archives": (
+        *(".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+        *(".zip", ".7z", ".rar"),
+    ),
+}
 
 _MAX_LINKS = 40
 """Symbolic links that are followed in one path, as on Linux."""
+
+_MAX_PATHS = 1_000_000
+"""Paths that the braces of a pattern may stand for."""
+
+FOUND_BEFORE = "folders and tars that were found before"
 
 _NO_TARGET = "links to nothing in the tar"
 _SPECIAL = "named pipes, sockets and devices"
@@ -40,6 +65,10 @@ class LeftOut:
         names = self._names.setdefault(reason, [])
         if len(names) < MAX_NAMES_SHOWN:
             names.append(name)
+
+    def __contains__(self, reason: str) -> bool:
+        """Return whether something was left out for a reason."""
+        return reason in self._counts
 
     def log(self, where: str) -> None:
         """Warn, in one line, of what was left out of a source, if anything was."""
@@ -66,38 +95,71 @@ def in_natural_order(paths: Iterable[str], where: str) -> list[str]:
         ) from error
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+def _expand_braces(pattern: str) -> Iterator[str]:
+    braces = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}", pattern)
     if braces is None:
-        return [pattern]
+        yield pattern
+        return
     first, last, choices = braces.groups()
-    if choices is None:
-        names = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
-    else:
+    names: Iterable[str]
+    if choices is not None:
         names = choices.split(",")
+    elif int(first) > int(last):
+        raise SingerError(
+            f"data.source: got the range {braces.group()} in {pattern!r}, expected one that "
+            f"ascends: {{{last}..{first}}}"
+        )
+    else:
+        names = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
     before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [path for name in names for path in _expand_braces(f"{before}{name}{after}")]
+    for name in names:
+        yield from _expand_braces(f"{before}{name}{after}")
 
 
-def expand_pattern(pattern: str) -> list[str]:
+def _matches(pattern: str, left_out: LeftOut) -> list[str]:
+    """Return what :func:`glob.glob` does; ``**`` meets each real folder once.
+
+    Two links to a folder in itself would make 2 ** 40 paths of it.
+    """
+    recursive = re.fullmatch(r"((?:[^/]*/)*?)\*\*(?:/(.*))?", pattern)
+    if recursive is None:
+        return glob.glob(pattern)
+    base, rest = recursive.groups()
+    searched: set[tuple[int, int]] = set()
+    found: list[str] = []
+    for start in glob.glob(base) if base else [os.curdir]:
+        for folder, _ in _folders(start, left_out, searched):
+            below = os.path.join(folder, "").removeprefix("" if base else "./")
+            if below and (rest == "" or (rest is None and folder == start)):
+                found.append(below)
+            if rest != "":
+                found += _matches(glob.escape(below) + (rest or "*"), left_out)
+    return list(dict.fromkeys(found))
+
+
+def expand_pattern(pattern: str, left_out: LeftOut) -> list[str]:
     """Return the paths that a pattern stands for; what exists under its very name is no pattern.
 
     Args:
         pattern: with ``*``, ``?``, ``[abc]`` and ``**`` of :mod:`glob`, ``{000..127}``, ``{a,b}``.
+        left_out: counts the folders that ``**`` leaves out, see :func:`images_in_folder`.
 
     Returns:
         What the braces give, in their order; of each with wildcards the matches in natural order.
 
     Raises:
-        SingerError: wildcards match nothing.
+        SingerError: wildcards match nothing, a range descends, or the braces stand for too much.
     """
     if os.path.lexists(pattern):
         return [pattern]
+    expanded = list(itertools.islice(_expand_braces(pattern), _MAX_PATHS + 1))
+    if len(expanded) > _MAX_PATHS:
+        raise SingerError(f"data.source: {pattern!r} stands for more than {_MAX_PATHS:,} paths")
     paths: list[str] = []
-    for path in _expand_braces(pattern):
+    for path in expanded:
         if glob.escape(path) == path:
             paths.append(path)
-        elif matches := glob.glob(path, recursive=True):
+        elif matches := _matches(path, left_out):
             paths += in_natural_order(matches, path)
         else:
             raise SingerError(f"data.source: nothing matches {path!r}")
@@ -120,46 +182,113 @@ def is_special(path: str, left_out: LeftOut) -> bool:
     return special
 
 
-def images_in_folder(folder: str, left_out: LeftOut) -> list[str]:
-    """Return the paths of the image files in a folder and its subfolders, in no special order.
-
-    Symbolic links are followed. A folder that several paths lead to is searched once: under its
-    own path, if it lies in ``folder``.
+def was_found(path: str, found: set[tuple[int, int]], left_out: LeftOut) -> bool:
+    """Return whether a file was found before under any name, and count it if so; else note it.
 
     Args:
-        folder: the folder.
-        left_out: counts hidden subfolders (a dot begins their names), subfolders found again or
-            that can't be read, named pipes, sockets and devices.
+        path: the file. One that is not there was not found.
+        found: device and inode number of what was found.
+        left_out: counts it.
     """
-    images: list[str] = []
-    searched: set[tuple[int, int]] = set()
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    key = (status.st_dev, status.st_ino)
+    if key in found:
+        left_out.add(FOUND_BEFORE, path)
+        return True
+    found.add(key)
+    return False
+
+
+def _count_unread(name: str, path: str, left_out: LeftOut) -> None:
+    """Count a file that is no image and no tar, if it may hold images."""
+    for reason, extensions in _UNREAD.items():
+        if has_extension(name, extensions):
+            left_out.add(reason, path)
+
+
+def _is_above(link: str, folders: Iterable[str]) -> bool:
+    """Return whether a link leads to a folder that holds one of some folders."""
+    target = os.path.realpath(link)
+    real = map(os.path.realpath, folders)
+    return any(os.path.commonpath([target, folder]) == target for folder in real)
+
+
+def _folders(
+    folder: str, left_out: LeftOut, found: set[tuple[int, int]]
+) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Yield a folder and those in it, each once, with what they hold, as `images_in_folder`."""
     folders, links = [folder], deque[str]()
+    own: set[tuple[int, int]] = set()
     while folders or links:
-        path = folders.pop() if folders else links.popleft()
+        is_link = not folders
+        path = links.popleft() if is_link else folders.pop()
         try:
             status = os.stat(path)
             with os.scandir(path) as listed:
                 entries = sorted(listed, key=lambda entry: entry.name)
-        except OSError:
+        except OSError as error:
+            if is_exhaustion(error):
+                raise
             left_out.add("folders that can't be read", path)
             continue
-        if (status.st_dev, status.st_ino) in searched:
+        key = (status.st_dev, status.st_ino)
+        if key in own:
             left_out.add("links to folders that are searched anyway", path)
-            continue
-        searched.add((status.st_dev, status.st_ino))
-        for entry in entries:
+        elif key in found:
+            left_out.add(FOUND_BEFORE, path)
+        elif is_link and _is_above(path, (folder, os.path.dirname(path))):
+            left_out.add("links to folders that hold the source", path)
+        else:
+            own.add(key)
+            found.add(key)
+            files = []
+            for entry in entries:
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself
+                    is_folder = False
+                if not is_folder:
+                    files.append(entry)
+                elif entry.name.startswith("."):
+                    left_out.add("hidden folders", entry.path)
+                else:
+                    (links if entry.is_symlink() else folders).append(entry.path)
+            yield path, files
+
+
+def images_in_folder(
+    folder: str, left_out: LeftOut, found: set[tuple[int, int]] | None = None
+) -> list[str]:
+    """Return the paths of the image files in a folder and its subfolders, in no special order.
+
+    Symbolic links are followed, but not to folders that hold ``folder`` or the link. A folder that
+    several paths lead to is searched once: under its own path, if it lies in ``folder``.
+
+    Args:
+        folder: the folder.
+        left_out: counts hidden subfolders (a dot begins their names), subfolders found again or
+            that can't be read, links to folders above, named pipes, sockets and devices, images in
+            formats that are not read, compressed archives, and tars in subfolders.
+        found: device and inode number of folders that are not searched again; those that are
+            searched are added.
+    """
+    images: list[str] = []
+    for path, files in _folders(folder, left_out, set() if found is None else found):
+        for entry in files:
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself
-                is_folder, is_file = False, True
-            if is_folder and entry.name.startswith("."):
-                left_out.add("hidden folders", entry.path)
-            elif is_folder:
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif has_extension(entry.name, EXTENSIONS) and (
-                is_file or not is_special(entry.path, left_out)
-            ):
-                images.append(entry.path)
+                is_file = entry.is_file()
+            except OSError:  # a link to itself: named when it is read
+                is_file = True
+            if has_extension(entry.name, EXTENSIONS):
+                if is_file or not is_special(entry.path, left_out):
+                    images.append(entry.path)
+            elif path != folder and has_extension(entry.name, ".tar"):
+                left_out.add("tars in subfolders", entry.path)
+            else:
+                _count_unread(entry.name, entry.path, left_out)
     return images
 
 
@@ -207,14 +336,16 @@ def _follow(path: str, contents: Mapping[str, tuple[str, _Content]]) -> _Content
 def images_in_tar(file: BinaryIO, where: str, left_out: LeftOut, start: int = 0) -> list[TarImage]:
     """Return the images that extracting a tar gives, those of tars in it too, in no special order.
 
-    Of members with one name the last counts. A hard link is the member before it that it names; a
-    symbolic link may name any member, by way of other links.
+    A leading slash of a name does not count, as when it is extracted; members whose names lead out
+    of the tar by ``..`` are read, too. Of members with one name the last counts. A hard link is the
+    member before it that it names; a symbolic link may name any member, by way of other links.
 
     Args:
         file: an uncompressed tar.
         where: its name, for ``left_out``.
         left_out: counts images that can't be read (links to nothing in the tar, sparse files,
-            named pipes and devices), that a later member replaces, or in hidden folders.
+            named pipes and devices), that a later member replaces, in hidden folders or in formats
+            that are not read, and compressed archives.
         start: where the tar begins in the outermost file.
 
     Raises:
@@ -261,6 +392,7 @@ def images_in_tar(file: BinaryIO, where: str, left_out: LeftOut, start: int = 0)
             content = _follow(path, contents)
         # A link that leads out of the tar may be to a folder of images.
         if not (is_image or is_tar or (is_link and "." not in posixpath.basename(path))):
+            _count_unread(path, f"{where}:{name}", left_out)
             continue
         if isinstance(content, str):
             left_out.add(content, f"{where}:{name}")

@@ -25,6 +25,7 @@ from singer.config.schema import PHOTOS, DataConfig
 from singer.data.decoding import WHITE, decoding_errors, read_image
 from singer.data.listing import (
     EXTENSIONS,
+    FOUND_BEFORE,
     LeftOut,
     expand_pattern,
     has_extension,
@@ -32,6 +33,7 @@ from singer.data.listing import (
     images_in_tar,
     in_natural_order,
     is_special,
+    was_found,
 )
 from singer.errors import DEMO_EXTRA_HINT, SingerError, one_line
 
@@ -114,16 +116,23 @@ class ImageSource(ABC):
         """Return the location of an image: a path, ``tar:member``, or dataset and row."""
 
 
-def _pack(names: Sequence[str]) -> np.ndarray:
-    """Put names into one array of bytes: forked workers copy a list of strings that they read.
+class _Names:
+    """Names as bytes: forked workers copy a list of strings that they read.
 
     (Counting references writes to its memory pages.)
     """
-    return np.array([name.encode("utf-8", "surrogateescape") for name in names])
 
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
 
-def _unpack(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._ends[index], self._ends[index + 1]
+        return self._bytes[start:end].decode("utf-8", "surrogateescape")
 
 
 class ImageFiles(ImageSource):
@@ -135,7 +144,7 @@ class ImageFiles(ImageSource):
     """
 
     def __init__(self, paths: Sequence[str | Path], keep: bool = False) -> None:
-        self._paths = _pack([str(path) for path in paths])
+        self._paths = _Names([str(path) for path in paths])
         self._cache_decoded = keep
         self._decoded: dict[int, Image.Image] = {}
 
@@ -154,7 +163,7 @@ class ImageFiles(ImageSource):
 
     def name(self, index: int) -> str:
         """Return a file's path."""
-        return _unpack(self._paths[index])
+        return self._paths[index]
 
 
 class TarImages(ImageSource):
@@ -197,7 +206,7 @@ class TarImages(ImageSource):
         if not names:
             raise SingerError(f"data.source: no image file ({', '.join(EXTENSIONS)}) in {where}")
         self._tars = [str(tar) for tar in tars]
-        self._names = _pack(names)
+        self._names = _Names(names)
         self._locations = np.array(locations, dtype=np.int64)  # [images, 3]: tar, position, size
 
     def __len__(self) -> int:
@@ -214,7 +223,7 @@ class TarImages(ImageSource):
 
     def name(self, index: int) -> str:
         """Return ``tar:member``."""
-        return f"{self._tars[self._locations[index, 0]]}:{_unpack(self._names[index])}"
+        return f"{self._tars[self._locations[index, 0]]}:{self._names[index]}"
 
 
 def _is_saved_dataset(folder: str) -> bool:
@@ -306,33 +315,41 @@ class HuggingFaceImages(ImageSource):
         return f"{self._title}, row {index}"
 
 
-def _open_folder(folder: str) -> ImageSource:
+def _open_folder(folder: str, found: set[tuple[int, int]]) -> ImageSource | None:
+    """Open a folder; None: all that it holds was found before."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries]
     except OSError as error:
         raise SingerError(f"data.source: {folder}: {error.strerror or error}") from error
+    left_out = LeftOut()
+    images = images_in_folder(folder, left_out, found)
+    num_images = len(images)
+    if FOUND_BEFORE in left_out:
+        num_images = num_images or sum(has_extension(name, EXTENSIONS) for name in names)
+    tars = [os.path.join(folder, name) for name in names if has_extension(name, ".tar")]
+    tars = [tar for tar in tars if not os.path.isdir(tar) and not is_special(tar, left_out)]
+    if num_images == 0:
+        tars = [tar for tar in tars if not was_found(tar, found, left_out)]
+    left_out.log(folder)
+    if num_images and tars:
+        _logger.warning(
+            "data.source: %s holds %d image files and %d .tar files; the images are taken, the "
+            "tars are not read",
+            folder,
+            num_images,
+            len(tars),
+        )
+    if images:
+        return ImageFiles(in_natural_order(images, folder))
+    if tars and not num_images:
+        return TarImages(in_natural_order(tars, folder))
+    if FOUND_BEFORE in left_out:
+        return None
     if not names:
         raise SingerError(
             f"data.source: {folder!r} is an empty folder, expected images or .tar files in it"
         )
-    left_out = LeftOut()
-    images = images_in_folder(folder, left_out)
-    tars = [os.path.join(folder, name) for name in names if has_extension(name, ".tar")]
-    tars = [tar for tar in tars if not os.path.isdir(tar) and not is_special(tar, left_out)]
-    left_out.log(folder)
-    if images:
-        if tars:
-            _logger.warning(
-                "data.source: %s holds %d image files and %d .tar files; the images are taken, the "
-                "tars are not read",
-                folder,
-                len(images),
-                len(tars),
-            )
-        return ImageFiles(in_natural_order(images, folder))
-    if tars:
-        return TarImages(in_natural_order(tars, folder))
     raise SingerError(
         f"data.source: {folder!r} holds no image file ({', '.join(EXTENSIONS)}), nor a .tar file"
     )
@@ -378,8 +395,8 @@ def open_source(data: DataConfig) -> ImageSource:
     A folder is searched for image files with its subfolders, in the natural order of their paths. A
     folder without image files may hold ``.tar`` files, in the folder itself alone. Where it has
     both, the image files are taken, and a warning names the tars (archives are often left beside
-    their content). Several sources follow one another in the order given; one that is named twice
-    is read once.
+    their content). Several sources follow one another in the order given; a folder or tar that
+    several of them hold is read once, and the log counts it.
 
     Args:
         data: ``source`` and ``background``; of a Hugging Face dataset ``split`` and ``image_key``
@@ -391,19 +408,22 @@ def open_source(data: DataConfig) -> ImageSource:
     named = [data.source] if isinstance(data.source, str) else data.source
     paths: dict[str, str] = {}
     left_out = LeftOut()
-    for path in itertools.chain(*([n] if _is_name(n) else expand_pattern(n) for n in named)):
+    expanded = ([n] if _is_name(n) else expand_pattern(n, left_out) for n in named)
+    for path in itertools.chain.from_iterable(expanded):
         key = path if _is_name(path) else os.path.realpath(path)
         if key in paths:
             left_out.add("sources named again", path)
         else:
             paths[key] = path
-    left_out.log(", ".join(named))
     sources: list[ImageSource] = []
+    found: set[tuple[int, int]] = set()
     for are_tars, group in itertools.groupby(paths.values(), _is_tar):
-        if are_tars:
-            sources.append(TarImages(list(group)))
-        else:
-            sources += [_open(path, data) for path in group]
+        if not are_tars:
+            opened = [_open(path, data, found) for path in group]
+            sources += [source for source in opened if source is not None]
+        elif tars := [tar for tar in group if not was_found(tar, found, left_out)]:
+            sources.append(TarImages(tars))
+    left_out.log(", ".join(named))
     for source in sources:
         source.background = data.background
     return sources[0] if len(sources) == 1 else ImageSources(sources)
@@ -413,7 +433,7 @@ def _is_tar(source: str) -> bool:
     return source.lower().endswith(".tar") and os.path.isfile(source) and not _is_name(source)
 
 
-def _open(source: str, data: DataConfig) -> ImageSource:
+def _open(source: str, data: DataConfig, found: set[tuple[int, int]]) -> ImageSource | None:
     if source == PHOTOS:
         if os.path.isdir(PHOTOS):
             _logger.warning(
@@ -427,7 +447,7 @@ def _open(source: str, data: DataConfig) -> ImageSource:
     if _is_saved_dataset(source):
         return HuggingFaceImages(source, data.split, data.image_key)
     if os.path.isdir(source):
-        return _open_folder(source)
+        return _open_folder(source, found)
     if not os.path.exists(source):
         raise SingerError(
             f"data.source: got {source!r}, expected an existing folder or .tar file, "
