@@ -45,13 +45,15 @@ _COLOUR_KEY_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 def decoding_errors(name: str) -> Iterator[None]:
     """Turn whatever a decoder raises (a broken file can raise anything) into a SingerError.
 
-    Too little memory and too many open files are not the image's fault, and stay what they are.
+    Too little memory and too many open files are not the image's fault, and stay such errors.
     """
     try:
         yield
     except SingerError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError):
+            raise MemoryError(f"too little memory to read {name}") from error
         if is_exhaustion(error):
             raise
         is_unknown = isinstance(error, UnidentifiedImageError)  # its text has an address in memory

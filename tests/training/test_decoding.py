@@ -365,9 +365,10 @@ def test_too_little_memory_is_not_the_images_fault(image_folder, monkeypatch, er
 
     name = {"open": "PIL.Image.open", "load": "PIL.PngImagePlugin.PngImageFile.load"}[place]
     monkeypatch.setattr(name, fail)
-    with pytest.raises(type(error)) as caught:
+    expected = str(error) or r"too little memory to read .*class0/0\.png$"
+    with pytest.raises(type(error), match=expected.replace("[", r"\[")) as caught:
         _open(image_folder).read(0)
-    assert caught.value is error
+    assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
 
 
 def test_an_image_that_is_gone_is_named(image_folder):

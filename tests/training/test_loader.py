@@ -153,7 +153,7 @@ def test_a_long_image_takes_no_more_memory_than_its_crop(tmp_path, monkeypatch, 
     assert (crop == torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None]).all()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("odd\nimage")])
+@pytest.mark.parametrize("error", [SystemError("odd image"), ValueError("odd\nimage")])
 @pytest.mark.parametrize("crops", ["center", "random"])
 def test_an_image_that_cannot_be_cropped_is_replaced_and_named(
     image_folder, monkeypatch, crops, error
@@ -172,10 +172,18 @@ def test_an_image_that_cannot_be_cropped_is_replaced_and_named(
     assert batch.unreadable == [str(image_folder / "class0" / "4.png")]
     assert not (batch.images[1] == batch.images[1, :, :1, :1]).all()
     dataset.source = ImageFiles(batch.unreadable)
-    with pytest.raises(
-        SingerError, match=r"no readable image among 1 .*4\.png .*(Memory|odd image)"
-    ):
+    with pytest.raises(SingerError, match=r"no readable image among 1 .*4\.png .*odd image"):
         dataset.batch([2])
+
+
+def test_too_little_memory_for_a_crop_ends_the_batch(image_folder, monkeypatch):
+    def refuse(image, *args, **kwargs):
+        raise MemoryError
+
+    dataset = _crops(image_folder, crops="center")
+    monkeypatch.setattr(Image.Image, "resize", refuse)
+    with pytest.raises(MemoryError, match=r"^too little memory to read .*class0/0\.png$"):
+        dataset.batch([0])
 
 
 def test_decompression_bombs_are_replaced_and_named(image_folder, monkeypatch):
