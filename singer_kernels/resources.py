@@ -110,7 +110,7 @@ def _launch(name: str, params: list[Any], args: tuple[Any, ...], options: dict[s
             constants.append((position, value))
             continue
         if isinstance(value, Tensor):
-            kind, is_aligned = _POINTERS[value.dtype], True
+            kind, is_aligned = _POINTERS[value.dtype], not param.do_not_specialize_on_alignment
         elif isinstance(value, float):
             kind, is_aligned = "fp32", False
         else:

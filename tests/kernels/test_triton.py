@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from bounds import refined_bound, unit
+from bounds import U32, refined_bound, unit
 from cases import (
     WEIGHTS,
     Shape,
@@ -14,11 +14,13 @@ from cases import (
     total,
 )
 from conftest import BACKENDS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from singer_kernels import gram_loss, refine
-from singer_kernels.backends.triton import configs, gram_tile
+from singer_kernels.backends.operators import ForwardInputs
+from singer_kernels.backends.triton import configs, gram_pairs, gram_tile, losses, ops
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -182,10 +184,10 @@ def test_the_identity_is_more_exact_than_bfloat16_products():
     assert info_error(case) < 2**-9
 
 
-def cancelled_case(patches, count):
+def cancelled_case(patches, count, images=2):
     """The first ``count`` patches have 500 times the usual norm; the adapter cancels 255/256."""
-    case = random_case(Shape(2, 1, patches, 64, 8), 0.8)
-    heights = np.random.default_rng(1).uniform(0.8, 1.2, (2, count))
+    case = random_case(Shape(images, 1, patches, 64, 8), 0.8)
+    heights = np.random.default_rng(1).uniform(0.8, 1.2, (images, count))
     case.teacher[:, 1 : 1 + count, 0] += 500 * 8 * heights
     case.down[:] *= 0.1
     case.down[:, 0] = np.eye(64)[0]
@@ -212,6 +214,123 @@ def test_identity_and_recompute_in_one_batch():
     case.teacher[1] = random_case(Shape(2, 1, 33, 64, 8), 0.8, seed=3).teacher[1]
     case.teacher[1, :, 0] = 0
     assert info_error(case) < 2**-9
+
+
+# --- E in groups of images, partial sums ----------------------------------------------------------
+
+
+def pairs_case(kind):
+    """A case of three images, and its dtypes."""
+    if kind == "identity, one image recomputed":
+        case = cancelled_case(17, 17, images=3)
+        case.teacher[1:] = random_case(Shape(2, 1, 17, 64, 8), 0.8, seed=3).teacher
+        case.teacher[1:, :, 0] = 0
+        return case.rounded(BF16, BF16, BF16), (BF16, BF16, BF16)
+    return random_case(Shape(3, 2, 17, 33, 5), 0.8, with_target=kind == "target"), (F64,) * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "fit"),  # with 0 the limit is less than an image's E
+    [("teacher", 0), ("target", 2), ("identity, one image recomputed", 2)],
+)
+def test_groups_of_images_change_no_bit(kind, fit, monkeypatch):
+    monkeypatch.setattr(configs, "MIN_PATCHES_FOR_PAIRS", 1)
+    case, dtypes = pairs_case(kind)
+    held = []
+
+    def launch(*args, _launch=gram_tile.launch_modes, **flags):
+        held.append(len(args[4][0]))
+        _launch(*args, **flags)
+
+    monkeypatch.setattr(gram_pairs, "launch_modes", launch)
+    found = []
+    for limit in (configs.MAX_DIFFERENCE_BYTES, fit * 17 * 32 * dtypes[0].itemsize):
+        monkeypatch.setattr(configs, "MAX_DIFFERENCE_BYTES", limit)
+        tensors, out = one_step(case, dtypes, return_refined=True)
+        leaves = [x for x in tensors.values() if x is not None and x.requires_grad]
+        found.append([*out, *(leaf.grad for leaf in leaves)])
+    # Images whose E is in memory, for each group
+    assert held == [3, *([2, 2] if fit else [1, 1, 1])]
+    for whole, grouped in zip(*found, strict=True):
+        assert torch.equal(whole, grouped)
+    if dtypes[0] == F64:
+        assert_values(out, case)
+        assert_gradients(tensors, case.gradients(WEIGHTS))
+
+
+def test_partial_sums_of_working_tiles_alone(monkeypatch):
+    monkeypatch.setattr(configs, "MIN_PATCHES_FOR_PAIRS", 1)
+    given = []
+
+    def record(*args, _sum=losses.sum_losses):
+        given.append(args[2])
+        return _sum(*args)
+
+    monkeypatch.setattr(losses, "sum_losses", record)
+    case = random_case(Shape(2, 1, 40, 20, 5), 0.8)
+    case.run(case.tensors())
+    assert given[0].numel() == 2 * 6  # of 3 x 3 tiles those on and above the diagonal
+    assert (given[0] > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, 10_000])
+def test_many_partial_sums_are_added_by_many_programs(count):
+    partials = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    few = losses.few_partials(partials)
+    assert few.numel() <= configs.MAX_PARTIALS
+    # 1024 numbers in a tree: at most 10 roundings of each partial sum.
+    torch.testing.assert_close(few.double().sum(), partials.double().sum(), rtol=10 * U32, atol=0)
+
+
+def test_losses_of_many_partial_sums(monkeypatch):
+    monkeypatch.setattr(configs, "MIN_PATCHES_FOR_PAIRS", 1)
+    monkeypatch.setattr(configs, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(losses, "CHUNK", 2)
+    case = random_case(Shape(2, 1, 17, 20, 5), 0.8)
+    assert_values(case.run(case.tensors(), return_refined=True), case)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])  # with and without the identity
+def test_no_product_is_a_library_s(dtype):
+    case = random_case(Shape(2, 1, 17, 64, 8), 0.8)
+    tensors = case.tensors(dtype, dtype, dtype)
+    student, teacher, down, up = (
+        tensors[name].detach() for name in ("student", "teacher", "down", "up")
+    )
+    flags = dict.fromkeys(("has_refined", "has_residual", "has_grad_hz"), True)
+    inputs = ForwardInputs(
+        student,
+        teacher,
+        down,
+        up,
+        gram_target=None,
+        gram=True,
+        quantile=0.8,
+        num_prefix_tokens=1,
+        has_grad_target=False,
+        acc=F32,
+        product=dtype,
+        gram_product=dtype,
+        **flags,
+    )
+    with Operators() as operators:
+        ops.losses_forward(inputs)
+    # Buffers and views alone; the interpreter copies.
+    products = {"mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "dot", "mv"}
+    assert "new_empty" in operators.names
+    assert not operators.names & products
 
 
 # --- outputs --------------------------------------------------------------------------------------

@@ -30,7 +30,11 @@ from singer_kernels.backends.triton.launch import (
 )
 
 
-@triton.jit(do_not_specialize=["total_patches", "num_images"])
+# A gradient may be an entry of a larger tensor (of stacked losses): its alignment makes no variant.
+@triton.jit(
+    do_not_specialize=["total_patches", "num_images"],
+    do_not_specialize_on_alignment=["grad_kd_ptr", "grad_outlier_ptr", "grad_info_ptr"],
+)
 def backward_rows_kernel(
     hz_ptr,  # [H | Z], [B, P, 2r]
     grad_hz_ptr,  # X [H | Z], [B, P, 2r]; HAS_INFO
@@ -110,7 +114,10 @@ def backward_rows_kernel(
     store_tile(v_ptr, offsets, k, mask, rank, v)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
+@triton.jit(
+    do_not_specialize=["num_rows", "rows_per_split"],
+    do_not_specialize_on_alignment=["grad_kd_ptr"],
+)
 def backward_tokens_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]; HAS_KD

@@ -36,6 +36,14 @@ MIN_PATCHES_FOR_PAIRS = 512
 """Number of patches from which E is written to memory: a program that owns rows reads each token
 P / BLOCK_P times, twice as often as pairs of tiles; from here that costs more than writing E."""
 
+MAX_DIFFERENCE_BYTES = 2**28
+"""Largest memory for E: more images are computed in groups, which does not change results. At
+least one image at a time: 512 MiB in bfloat16 at ``MAX_PATCHES``."""
+
+MAX_PARTIALS = 4096
+"""Largest number of partial sums of a loss that one program adds; of more, many programs add a part
+each first."""
+
 SPLITS = 16
 """Splits of the tokens for dWd and dWu: with 8 blocks of columns at D = 1024 that is one program
 for each of 128 multiprocessors, and the partial sums stay small compared to F."""

@@ -1,4 +1,7 @@
-"""Stage ``gram`` by pairs of tiles i ≤ j: half the products of ``gram_rows``, with E in memory."""
+"""Stage ``gram`` by pairs of tiles i ≤ j: half the products of ``gram_rows``, with E in memory.
+
+E is in memory for as many images at a time as fit ``configs.MAX_DIFFERENCE_BYTES``.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from singer_kernels.backends.triton.launch import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image"])
 def gram_pairs_kernel(
     tokens_ptr,  # F̂, [B, T, D]; "materialized"
     target_ptr,  # R, [B, T, D]
@@ -42,15 +45,16 @@ def gram_pairs_kernel(
     norms_ptr,  # n, [B, P]
     target_norms_ptr,  # norms of R, [B, P]
     cancellation_ratio_ptr,  # largest ‖F‖ / n, [B]; not "materialized"
-    difference_ptr,  # out: E, [B, P, stride]; STORES
-    row_dots_ptr,  # out: partial sums of s, [B, tiles, P]; STORES
-    target_row_dots_ptr,  # out: of the target's s, [B, tiles, P]; HAS_TARGET_ROW_DOTS
-    loss_partials_ptr,  # out: sums of E², [B, tiles, tiles]
+    difference_ptr,  # out: E, [images, P, stride]; STORES
+    row_dots_ptr,  # out: partial sums of s, [images, tiles, P]; STORES
+    target_row_dots_ptr,  # out: of the target's s, [images, tiles, P]; HAS_TARGET_ROW_DOTS
+    loss_partials_ptr,  # out: sums of E², [images, tiles (tiles + 1) / 2]
     tokens_stride_image,
     tokens_stride_token,
     target_stride_image,
     target_stride_token,
     difference_stride,  # of a row of E
+    first_image,  # of the launch; the outputs hold its images alone
     num_patches,
     num_prefix_tokens,
     width,
@@ -70,14 +74,16 @@ def gram_pairs_kernel(
     ``s = rowsum(E ∘ G(F̂))``: entry ``[a, p]`` of its partial sums is row p over the columns of
     tile a. The target's is ``rowsum(−E ∘ G(R))``.
     """
-    tile_j, tile_i, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_tiles = tl.num_programs(0)
-    loss_partials_ptr += (image.to(tl.int64) * num_tiles + tile_i) * num_tiles + tile_j
+    tile_j, tile_i = tl.program_id(0), tl.program_id(1)
+    if tile_j < tile_i:
+        return
+    out_image = tl.program_id(2).to(tl.int64)
+    image = first_image + tl.program_id(2)
     if skips_image(cancellation_ratio_ptr, image, MODE):
         return
-    if tile_j < tile_i:
-        tl.store(loss_partials_ptr, 0.0)
-        return
+    num_tiles = tl.num_programs(0)
+    loss_partials_ptr += out_image * (num_tiles * (num_tiles + 1) // 2)
+    loss_partials_ptr += tile_j * (tile_j + 1) // 2 + tile_i
     norms_ptr += image * num_patches
     target_norms_ptr += image * num_patches
     patch_i = tile_i * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -121,8 +127,8 @@ def gram_pairs_kernel(
     # 3. E and s of the tile, then of its transpose
     if STORES:
         mask_i, mask_j = patch_i < num_patches, patch_j < num_patches
-        difference_ptr += image_index * num_patches * difference_stride
-        row_dots_base = image_index * num_tiles * num_patches
+        difference_ptr += out_image * num_patches * difference_stride
+        row_dots_base = out_image * num_tiles * num_patches
         offsets_i = patch_i.to(tl.int64) * difference_stride
         # Up to the padded row length, where tiles are 0: aligned, vectorised stores and loads
         store_tile(difference_ptr, offsets_i, patch_j, mask_i, difference_stride, difference)
@@ -145,16 +151,18 @@ def gram_pairs_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["num_partials"])
+@triton.jit(do_not_specialize=["first_image", "num_images", "num_partials"])
 def gram_gradient_kernel(
-    difference_ptr,  # E, [B, P, stride]
-    row_dots_ptr,  # partial sums of s, [B, num_partials, P]
+    difference_ptr,  # E, [images, P, stride]
+    row_dots_ptr,  # partial sums of s, [images, num_partials, P]
     norms_ptr,  # n of F̂, or with NEGATIVE of R, [B, P]
     factor_ptr,  # [B, P, C]
     out_ptr,  # out: ± X factor, [B, P, C]
     factor_stride_image,
     factor_stride_row,
     difference_stride,  # of a row of E
+    first_image,  # of the launch; E and s are those of its images alone
+    num_images,  # B
     num_partials,
     num_patches,
     num_columns,  # C
@@ -170,11 +178,11 @@ def gram_gradient_kernel(
 
     NEGATIVE: −E, for the gradient in the target.
     """
-    tile_c, tile, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_images = tl.num_programs(2)
-    image_index = image.to(tl.int64)
-    difference_ptr += image_index * num_patches * difference_stride
-    row_dots_ptr += image_index * num_partials * num_patches
+    tile_c, tile = tl.program_id(0), tl.program_id(1)
+    launch_image = tl.program_id(2).to(tl.int64)
+    image_index = first_image + launch_image
+    difference_ptr += launch_image * num_patches * difference_stride
+    row_dots_ptr += launch_image * num_partials * num_patches
     norms_ptr += image_index * num_patches
     factor_ptr += image_index * factor_stride_image
     out_ptr += image_index * num_patches * num_columns
@@ -215,17 +223,18 @@ def _launch_gradient(
     row_dots: Tensor,
     norms: Tensor,
     factor: Tensor,
+    out: Tensor,
+    images: range,
     precision: MatmulPrecision,
-    dtype: torch.dtype,
     *,
     negative: bool,
-) -> Tensor:
-    """Return ``± X factor``, ``[B, P, C]``, in the given dtype."""
-    images, patches, num_columns = factor.shape
-    out = norms.new_empty(factor.shape, dtype=dtype)
+) -> None:
+    """Compute ``± X factor`` of some images; factor and out, ``[B, P, C]``, hold all of them."""
+    num_images, patches, num_columns = factor.shape
 
     def launch(config: configs.Config) -> None:
-        grid = (triton.cdiv(num_columns, config.inner), triton.cdiv(patches, config.rows), images)
+        tiles = triton.cdiv(patches, config.rows)
+        grid = (triton.cdiv(num_columns, config.inner), tiles, len(images))
         gram_gradient_kernel[grid](
             difference,
             row_dots,
@@ -234,6 +243,8 @@ def _launch_gradient(
             out,
             *factor.stride()[:2],
             difference.stride(1),
+            images.start,
+            num_images,
             row_dots.shape[1],
             patches,
             num_columns,
@@ -245,8 +256,7 @@ def _launch_gradient(
             **compiler_options(config),
         )
 
-    run_configured("gram_gradient", precision, 1, launch, images, patches, num_columns)
-    return out
+    run_configured("gram_gradient", precision, 1, launch, len(difference), patches, num_columns)
 
 
 def run_gram_pairs(
@@ -266,44 +276,63 @@ def run_gram_pairs(
     stores = needs_target or grad_factor_dtype is not None
     new = x.norms.new_empty
     stride = 16 * triton.cdiv(patches, 16)  # rows begin at 16-byte boundaries
-    difference = new((images, patches, stride) if stores else (0,), dtype=precision.storage_dtype)
-
-    def launch(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
-        tiles = triton.cdiv(patches, config.rows)
-        loss_partials = new((images, tiles, tiles))
-        row_dots = new((images, tiles, patches) if stores else (0,))
-        target_row_dots = new((images, tiles, patches) if needs_target else (0,))
-        launch_modes(
-            gram_pairs_kernel,
-            "gram_pairs",
-            (tiles, tiles, images),
-            x,
-            (difference, row_dots, target_row_dots, loss_partials),
-            (stride,),
-            precision,
-            config,
-            STORES=stores,
-            HAS_TARGET_ROW_DOTS=needs_target,
-        )
-        return loss_partials, row_dots, target_row_dots
-
-    key = (images, *x.sizes, x.mode, stores, needs_target)
-    loss_partials, row_dots, target_row_dots = run_configured(
-        "gram_pairs", precision, x.rank, launch, *key
-    )
+    # 1. E of a group of images, used again for each group
+    group, difference = images, new((0,), dtype=precision.storage_dtype)
+    if stores:
+        image_bytes = patches * stride * difference.element_size()
+        group = min(images, max(1, configs.MAX_DIFFERENCE_BYTES // image_bytes))
+        difference = new((group, patches, stride), dtype=precision.storage_dtype)
     grad_factor = grad_target = None
     if grad_factor_dtype is not None:
-        grad_factor = _launch_gradient(
-            difference, row_dots, x.norms, factor, precision, grad_factor_dtype, negative=False
-        )
+        grad_factor = new(factor.shape, dtype=grad_factor_dtype)
+    target_patches = x.target[:, x.num_prefix_tokens :]
     if grad_target_dtype is not None:
-        grad_target = _launch_gradient(
-            difference,
-            target_row_dots,
-            x.target_norms,
-            x.target[:, x.num_prefix_tokens :],
-            precision,
-            grad_target_dtype,
-            negative=True,
+        grad_target = new(target_patches.shape, dtype=grad_target_dtype)
+
+    def some_images(some: range) -> Tensor:
+        def launch(config: configs.Config) -> tuple[Tensor, Tensor, Tensor]:
+            tiles = triton.cdiv(patches, config.rows)
+            loss_partials = new((len(some), tiles * (tiles + 1) // 2))
+            row_dots = new((len(some), tiles, patches) if stores else (0,))
+            target_row_dots = new((len(some), tiles, patches) if needs_target else (0,))
+            launch_modes(
+                gram_pairs_kernel,
+                "gram_pairs",
+                (tiles, tiles, len(some)),
+                x,
+                (difference, row_dots, target_row_dots, loss_partials),
+                (stride, some.start),
+                precision,
+                config,
+                STORES=stores,
+                HAS_TARGET_ROW_DOTS=needs_target,
+            )
+            return loss_partials, row_dots, target_row_dots
+
+        # 2. E, Σ E² and the partial sums of s; one key and so one configuration for all groups
+        key = (group, *x.sizes, x.mode, stores, needs_target)
+        loss_partials, row_dots, target_row_dots = run_configured(
+            "gram_pairs", precision, x.rank, launch, *key
         )
-    return GramOutput(loss_partials, grad_factor, grad_target)
+        # 3. X factor, and the gradient in the target
+        if grad_factor is not None:
+            _launch_gradient(
+                difference, row_dots, x.norms, factor, grad_factor, some, precision, negative=False
+            )
+        if grad_target is not None:
+            _launch_gradient(
+                difference,
+                target_row_dots,
+                x.target_norms,
+                target_patches,
+                grad_target,
+                some,
+                precision,
+                negative=True,
+            )
+        return loss_partials
+
+    groups = [range(first, min(first + group, images)) for first in range(0, images, group)]
+    loss_partials = [some_images(some) for some in groups]
+    whole = loss_partials[0] if len(groups) == 1 else torch.cat(loss_partials)
+    return GramOutput(whole, grad_factor, grad_target)

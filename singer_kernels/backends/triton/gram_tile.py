@@ -217,15 +217,16 @@ def launch_modes(
     grid: tuple[int, ...],
     x: GramInputs,
     outputs: tuple[Tensor, ...],
-    difference_stride: tuple[int, ...],
+    pair_arguments: tuple[int, ...],
     precision: MatmulPrecision,
     config: configs.Config,
     **flags: bool,
 ) -> None:
     """Launch a kernel of Gram tiles; with the identity, again for the images beyond its limit.
 
-    ``name`` is its key in ``configs.TABLE``. It takes the tensors of ``x``, the outputs, strides
-    (that of a row of E where it has one), the sizes of ``x`` and constexpr ``flags``.
+    ``name`` is its key in ``configs.TABLE``. It takes the tensors of ``x``, the outputs, strides,
+    ``pair_arguments`` (those of pairs alone: the stride of a row of E, the first image), the sizes
+    of ``x`` and constexpr ``flags``.
     """
     tokens = x.target if x.tokens is None else x.tokens
     for mode in ("identity", "recompute") if x.mode == "identity" else ("materialized",):
@@ -244,7 +245,7 @@ def launch_modes(
             *outputs,
             *token_strides(tokens),
             *token_strides(x.target),
-            *difference_stride,
+            *pair_arguments,
             *x.sizes,
             MODE=mode,
             **flags,

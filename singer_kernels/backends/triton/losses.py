@@ -12,6 +12,23 @@ from singer_kernels.backends.triton.language import to_scalar
 from singer_kernels.backends.triton.launch import compiler_options, kernel_dtype
 from singer_kernels.backends.triton.outlier import OutlierOutput
 
+CHUNK = 1024
+"""Partial sums that a program reads at a time."""
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def sum_chunks_kernel(
+    partials_ptr,  # [num_partials]
+    sums_ptr,  # out: sums of BLOCK consecutive ones, [programs]
+    num_partials,
+    BLOCK: tl.constexpr,
+):
+    """Sum BLOCK consecutive partials per program."""
+    chunk = tl.program_id(0)
+    index = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    partials = tl.load(partials_ptr + index, mask=index < num_partials, other=0.0)
+    tl.store(sums_ptr + chunk, tl.sum(partials))
+
 
 @triton.jit(do_not_specialize=["num_kd_partials", "num_images", "num_info_partials"])
 def sum_losses_kernel(
@@ -35,7 +52,7 @@ def sum_losses_kernel(
 ):
     """``kd = Σ (F̂ − S)² / (B T D)``, ``outlier = Σ (n − q)² / count``, ``info = Σ E² / (B P²)``.
 
-    One program sums all partials in a fixed order: results are reproducible bit by bit.
+    One program sums the partials in a fixed order: results are reproducible bit by bit.
     """
     # 1. kd
     index = tl.arange(0, BLOCK)
@@ -64,6 +81,17 @@ def sum_losses_kernel(
         tl.store(info_out_ptr, tl.sum(info) / (images * num_patches * num_patches))
 
 
+def few_partials(partials: Tensor) -> Tensor:
+    """Return at most ``configs.MAX_PARTIALS`` numbers with the sum of the given ones."""
+    while (count := partials.numel()) > configs.MAX_PARTIALS:
+        sums = partials.new_empty(triton.cdiv(count, CHUNK))
+        sum_chunks_kernel[(sums.numel(),)](
+            partials, sums, count, BLOCK=CHUNK, **compiler_options(configs.SMALL)
+        )
+        partials = sums
+    return partials
+
+
 def sum_losses(
     kd_partials: Tensor,
     outliers: OutlierOutput,
@@ -73,6 +101,9 @@ def sum_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return kd, outlier, info and 2 / count, ``[]`` each; info is unwritten without partials."""
     images, tokens, width = shape
+    kd_partials = few_partials(kd_partials)
+    if info_partials is not None:
+        info_partials = few_partials(info_partials)
     kd, outlier_loss, info, weight = (kd_partials.new_empty(()) for _ in range(4))
     sum_losses_kernel[(1,)](
         kd_partials,
@@ -91,7 +122,7 @@ def sum_losses(
         width,
         HAS_INFO=info_partials is not None,
         ACC=kernel_dtype(kd_partials.dtype),
-        BLOCK=1024,
+        BLOCK=CHUNK,
         **compiler_options(configs.SMALL),
     )
     return kd, outlier_loss, info, weight
