@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ FIRST, BEST = Config(64, 48, 8, 3), Config(32, 128, 4, 2)
 def cache(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "autotune.json"
     monkeypatch.setenv(tuning.CACHE, str(path))
+    monkeypatch.delenv(tuning.SECONDS, raising=False)
     monkeypatch.setattr(tuning, "_cached", {})
     return path
 
@@ -89,18 +91,77 @@ def test_a_file_that_is_none_is_written_anew(cache, content, caplog):
     assert json.loads(cache.read_text()) == {"refine device 1": list(BEST)}
 
 
-def test_another_error_is_not_hidden():
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, ValueError, IndexError])
+@pytest.mark.parametrize("is_table_broken", [False, True])
+def test_candidates_that_can_not_be_compiled_are_left_out(error, is_table_broken):
     class Broken(Kernel):
         def launch(self, config):
-            raise ValueError("broken")
+            if config.rows == 64 or (config == FIRST and is_table_broken):
+                raise error("PassManager::run failed")
+            return super().launch(config)
 
-    with pytest.raises(ValueError, match="broken"):
+    kernel = Broken()
+    assert run(kernel) == BEST
+    assert {config.rows for config in kernel.tried} == {16, 32, 128}
+
+
+def test_where_nothing_can_run_the_table_s_error_is_raised():
+    class Broken(Kernel):
+        def launch(self, config):
+            raise ValueError(f"broken: {config}")
+
+    with pytest.raises(ValueError, match=re.escape(f"broken: {FIRST}")):
         run(Broken())
 
 
-def test_no_two_candidates_are_the_same():
+@pytest.mark.parametrize(("limit", "measured"), [("0", 1), ("35", 4), ("1e9", None)])
+def test_the_time_limit(limit, measured, monkeypatch, cache):
+    now = 0.0
+
+    class Slow(Kernel):
+        def measure(self, run):
+            nonlocal now
+            now += 10
+            config = run()
+            return float(config.rows)
+
+    monkeypatch.setenv(tuning.SECONDS, limit)
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now)
+    kernel = Slow()
+    chosen = run(kernel)
+    tried = kernel.tried[:-1]  # the last is the call's own launch
+    assert len(tried) == (measured or len(list(tuning.candidates(FIRST))))
+    fits = [config for config in tried if config.rows < 128]
+    assert chosen == min(fits, key=lambda config: config.rows)
+    assert json.loads(cache.read_text()) == {"refine device 1": list(chosen)}
+
+
+def test_the_time_limit_waits_for_one_that_can_run(monkeypatch):
+    class Broken(Kernel):
+        def launch(self, config):
+            if config == FIRST:
+                raise RuntimeError("PassManager::run failed")
+            return super().launch(config)
+
+    monkeypatch.setenv(tuning.SECONDS, "0")
+    kernel = Broken()
+    assert run(kernel) == kernel.tried[0] != FIRST
+
+
+@pytest.mark.parametrize("text", ["a minute", "-1", "nan"])
+def test_a_time_limit_that_is_none(text, monkeypatch):
+    monkeypatch.setenv(tuning.SECONDS, text)
+    message = f"SINGER_AUTOTUNE_SECONDS: got '{text}', expected a number of seconds, 0 or more"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(Kernel())
+
+
+def test_no_two_candidates_are_the_same_and_the_similar_come_first():
     found = list(tuning.candidates(Config(16, 32, 4, 2)))
     assert len(found) == len(set(found)) == 4 * 3 * 2 * 3
+    assert found[0] == Config(16, 32, 4, 2)
+    assert Config(16, 32, 4, 3) in found[:5]
+    assert found[-1] == Config(128, 128, 8, 4)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False)])

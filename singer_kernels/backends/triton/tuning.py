@@ -1,9 +1,11 @@
 """Autotuning (``SINGER_AUTOTUNE=1``): measured configurations instead of the fixed table's.
 
 The first call of each kernel, size and device measures the table's configuration and a grid of
-others, and caches the fastest in memory and in a file: ``SINGER_AUTOTUNE_CACHE``, or
-``singer_kernels/autotune.json`` in the user's cache directory. A configuration sets the order of
-sums: results may differ in their last bits between cache files, not between calls with one file.
+others, the most similar first, and caches the fastest in memory and in a file:
+``SINGER_AUTOTUNE_CACHE``, or ``singer_kernels/autotune.json`` in the user's cache directory. After
+``SINGER_AUTOTUNE_SECONDS`` (60) for one kernel and size no further one is begun; one that can't be
+compiled or launched is left out. A configuration sets the order of sums: results may differ in
+their last bits between cache files, not between calls with one file.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +31,7 @@ _cached: dict[str, Config] = {}
 _Result = TypeVar("_Result")
 
 SWITCH, CACHE = "SINGER_AUTOTUNE", "SINGER_AUTOTUNE_CACHE"
+SECONDS, DEFAULT_SECONDS = "SINGER_AUTOTUNE_SECONDS", 60.0
 
 ROWS, INNER, WARPS, STAGES = (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 """Grid of candidate configurations."""
@@ -35,6 +40,22 @@ ROWS, INNER, WARPS, STAGES = (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 def is_on() -> bool:
     """Whether ``SINGER_AUTOTUNE`` is set."""
     return os.environ.get(SWITCH, "0").lower() in ("1", "true", "yes", "on")
+
+
+def seconds() -> float:
+    """Return the time after which no further candidate of a kernel and size is measured.
+
+    Raises:
+        ValueError: the variable holds no number of seconds.
+    """
+    text = os.environ.get(SECONDS) or str(DEFAULT_SECONDS)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not limit >= 0:
+        raise ValueError(f"{SECONDS}: got {text!r}, expected a number of seconds, 0 or more")
+    return limit
 
 
 def cache_file() -> Path:
@@ -68,12 +89,15 @@ def _write(path: Path, entries: dict[str, Config]) -> None:
 
 
 def candidates(first: Config) -> Iterator[Config]:
-    """Yield the table's configuration, then the rest of the grid."""
+    """Yield the table's configuration, then the rest of the grid, the most similar first."""
+
+    def distance(config: Config) -> float:
+        pairs = zip(config[:4], first[:4], strict=True)
+        return sum(abs(math.log2(number / own)) for number, own in pairs)
+
     yield first
-    for values in itertools.product(ROWS, INNER, WARPS, STAGES):
-        config = Config(*values)
-        if config != first:
-            yield config
+    grid = (Config(*values) for values in itertools.product(ROWS, INNER, WARPS, STAGES))
+    yield from sorted((config for config in grid if config != first), key=distance)
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
@@ -87,14 +111,20 @@ def _fastest(
     launch: Callable[[Config], object],
     measure: Callable[[Callable[[], object]], float],
 ) -> Config:
-    from triton.runtime.errors import OutOfResources, PTXASError
-
+    end = time.monotonic() + seconds()
     times: dict[Config, float] = {}
+    failures: list[Exception] = []
     for config in candidates(first):
+        if times and time.monotonic() >= end:
+            break
         try:
             times[config] = measure(functools.partial(launch, config))
-        except (OutOfResources, PTXASError):  # too large for this device
-            continue
+        except Exception as error:  # the compiler's, ptxas' and the driver's have no common type
+            _logger.debug("%s can't run: %s", config, error)
+            failures.append(error)
+    if not times:
+        raise failures[0]
+    _logger.info("measured %d configurations, %d can't run", len(times), len(failures))
     return min(times, key=lambda config: times[config])
 
 
@@ -113,6 +143,10 @@ def run_tuned(
         launch: runs the stage with a configuration.
         key: device, versions, dtypes and sizes that the choice depends on.
         measure: returns the time of a call.
+
+    Raises:
+        ValueError: ``SINGER_AUTOTUNE_SECONDS`` holds no number of seconds.
+        Exception: no configuration can run; the error of the table's.
 
     Returns:
         The result of ``launch``. During the capture of a CUDA graph nothing is measured: a key
