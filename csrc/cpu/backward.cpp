@@ -129,8 +129,9 @@ void Backward<T>::rows() const {
       for (int64_t i = 0; i < block.count; ++i) {
         const int64_t patch = block.first + i;
         // 2. c.
+        const bool has_outlier = params_.grad_outlier.has_value();
         T coefficient = 0;
-        if (params_.grad_outlier.has_value()) {
+        if (has_outlier) {
           coefficient = outlier_coefficient(params_.norms[patch],
                                             params_.threshold[token_of(patch).image], weight);
         }
@@ -139,12 +140,13 @@ void Backward<T>::rows() const {
         const T* grad_hz =
             params_.grad_info.has_value() ? params_.grad_hz + patch * 2 * rank : nullptr;
         if (needs_v_) {
-          simd.backward_row(grad_hz, grad_info, hz, coefficient, nullptr, T(0), nullptr, rank,
-                            v_.data() + patch * rank);
+          simd.backward_row(grad_hz, grad_info, has_outlier ? hz : nullptr, coefficient, nullptr,
+                            T(0), nullptr, rank, v_.data() + patch * rank);
         }
         if (needs_down_) {
-          simd.backward_row(grad_hz == nullptr ? nullptr : grad_hz + rank, grad_info, hz + rank,
-                            coefficient, has_kd_ ? params_.residual + patch * rank : nullptr,
+          simd.backward_row(grad_hz == nullptr ? nullptr : grad_hz + rank, grad_info,
+                            has_outlier ? hz + rank : nullptr, coefficient,
+                            has_kd_ ? params_.residual + patch * rank : nullptr,
                             alpha_,
                             has_grad_refined_up ? grad_refined_up.data() + i * rank : nullptr, rank,
                             grad_h_.data() + patch * rank);

@@ -245,7 +245,11 @@ struct RowKernels {
                            const T* residual, T alpha, const T* grad_refined_up, int64_t count,
                            T* out) {
     // 1. The outlier loss.
-    for (int64_t i = 0; i < count; ++i) out[i] = coefficient * hz[i];
+    if (hz != nullptr) {
+      for (int64_t i = 0; i < count; ++i) out[i] = coefficient * hz[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = T(0);
+    }
     // 2. The information loss.
     if (grad_hz != nullptr) {
       for (int64_t i = 0; i < count; ++i) out[i] += grad_info * grad_hz[i];

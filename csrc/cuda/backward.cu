@@ -45,8 +45,8 @@ __global__ void backward_rows_kernel(const T* hz, Rows grad_hz, Rows residual,
   for (int64_t k = threadIdx.x % kLanes; k < 2 * rank; k += kLanes) {
     const bool is_z = k >= rank;
     const int64_t index = patch * rank + k - (is_z ? rank : 0);
-    T value[1] = {coefficient * hz[patch * 2 * rank + k]};
-    T term[1];
+    T value[1] = {0}, term[1];
+    if (grad_outputs.outlier.data != nullptr) value[0] = coefficient * hz[patch * 2 * rank + k];
     if (grad_outputs.info.data != nullptr) {
       load(grad_hz, patch * 2 * rank + k, term);
       value[0] += grad_info * term[0];

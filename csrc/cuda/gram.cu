@@ -17,7 +17,7 @@ __global__ void gram_difference_kernel(Rows gram, Rows target_gram, Output diffe
   if (row >= count) return;
   // 1. E, and this lane's part of the sums.
   T squares = 0, row_dot = 0, target_row_dot = 0;
-  for_row(patches, aligned, [&](int64_t j, auto size) {
+  for_row_at(row * patches, patches, aligned, [&](int64_t j, auto size) {
     constexpr int kCount = decltype(size)::value;
     T gram_values[kCount], target_gram_values[kCount];
     load(gram, row * patches + j, gram_values);
@@ -103,7 +103,7 @@ void difference(Tensor gram, Tensor target_gram, std::optional<Tensor> differenc
   const int64_t patches = shape[2], count = shape[0] * patches;
   const Output out = output_of(difference);
   const bool aligned =
-      is_aligned(patches, {gram.const_data_ptr(), target_gram.const_data_ptr(), out.data});
+      is_aligned(kVector, {gram.const_data_ptr(), target_gram.const_data_ptr(), out.data});
   dispatch(acc, [&](auto zero) {
     using T = decltype(zero);
     launch<gram_difference_kernel<T>>(count, gram, rows_of(gram), rows_of(target_gram), out,

@@ -86,10 +86,28 @@ SINGER_DEVICE uint16_t float_to_narrow(float value, bool is_bfloat16) {
 #endif
 }
 
+// The 2, 4, 8 or 16 bytes of one access: words, as single bytes would be taken apart one by one.
+#ifdef SINGER_EMULATED
 template <int kBytes>
-struct alignas(kBytes) Chunk {
-  unsigned char bytes[kBytes];
+struct [[gnu::may_alias]] alignas(kBytes) Chunk {
+  uint16_t words[kBytes / 2];
 };
+#else
+template <int kBytes>
+using Chunk = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+#endif
+
+// Store a chunk by one access; the compiler may divide an assignment.
+template <typename C>
+SINGER_DEVICE void store_chunk(C* to, const C& chunk) {
+#ifdef SINGER_EMULATED
+  *to = chunk;
+#else
+  __stwb(to, chunk);
+#endif
+}
 
 // Load kCount elements from `offset` on, as T; if kCount > 1 the address is 16-byte aligned.
 template <int kCount, typename T>
@@ -137,7 +155,7 @@ SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offse
       for (int j = 0; j < kWide; ++j) values[j] = static_cast<double>(in[i * kWide + j]);
       Chunk<8 * kWide> chunk;
       memcpy(&chunk, values, sizeof(values));
-      to[i] = chunk;
+      store_chunk(to + i, chunk);
     }
   } else if (out.dtype == ScalarType::Float) {
     constexpr int kFloats = kCount == 1 ? 1 : 4;
@@ -147,7 +165,7 @@ SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offse
       for (int j = 0; j < kFloats; ++j) values[j] = static_cast<float>(in[i * kFloats + j]);
       Chunk<4 * kFloats> chunk;
       memcpy(&chunk, values, sizeof(values));
-      to[i] = chunk;
+      store_chunk(to + i, chunk);
     }
   } else {
     const bool is_bfloat16 = out.dtype == ScalarType::BFloat16;
@@ -157,7 +175,8 @@ SINGER_DEVICE void store(const T (&in)[kCount], const Output& out, int64_t offse
     }
     Chunk<2 * kCount> chunk;
     memcpy(&chunk, values, sizeof(values));
-    *reinterpret_cast<Chunk<2 * kCount>*>(static_cast<uint16_t*>(out.data) + offset) = chunk;
+    auto* to = reinterpret_cast<Chunk<2 * kCount>*>(static_cast<uint16_t*>(out.data) + offset);
+    store_chunk(to, chunk);
   }
 }
 
@@ -172,6 +191,26 @@ SINGER_DEVICE void for_row(int64_t width, bool is_aligned, const Body& body) {
     }
   } else {
     for (int64_t d = lane; d < width; d += kLanes) body(d, std::integral_constant<int, 1>());
+  }
+}
+
+// The same for rows of any width: vectors between the multiples of kVector among the elements'
+// offsets, the up to 2 (kVector - 1) elements around them one at a time. Every tensor that `body`
+// accesses has the row at this `offset`; `is_aligned`: they start at 16-byte boundaries.
+template <typename Body>
+SINGER_DEVICE void for_row_at(int64_t offset, int64_t width, bool is_aligned, const Body& body) {
+  const int lane = threadIdx.x % kLanes;
+  int64_t begin = width, count = 0;  // of the vectors
+  if (is_aligned) {
+    begin = (kVector - offset % kVector) % kVector;
+    if (begin > width) begin = width;
+    count = (width - begin) / kVector * kVector;
+  }
+  for (int64_t d = lane * kVector; d < count; d += kLanes * kVector) {
+    body(begin + d, std::integral_constant<int, kVector>());
+  }
+  for (int64_t d = lane; d < width - count; d += kLanes) {
+    body(d < begin ? d : d + count, std::integral_constant<int, 1>());
   }
 }
 

@@ -19,28 +19,11 @@ __global__ void outlier_kernel(const T* all_norms, T* threshold_out, T* squares_
   const auto for_each = [&](auto body) {
     for (int64_t i = lane; i < patches; i += kLanes) body(norms[i]);
   };
-  // 1. The norm at the integer part of the quantile's position: bitwise selection.
-  int64_t nans = 0;
-  for_each([&](T norm) { nans += norm != norm; });
-  const Key<T> low = kth_smallest<T>(lower_index, [&](Key<T> key) {
-    int64_t count = 0;
-    for_each([&](T norm) { count += norm_key(norm) < key; });
-    return warp_sum(count);
-  });
-  // 2. The next larger norm, and q between both; NaN if any norm is.
-  int64_t count_through = 0;
-  Key<T> next = last_key<T>();
-  for_each([&](T norm) {
-    const Key<T> key = norm_key(norm);
-    count_through += key <= low;
-    if (key > low && key < next) next = key;
-  });
-  count_through = warp_sum(count_through);
-  next = warp_min(next);
-  const Key<T> high = fraction > 0 && count_through <= lower_index + 1 ? next : low;
-  T threshold = interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(fraction));
-  if (warp_sum(nans) > 0) threshold = bits_as<T>(last_key<T>());
-  // 3. Sum and count the outliers.
+  // 1. q.
+  const T threshold = quantile_of<T>(
+      lower_index, fraction, for_each, [](int64_t count) { return warp_sum(count); },
+      [](Key<T> key) { return warp_min(key); });
+  // 2. Sum and count the outliers.
   T squares = 0;
   int64_t count = 0;
   for_each([&](T norm) {

@@ -70,6 +70,34 @@ SINGER_FN T interpolate(T low, T high, T fraction) {
   return fraction < T(0.5) ? low + fraction * gap : high - gap * (T(1) - fraction);
 }
 
+// The quantile of an image's norms by bitwise selection; NaN if any norm is. `below` and `fraction`:
+// its QuantilePosition. `for_each(body)` calls body(norm) for this lane's norms, all of them on a
+// CPU; `sum` and `min` reduce a value over the lanes.
+template <typename T, typename ForEach, typename Sum, typename Min>
+SINGER_FN T quantile_of(int64_t below, double fraction, const ForEach& for_each, const Sum& sum,
+                        const Min& min) {
+  int64_t nans = 0;
+  for_each([&](T norm) { nans += norm != norm; });
+  if (sum(nans) > 0) return bits_as<T>(last_key<T>());
+  // 1. The norm at the integer part of the quantile's position.
+  const Key<T> low = kth_smallest<T>(below, [&](Key<T> key) {
+    int64_t count = 0;
+    for_each([&](T norm) { count += norm_key(norm) < key; });
+    return sum(count);
+  });
+  // 2. The next larger norm, and the quantile between both.
+  int64_t count_through = 0;
+  Key<T> next = last_key<T>();
+  for_each([&](T norm) {
+    const Key<T> key = norm_key(norm);
+    count_through += key <= low;
+    if (key > low && key < next) next = key;
+  });
+  const bool is_between = fraction > 0 && sum(count_through) <= below + 1;
+  const Key<T> high = is_between ? min(next) : low;
+  return interpolate(bits_as<T>(low), bits_as<T>(high), static_cast<T>(fraction));
+}
+
 // Return whether n > q; NaN and Inf count as outliers.
 template <typename T>
 SINGER_FN bool is_outlier(T norm, T threshold) {

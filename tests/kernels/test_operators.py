@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from singer_kernels import fused_losses
+from singer_kernels.backends.operators import BackwardInputs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -60,6 +61,34 @@ def test_the_same_input_gives_the_same_bits(dtype, shape):
         assert torch.equal(a, b)
     for name in ("student", "down", "up"):
         assert torch.equal(first[0][name].grad, second[0][name].grad)
+
+
+def test_h_does_not_matter_without_a_gradient_of_the_outlier_loss(kernels):
+    tokens, hz = torch.ones(1, 4, 8), torch.full((1, 3, 4), torch.inf)
+    inputs = BackwardInputs(
+        student=tokens,
+        teacher=tokens,
+        up=torch.ones(2, 8),
+        hz=hz,
+        grad_hz=None,
+        residual=torch.ones(1, 3, 2),
+        norms=torch.ones(1, 3),
+        threshold=torch.ones(1),
+        outlier_weight=torch.ones(()),
+        grad_kd=torch.tensor(16.0),
+        grad_outlier=None,
+        grad_info=None,
+        grad_refined=None,
+        num_prefix_tokens=1,
+        acc=F32,
+        product=F32,
+        student_dtype=None,
+        down_dtype=F32,
+        up_dtype=None,
+    )
+    operator = getattr(torch.ops.singer_kernels, f"{kernels}_losses_backward")
+    # dH = 2 · 16 / (B T D) (F̂ − S) Wuᵀ = 1, and dWd its sum over three patches.
+    assert torch.equal(operator(*inputs)[1], torch.full((8, 2), 3.0))
 
 
 def held(case, backend, dtype):
