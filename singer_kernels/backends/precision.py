@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -53,6 +55,62 @@ class MatmulPrecision(NamedTuple):
         high = a.to(self.storage_dtype)
         low = (a - high.to(a.dtype)).to(self.storage_dtype)
         return self.multiply(torch.cat([high, low], dim=1), torch.cat([b, b], dim=0))
+
+
+class _Tf32:
+    """Turns off torch's TF32 setting for CUDA products while any thread asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: str | None = None  # torch.get_float32_matmul_precision()
+        self._was_on = False
+
+    def enter(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            self._was_on = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            if not self._was_on:
+                return
+            try:
+                self._before = torch.get_float32_matmul_precision()
+            except RuntimeError:  # the setting was changed by fp32_precision alone
+                self._before = None
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users > 0 or not self._was_on:
+                return
+            if self._before is None:
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
+            elif self._before == "medium":
+                torch.set_float32_matmul_precision("medium")
+            else:
+                torch.backends.cuda.matmul.allow_tf32 = True
+
+
+_tf32 = _Tf32()
+
+
+@contextmanager
+def full_float32(precision: MatmulPrecision) -> Iterator[None]:
+    """Run float32 products on CUDA without TF32, unless the features are float32 themselves.
+
+    Of narrow features the intermediate results are float32; TF32 would drop the digits that they
+    are kept for. Only inside of an operator, which torch.compile does not trace.
+    """
+    if precision.product == precision.acc:
+        yield
+        return
+    _tf32.enter()
+    try:
+        yield
+    finally:
+        _tf32.leave()
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

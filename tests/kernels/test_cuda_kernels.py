@@ -10,13 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from singer_kernels import backends, extension, fused_losses
+from singer_kernels.backends.cuda import ops
+from singer_kernels.backends.precision import MatmulPrecision, full_float32
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
@@ -72,8 +76,14 @@ def test_rows_are_read_and_written_by_16_bytes(compiled, stage):
     sass = subprocess.run(
         [CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
-    assert re.search(r"LDG\.E\.128", sass)
-    assert re.search(r"STG\.E\.128", sass)
+    kernels = [text for text in sass.split("Function : ")[1:] if "backward_rows" not in text]
+    for kernel in kernels:
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z]\S*)", kernel)
+        assert sum(name.startswith("LDG.E.128") for name in instructions) >= 7
+        assert sum(name.startswith("STG.E.128") for name in instructions) >= 7
+        # Chunks that are taken apart byte by byte made these more than half of all instructions.
+        of_bits = sum(name.split(".")[0] in ("LOP3", "PRMT", "SHF") for name in instructions)
+        assert of_bits < 0.15 * len(instructions)
 
 
 needs_emulation = pytest.mark.skipif(
@@ -138,6 +148,101 @@ def test_a_student_close_to_the_refined_teacher():
             out = fused_losses(*given, *leaves, gram=False, backend=name)
         found.append(torch.autograd.grad(out.kd, leaves[0])[0])
     assert (found[0] - found[1]).abs().max() <= 0.05 * found[1].abs().max()
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1, 8])  # in elements: 0 and 8 are 16-byte aligned
+def test_the_gram_difference_of_any_number_of_patches(offset, dtype):
+    kernel = torch.ops.singer_kernels.cuda_gram_difference
+    for patches in range(1, 42):
+        generator = torch.Generator().manual_seed(patches)
+        count = 2 * patches**2
+        gram, target, difference = (
+            torch.randn(offset + count, generator=generator)
+            .to(kind)[offset:]
+            .view(2, patches, patches)
+            for kind in (torch.float32, torch.float32, dtype)
+        )
+        sums = [torch.empty(2, patches) for _ in range(3)]
+        kernel(gram, target, difference, *sums)
+        expected = gram - target
+        assert torch.equal(difference, expected.to(dtype))
+        for found, factor in zip(sums, (expected, gram, target), strict=True):
+            terms = expected.double() * factor
+            bound = patches * 2**-23 * terms.abs().sum(dim=2)
+            assert ((found - terms.sum(dim=2)).abs() <= bound).all()
+
+
+class Products(TorchDispatchMode):
+    """Notes the setting for TF32 at each product of float32; skips our kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "singer_kernels":
+            return None
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            assert args[-1].dtype == torch.float32
+            self.settings.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+def tf32_settings():
+    """Return the settings as each of torch's interfaces reads them."""
+    matmul, found = torch.backends.cuda.matmul, []
+    for read in (
+        lambda: matmul.fp32_precision,
+        lambda: matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            found.append(read())
+        except RuntimeError as error:  # torch's interfaces contradict each other
+            found.append(type(error))
+    return found
+
+
+TURN_ON = {
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.fixture(params=TURN_ON)
+def tf32(request):
+    TURN_ON[request.param]()
+    yield tf32_settings()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tf32_is_for_products_of_float32_features(dtype, tf32):
+    resources = pytest.importorskip("singer_kernels.resources")
+    assert tf32[0] == "tf32"
+    with Products() as products:
+        resources.training_step(
+            ops, dtype, 16, 48, images=2, width=128, target=True, trains_target=True
+        )
+    assert len(products.settings) == 13
+    assert set(products.settings) == {"tf32" if dtype == torch.float32 else "ieee"}
+    assert tf32_settings() == tf32
+
+
+def test_the_setting_is_restored_by_the_last_of_several_threads(tf32):
+    narrow = MatmulPrecision(torch.bfloat16, torch.float32)
+    inner, outer = ExitStack(), ExitStack()
+    outer.enter_context(full_float32(narrow))
+    inner.enter_context(full_float32(narrow))
+    outer.close()
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    inner.close()
+    assert tf32_settings() == tf32
 
 
 @needs_emulation

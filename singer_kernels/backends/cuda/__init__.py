@@ -5,9 +5,9 @@ memory are kernels in ``csrc/cuda``: F̂ with its norms and KD sums, the quantil
 the Gram matrices, the rows of the gradients.
 
 bfloat16 products accumulate in float32; in ``H Wu``, H is split into two bfloat16 parts. float16
-features are multiplied in float32: float16 lacks the range of H and X. float32 products follow
-torch's TF32 setting, as the reference's do. Gram matrices are in memory, of as many images at a
-time as fit ``stages.MAX_ENTRIES``.
+features are multiplied in float32: float16 lacks the range of H and X. Products of float32 features
+follow torch's TF32 setting, as the reference's do; the float32 ones of narrow features do not. Gram
+matrices are in memory, of as many images at a time as fit ``stages.MAX_ENTRIES``.
 """
 
 from __future__ import annotations

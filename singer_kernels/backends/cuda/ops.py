@@ -13,7 +13,7 @@ from singer_kernels.backends.operators import (
     GramLossOutput,
     or_empty,
 )
-from singer_kernels.backends.precision import MatmulPrecision
+from singer_kernels.backends.precision import MatmulPrecision, full_float32
 
 _KERNELS = (
     "cuda_refine(Tensor teacher, Tensor student, Tensor delta, int num_prefix_tokens, "
@@ -47,23 +47,26 @@ def losses_forward(x: ForwardInputs) -> ForwardOutput:
     x = x._replace(student=x.student.contiguous(), teacher=x.teacher.contiguous())
     precision = MatmulPrecision(x.product, x.acc)
     gram_precision = MatmulPrecision(x.gram_product, x.acc)
-    refined = stages.run_refine(x, precision, gram_precision.storage_dtype if x.gram else None)
+    rows_dtype = gram_precision.storage_dtype if x.gram else None
+    with full_float32(precision):
+        refined = stages.run_refine(x, precision, rows_dtype)
     outlier, threshold, outlier_weight = stages.run_outlier(refined.norms, x.quantile)
     info = refined.kd.new_empty(0)
     grad_hz = grad_target = None
     if refined.rows is not None:
         target = x.teacher if x.gram_target is None else x.gram_target.contiguous()
-        info, grad_hz, grad_target = stages.run_gram(
-            refined.rows,
-            refined.norms,
-            target,
-            x.num_prefix_tokens,
-            gram_precision,
-            factor=refined.hz if x.has_grad_hz else None,
-            factor_is_tokens=False,
-            grad_factor_dtype=gram_precision.storage_dtype,
-            grad_target_dtype=gram_precision.storage_dtype if x.has_grad_target else None,
-        )
+        with full_float32(gram_precision):
+            info, grad_hz, grad_target = stages.run_gram(
+                refined.rows,
+                refined.norms,
+                target,
+                x.num_prefix_tokens,
+                gram_precision,
+                factor=refined.hz if x.has_grad_hz else None,
+                factor_is_tokens=False,
+                grad_factor_dtype=gram_precision.storage_dtype,
+                grad_target_dtype=gram_precision.storage_dtype if x.has_grad_target else None,
+            )
     return ForwardOutput(
         kd=refined.kd,
         outlier=outlier,
@@ -87,7 +90,9 @@ def losses_backward(x: BackwardInputs) -> BackwardOutput:
         teacher=x.teacher.contiguous(),
         grad_refined=None if x.grad_refined is None else x.grad_refined.contiguous(),
     )
-    grads = stages.run_backward(x, MatmulPrecision(x.product, x.acc))
+    precision = MatmulPrecision(x.product, x.acc)
+    with full_float32(precision):
+        grads = stages.run_backward(x, precision)
     return BackwardOutput(*(or_empty(grad, x.hz) for grad in grads))
 
 
@@ -96,15 +101,16 @@ def gram_loss(x: GramLossInputs) -> GramLossOutput:
     """Run the stage ``gram`` on two tensors of tokens."""
     precision, tokens = MatmulPrecision(x.product, x.acc), x.tokens.contiguous()
     norms, rows = stages.normalized(tokens, x.num_prefix_tokens, precision)
-    loss, grad_tokens, grad_target = stages.run_gram(
-        rows,
-        norms,
-        x.target.contiguous(),
-        x.num_prefix_tokens,
-        precision,
-        factor=tokens if x.has_grad_tokens else None,
-        factor_is_tokens=True,
-        grad_factor_dtype=x.acc,
-        grad_target_dtype=x.acc if x.has_grad_target else None,
-    )
+    with full_float32(precision):
+        loss, grad_tokens, grad_target = stages.run_gram(
+            rows,
+            norms,
+            x.target.contiguous(),
+            x.num_prefix_tokens,
+            precision,
+            factor=tokens if x.has_grad_tokens else None,
+            factor_is_tokens=True,
+            grad_factor_dtype=x.acc,
+            grad_target_dtype=x.acc if x.has_grad_target else None,
+        )
     return GramLossOutput(loss, or_empty(grad_tokens, loss), or_empty(grad_target, loss))
