@@ -157,7 +157,9 @@ def fused_losses(
 
     The tensors may be float64, float32, bfloat16 and float16 in any mix, of any strides, on one
     device. Products take the operands' promoted dtype, or follow autocast; every reduction is
-    float32 (float64 if an input is float64). Gradients have their input's dtype.
+    float32 (float64 if an input is float64). Gradients have their input's dtype. Before the capture
+    of a CUDA graph, forward and backward must have run once with these sizes and dtypes
+    (``torch.cuda.make_graphed_callables`` sees to it): a kernel's first launch can't be captured.
 
     Returns:
         The scalars ``kd``, ``outlier``, ``info``; ``refined`` ``[B, T, D]``, ``norms`` ``[B, P]``,

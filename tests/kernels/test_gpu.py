@@ -12,10 +12,10 @@ import sys
 import pytest
 import torch
 from bounds import cancellation, unit
-from cases import Shape, outlier_case, random_case, tied_case, total
+from cases import WEIGHTS, Shape, outlier_case, random_case, tied_case, total
 from torch.utils.checkpoint import checkpoint
 
-from singer_kernels import extension, fused_losses, gram_loss
+from singer_kernels import FusedLosses, extension, fused_losses, gram_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +65,44 @@ COMBINATIONS = [
     for mix in (MIXES if number < 2 else list(MIXES)[:3])
     if mix != "float16" or SHAPES[shape].rank <= 128  # left to the backend torch
 ]
+
+
+class Losses(torch.nn.Module):
+    """The losses of ``FusedLosses`` as a tuple of tensors."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.adapter = FusedLosses(200, 20, backend=backend, device="cuda", dtype=BF16)
+
+    def forward(self, student, teacher):
+        out = self.adapter(student, teacher)
+        return out.kd, out.outlier, out.info
+
+
+# First of all: no other test has compiled or loaded these kernels.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphed_callables_need_no_call_before(backend):
+    torch.manual_seed(0)
+    losses = Losses(backend)
+
+    def step(function, seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        student, teacher = torch.randn(
+            2, 2, 50, 200, generator=generator, device="cuda", dtype=BF16
+        )
+        out = function(student.requires_grad_(), teacher)
+        leaves = [student, *losses.parameters()]
+        return [*out, *torch.autograd.grad(total_of(out), leaves)]
+
+    def total_of(out):
+        return sum(weight * loss for weight, loss in zip(WEIGHTS, out, strict=True))
+
+    sample = torch.randn(2, 50, 200, device="cuda", dtype=BF16)
+    eager = losses.forward
+    graphed = torch.cuda.make_graphed_callables(losses, (sample.clone().requires_grad_(), sample))
+    for seed in range(2):
+        for found, expected in zip(step(graphed, seed), step(eager, seed), strict=True):
+            assert torch.equal(found, expected)
 
 
 def results(case, dtypes, backend, autocast=None, exact=False):
