@@ -37,9 +37,12 @@ def _start(backend: str, device: str, cache: Path) -> dict[str, float]:
         "PYTHONPATH": os.pathsep.join(paths),
     }
     command = [sys.executable, str(SCRIPT), backend, "--device", device]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
-    )
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{backend}: a start had not ended after {TIMEOUT} s", pytrace=False)
     if done.returncode != 0:
         pytest.fail(f"{backend}: a start failed:\n{done.stderr}", pytrace=False)
     return json.loads(done.stdout)

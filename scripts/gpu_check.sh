@@ -19,9 +19,9 @@ step() {
     echo "  $((SECONDS - begin)) s, failed: $failed"
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+timeout 30 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 # Build for this GPU's architecture only.
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+capability=$(timeout 30 nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 step 50 env PYTHONPATH=build_backend SINGER_BUILD_EXT=cuda "TORCH_CUDA_ARCH_LIST=$capability" \
     python3 -m singer_build
 step 20 python3 -m singer_kernels.info

@@ -24,10 +24,19 @@ def _folder() -> Path:
     """Return the folder of the compiled files: this package's, except in a clone.
 
     A clone that was not built in place has none: there the installed package has them, or the
-    reason why not. A library from other sources in ``csrc`` is not used, which is logged.
+    reason why not. A library from other sources in ``csrc`` is not used, unless it was built in
+    place (a pull came after it): either is logged.
     """
     hashing = _HERE.parent / "build_backend" / "singer_build" / "hashing.py"
-    if (_HERE / "_install.json").exists() or not hashing.is_file():
+    if not hashing.is_file():
+        return _HERE
+    if (_HERE / "_install.json").exists():
+        record = _read_record(_HERE / "_install.json")
+        if (_HERE / "_ops.so").is_file() and record.get("sources") != _sources(hashing):
+            _logger.warning(
+                "singer_kernels: %s is of other sources than csrc; build or install again",
+                _HERE / "_ops.so",
+            )
         return _HERE
     for distribution in importlib.metadata.distributions(name="singer-kernels"):
         folder = Path(str(distribution.locate_file("singer_kernels")))
@@ -36,8 +45,7 @@ def _folder() -> Path:
             continue
         if not (folder / "_ops.so").is_file():
             return folder  # whose record has the reason
-        sources = runpy.run_path(str(hashing))["build_hash"](_HERE.parent, [])
-        if record.get("sources") == sources:
+        if record.get("sources") == _sources(hashing):
             return folder
         _logger.warning(
             "singer_kernels: %s is imported, without a compiled library: that of the installed "
@@ -47,6 +55,10 @@ def _folder() -> Path:
         )
         break  # the first is the one that is installed
     return _HERE
+
+
+def _sources(hashing: Path) -> str:
+    return str(runpy.run_path(str(hashing))["build_hash"](_HERE.parent, []))
 
 
 def _read_record(path: Path) -> dict[str, str]:

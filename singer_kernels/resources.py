@@ -42,6 +42,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 RANKS = (16, 32, 64, 128, 256)
 """The largest rank of each row of the configuration table, and a smaller one."""
 
+CUOBJDUMP_SECONDS = 60.0
+
 _KERNELS = {
     name: (module, kernel)
     for module in (refine, outlier, gram_tile, gram_rows, gram_pairs, losses, backward)
@@ -296,6 +298,19 @@ def traffic(
     return [(launch.kernel.removesuffix("_kernel"), num_bytes) for launch, num_bytes in found]
 
 
+def _resource_usage(cuobjdump: Path, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "-res-usage", file.name]
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=CUOBJDUMP_SECONDS
+            ).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            raise RuntimeError(f"cuobjdump: {error}") from error
+
+
 def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
     """Compile one launch and read its resources.
 
@@ -306,7 +321,7 @@ def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
         launch: the launch.
 
     Raises:
-        RuntimeError: cuobjdump printed no resource usage.
+        RuntimeError: cuobjdump failed, or printed no resource usage.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -321,12 +336,8 @@ def compile_launch(arch: int, operand: str, rank: int, launch: Launch) -> Usage:
     )
     options = dict(launch.options)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = _resource_usage(cuobjdump, compiled.asm["cubin"])
     read = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if read is None:
         raise RuntimeError(f"{launch.kernel}: no resource usage in {text!r}")
@@ -401,7 +412,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--operand", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--rank", type=int, nargs="+", default=RANKS)
     options = parser.parse_args(arguments)
-    found = usages(tuple(options.arch), tuple(options.operand), tuple(options.rank))
+    try:
+        found = usages(tuple(options.arch), tuple(options.operand), tuple(options.rank))
+    except RuntimeError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     if options.json:
         print(json.dumps([usage._asdict() for usage in found], indent=1))
     else:

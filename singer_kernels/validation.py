@@ -37,8 +37,9 @@ def check_tensor(name: str, value: object, dims: str) -> Tensor:
             f"{name}: got a DTensor, expected a plain tensor {dims}: "
             f"call the sharded module itself, or pass {name}.full_tensor()"
         )
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor {dims}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: got {layout}, expected a dense tensor {dims}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name}: got dtype {value.dtype}, expected float64, float32, bfloat16 or float16"

@@ -26,6 +26,7 @@ TARGET_ABI = "0x020a000000000000"  # torch 2.10
 CXX_FLAGS = ("-O3", "-fno-math-errno", "-fopenmp-simd", "-fvisibility=hidden", "-fPIC")
 COMMON_FLAGS = (f"-std={STANDARD}", f"-DTORCH_TARGET_VERSION={TARGET_ABI}")
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0")  # the default; the last also as PTX
+COMPILE_SECONDS = 3600.0  # of one source
 LIBRARY = "_ops.so"  # without Python's ABI suffix: loaded by torch, not imported
 
 
@@ -58,9 +59,12 @@ def _run(command: list[str], root: Path) -> None:
             text=True,
             errors="replace",
             check=False,
+            timeout=COMPILE_SECONDS,
         )
     except OSError as error:
         raise CompileError(str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(f"{command[0]} had not ended after {error.timeout:.0f} s") from error
     if done.returncode != 0:
         output = done.stderr or done.stdout
         print(shlex.join(command), output, sep="\n", file=sys.stderr)

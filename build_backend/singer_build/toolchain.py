@@ -16,6 +16,8 @@ from pathlib import Path
 
 from singer_build.plan import Toolchain
 
+NVCC_SECONDS = 60.0
+
 BUILD_INFO = Path("csrc", "python")  # the sources of singer_kernels._build, not of _ops
 
 
@@ -74,10 +76,12 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_output(nvcc: str, option: str) -> str:
-    """Return nvcc's output for an option; empty if it fails."""
+    """Return nvcc's output for an option; empty if it fails or takes longer than a minute."""
     try:
-        done = subprocess.run([nvcc, option], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(
+            [nvcc, option], capture_output=True, text=True, check=True, timeout=NVCC_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar, cast, get_args
 from torch import Tensor
 from torch import device as Device
 from torch._C import _are_functorch_transforms_active  # torch.autograd.Function asks it too
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from singer_kernels import reference as specification
@@ -136,9 +137,11 @@ def unavailable_reason(name: str, device: Device, explicit: bool = True) -> str 
 
 
 def _unsupported_reason(name: str, spec: CallSpec) -> str | None:
-    under_torch_func = not is_compiling() and _are_functorch_transforms_active()
-    if under_torch_func and name != "reference":
-        return "under the transforms of torch.func there is 'reference' alone"
+    if not is_compiling() and name != "reference":
+        if _are_functorch_transforms_active():
+            return "under the transforms of torch.func there is 'reference' alone"
+        if forward_ad._current_level >= 0:
+            return "for forward-mode differentiation there is 'reference' alone"
     return load(name).unsupported_reason(spec)
 
 

@@ -7,6 +7,7 @@ import torch
 from cases import Shape, random_case, total
 from conftest import BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from singer_kernels import (
@@ -214,6 +215,35 @@ def test_torch_func_grad(name):
     torch.testing.assert_close(gradient(*detached), expected)
     with pytest.raises(RuntimeError, match="can't be differentiated twice"):
         torch.func.grad(lambda down: gradient(down, detached[1])[0].sum())(detached[0])
+
+
+@pytest.mark.parametrize("how", ["jvp", "dual numbers"])
+@pytest.mark.parametrize("name", [None, *BACKENDS])
+def test_forward_mode(name, how):
+    """Directional derivatives by the reference; the other backends refuse, in one line."""
+    student, teacher, down, up = (x.detach() for x in inputs_of(2, 7))
+    direction = torch.ones_like(down)
+
+    def losses(down):
+        tokens = refine(teacher, down, up, backend=name)
+        out = fused_losses(student, teacher, down, up, backend=name)
+        pieces = kd_loss(student, tokens, backend=name) + gram_loss(tokens, teacher, backend=name)
+        norms = token_norms(tokens, backend=name)
+        return sum(out[:3]) + pieces + outlier_loss(norms, backend=name)
+
+    def derivative():
+        if how == "jvp":
+            return torch.func.jvp(losses, (down,), (direction,))[1]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(losses(forward_ad.make_dual(down, direction))).tangent
+
+    if name not in (None, "reference"):
+        with pytest.raises(RuntimeError, match=r"^backend: '\w+' can't run.* 'reference' alone$"):
+            derivative()
+        return
+    leaf = down.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses(leaf), leaf)
+    torch.testing.assert_close(derivative(), (gradient * direction).sum())
 
 
 @pytest.mark.parametrize("with_target", [False, True])

@@ -97,6 +97,14 @@ def test_sparse(function, name):
 
 
 @pytest.mark.parametrize(("function", "name"), ARGUMENTS)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested(function, name, layout):
+    parts = list(torch.ones(TENSORS[function][name]))
+    bad = torch.nested.nested_tensor(parts, layout=layout)
+    refuses(function, TypeError, name, "a nested tensor", "dense", **{name: bad})
+
+
+@pytest.mark.parametrize(("function", "name"), ARGUMENTS)
 @pytest.mark.parametrize("change", ["fewer", "more", "none"])
 def test_wrong_number_of_dimensions(function, name, change):
     shape = TENSORS[function][name]

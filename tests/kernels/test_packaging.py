@@ -193,6 +193,14 @@ def test_a_failed_compilation_names_its_error(tmp_path, capfd):
         compiling._run(["/nowhere/c++"], tmp_path)
 
 
+def test_a_compiler_that_hangs_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "COMPILE_SECONDS", 0.2)
+    with pytest.raises(compiling.CompileError, match=r"^sleep had not ended after 0 s$"):
+        compiling._run(["sleep", "1000"], tmp_path)
+    monkeypatch.setattr(toolchain, "NVCC_SECONDS", 0.2)
+    assert toolchain.nvcc_output("sleep", "1000") == ""
+
+
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
     """A folder that stands for the installed package: nothing is in it yet."""
@@ -295,6 +303,28 @@ def test_a_clone_tells_why_the_installed_package_has_no_library(tmp_path, monkey
     monkeypatch.syspath_prepend(str(installed))
     monkeypatch.setattr(extension, "_HERE", clone / "singer_kernels")
     assert extension._folder() == installed / "singer_kernels"
+
+
+@pytest.mark.parametrize("built_from", ["csrc", "before the pull", None])
+def test_a_library_that_was_built_in_place_before_a_pull_is_said(
+    tmp_path, monkeypatch, caplog, built_from
+):
+    package, backend = tmp_path / "singer_kernels", tmp_path / "build_backend" / "singer_build"
+    for folder in (package, backend, tmp_path / "csrc"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "build_backend" / "singer_build" / "hashing.py", backend)
+    (tmp_path / "csrc" / "ops.cpp").write_text("int pulled;")
+    (package / "_ops.so").touch()
+    entries = {"built": "cpu"} if built_from is None else {"built": "cpu", "sources": built_from}
+    if built_from == "csrc":
+        entries["sources"] = hashing.build_hash(tmp_path, [])
+    record(package, **entries)
+    monkeypatch.setattr(extension, "_HERE", package)
+    assert extension._folder() == package
+    lines = [f"singer_kernels: {package / '_ops.so'} is of other sources than csrc; "]
+    assert [line.getMessage().startswith(lines[0]) for line in caplog.records] == (
+        [] if built_from == "csrc" else [True]
+    )
 
 
 def test_any_error_of_loading_is_a_reason(installed, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import singer_kernels.resources as kernel_resources
 from singer_kernels.backends.triton import configs
 from singer_kernels.resources import DTYPES, RANKS, Usage, main
 
@@ -54,6 +55,27 @@ def text(usages, monkeypatch, capsys):
     monkeypatch.setattr("singer_kernels.resources.usages", lambda *_: usages)
     main([])
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("exec sleep 1000", "timed out after 0.2 seconds"), ("exit 3", "exit status 3")],
+)
+def test_a_tool_that_hangs_or_fails_is_one_line(tmp_path, monkeypatch, capsys, script, expected):
+    tool = tmp_path / "cuobjdump"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(kernel_resources, "CUOBJDUMP_SECONDS", 0.2)
+    monkeypatch.setattr(
+        kernel_resources, "usages", lambda *_: kernel_resources._resource_usage(tool, b"")
+    )
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("python -m singer_kernels.resources: error: cuobjdump: ")
+    assert expected in error
+    assert error.count("\n") == 1
 
 
 def test_they_are_the_committed_ones(text, arguments):
