@@ -22,6 +22,7 @@ from singer.errors import (
     StoppedError,
     typed_line,
 )
+from singer.io import optional_output
 from singer_kernels import __version__
 
 
@@ -166,10 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0; 2 for an error; 75 when SIGTERM, SIGHUP or
-        SIGUSR1 stopped a run that can be resumed; 130 after Ctrl-C. (70: another rank of the run
-        has died.)
+        The exit code: 0; 2 for an error; 75 when a signal of ``STOP_SIGNALS`` stopped a run that
+        can be resumed; 130 after Ctrl-C. (70: another rank of the run has died.)
     """
+    with optional_output():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if missing := _missing_requirements():
         print(
             f"singer: error: not installed: {', '.join(missing)}; pip install . without --no-deps "

@@ -14,8 +14,8 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-"""Ctrl-C; what schedulers and torchrun send; a closed terminal."""
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+"""Ctrl-C; what schedulers and torchrun send; a limit of CPU time; a closed terminal."""
 
 
 class SingerError(Exception):

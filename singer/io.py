@@ -1,12 +1,14 @@
-"""Atomic writes: a file or directory is there whole, or not at all."""
+"""Atomic writes (a file or directory is there whole, or not at all); output that may be lost."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from singer.errors import SingerError
 
@@ -80,3 +82,46 @@ def _sync(path: Path) -> None:
 def stale_tmp(directory: Path) -> list[Path]:
     """Return the temporary files of :func:`atomic_write` that a killed process left behind."""
     return [path for path in directory.glob(".*.partial") if path.is_file()]
+
+
+class _OptionalStream:
+    """A text stream that drops what can't be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def optional_output() -> Iterator[None]:
+    """Let standard output and error fail within the block: a terminal that was closed, a full disk.
+
+    After it, a stream that still fails leads nowhere: Python flushes both when it ends, and would
+    change the exit code.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    with (
+        redirect_stdout(sys.stdout and cast("TextIO", _OptionalStream(sys.stdout))),
+        redirect_stderr(sys.stderr and cast("TextIO", _OptionalStream(sys.stderr))),
+    ):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, stream.fileno())
+                    os.close(nowhere)

@@ -165,7 +165,7 @@ class BatchLoader(DataLoader[Batch]):
     to :data:`LOADER_TIMEOUT`.
 
     Attributes:
-        on_wait: called while a batch of a worker is waited for; it may raise.
+        on_wait: called with the seconds for which a batch of a worker was waited for; it may raise.
 
     Raises:
         SingerError: while iterating: neither an image nor one of 20 others can be read, or a worker
@@ -174,7 +174,7 @@ class BatchLoader(DataLoader[Batch]):
 
     dataset: CropDataset
     batch_sampler: EpochBatchSampler
-    on_wait: Callable[[], None] | None = None
+    on_wait: Callable[[float], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Start at the sampler's position."""
@@ -194,7 +194,9 @@ class BatchLoader(DataLoader[Batch]):
                     # and torch takes 5 s to end the workers of an iterator collected from a cycle.
                     raise SingerError(str(batch))
                 yield batch
-        except Exception:
+        except GeneratorExit:  # torch ends its workers
+            raise
+        except BaseException:
             for worker in workers:  # one that hangs does not end when it is asked to
                 worker.kill()
             raise
@@ -214,7 +216,7 @@ class BatchLoader(DataLoader[Batch]):
                     raise _worker_error(error, workers) from error
             waited += self.timeout
             if self.on_wait is not None:
-                self.on_wait()
+                self.on_wait(waited)
         raise SingerError(
             f"data.num_workers: no batch has come for {LOADER_TIMEOUT:.0f} s: the file system of "
             f"data.source hangs, or shared memory ({SHARED_MEMORY}) is full; see to it, or lower "

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -36,6 +37,9 @@ Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """One rank may load what the others wait for; :mod:`.peer_monitor` finds ranks that have died."""
+
+BARRIER_TIMEOUT = 24 * 3600.0
+"""Seconds for which a rank waits while another one fills its part of ``teacher.cache``."""
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -88,38 +92,49 @@ def run_on_main(function: Callable[P, Result]) -> Callable[P, Result]:
 
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_OTHER_SIZES = (*_SIZES[1:], "SLURM_STEP_NUM_TASKS")
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = {
-    **dict.fromkeys((*_SIZES, "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS"), 1),
+    **dict.fromkeys((*_SIZES, *_OTHER_SIZES, "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS"), 1),
     **dict.fromkeys(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0),
     **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID", "MASTER_PORT"), 0),
 }
-"""Launchers' variables that Accelerate or torch read as numbers, and the least value of each."""
+"""Launchers' variables that are numbers, and the least value of each."""
+
+_MAX_PORT = 65535
 
 
 def check_environment(uses_cpu: bool) -> None:
     """Check the launchers' variables.
 
     Those that are empty or -1 are unset, as well as those that announce a single process but not
-    where it could be reached: it needs no process group.
+    where it could be reached: it needs no process group. A MASTER_PORT that is no port is then
+    unset, too: Kubernetes sets ``tcp://...`` where a service is called ``master``.
 
     Args:
         uses_cpu: the run uses no GPU.
 
     Raises:
-        SingerError: several processes are announced, but a variable is missing; or a value does not
-            fit.
+        SingerError: several processes are announced, but a variable is missing; or by one launcher
+            and not by WORLD_SIZE; or a value does not fit.
     """
     for name in (*_NUMBERS, "MASTER_ADDR"):
         if os.environ.get(name, "unset").strip() in ("", "-1"):
             del os.environ[name]
-    for name, least in _NUMBERS.items():
-        text = os.environ.get(name)
-        if text is not None and not (text.strip().isdecimal() and int(text) >= least):
-            raise SingerError(
-                f"{name}: got {text!r}, expected a whole number from {least}; the launcher sets it"
-            )
     counter = next((name for name in _SIZES if name in os.environ), "WORLD_SIZE")
+    is_single = os.environ.get(counter, "1").strip() == "1"
+    for name, least in _NUMBERS.items():
+        text, most = os.environ.get(name), _MAX_PORT if name == "MASTER_PORT" else sys.maxsize
+        if text is None or (text.strip().isdecimal() and least <= int(text) <= most):
+            continue
+        if name == "MASTER_PORT" and is_single:
+            del os.environ[name]
+            continue
+        upper = f" to {most}" if most < sys.maxsize else ""
+        raise SingerError(
+            f"{name}: got {text!r}, expected a whole number from {least}{upper}; the launcher sets "
+            f"it"
+        )
     size = int(os.environ.get(counter, "1"))
     for name in ("RANK", "LOCAL_RANK"):
         if int(os.environ.get(name, "0")) >= size:
@@ -139,6 +154,13 @@ def check_environment(uses_cpu: bool) -> None:
                 f"accelerate launch) sets all of them"
             )
     elif any(name not in os.environ for name in _TORCH):
+        other = next((name for name in _OTHER_SIZES if int(os.environ.get(name, "1")) > 1), None)
+        if other is not None:
+            raise SingerError(
+                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}, but {other} is "
+                f"{os.environ[other]}: each process would train alone; a launcher (torchrun, "
+                f"accelerate launch) sets WORLD_SIZE; if each is a run of its own, unset {other}"
+            )
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
 
@@ -222,7 +244,8 @@ def is_output_registered(output: str) -> bool:
 
 def launcher_holds_store() -> bool:
     """Return whether the store is the launcher's, and so outlives the processes (torchrun)."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_announced = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return is_announced and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
 def _join_restarted() -> None:
@@ -235,10 +258,10 @@ def _join_restarted() -> None:
     kind = "cpu" if _uses_cpu() else torch.accelerator.current_accelerator().type
     if not launcher_holds_store() or dist.is_initialized() or kind not in backends:
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return
-    store = _launchers_store()
+    rank, store = int(os.environ["RANK"]), _launchers_store()
     name = agree_on_group(store, rank, size)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or NCCL would use GPU 0
@@ -289,13 +312,15 @@ class PreemptionHandler:
     """Records the signals that ask a run to stop: :data:`singer.errors.STOP_SIGNALS`.
 
     A context manager. ``signal`` is the name of the first signal received, or None. A second Ctrl-C
-    interrupts at once. A signal that the process was started to ignore (SIGHUP under nohup) stays
-    ignored. Outside Python's main thread no handler is installed.
+    interrupts at once, and so does each signal within :meth:`stopping_at_once`. A signal that the
+    process was started to ignore (SIGHUP under nohup) stays ignored. Outside Python's main thread
+    no handler is installed.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
+        self._stops_at_once = False
 
     def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
@@ -306,11 +331,35 @@ class PreemptionHandler:
         return self
 
     def _record(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self.signal == "SIGINT":
-                raise KeyboardInterrupt
-            print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
+        is_second_interrupt = number == signal.SIGINT and self.signal == "SIGINT"
         self.signal = self.signal or signal.Signals(number).name
+        if self._stops_at_once or is_second_interrupt:
+            raise KeyboardInterrupt  # no `except Exception` of a library takes it for its own
+        if number == signal.SIGINT:
+            with suppress(OSError):  # the terminal was closed
+                print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
+
+    @contextmanager
+    def stopping_at_once(self, place: str) -> Iterator[None]:
+        """End the block at the first signal, whatever it does: it leaves nothing to be saved.
+
+        Args:
+            place: where the run stopped, for the message.
+
+        Raises:
+            StoppedError: a signal came, within the block or before it.
+        """
+        self._stops_at_once = True
+        try:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            if self.signal is None:
+                raise
+            raise StoppedError(self.signal, place, is_shared=False) from None
+        finally:
+            self._stops_at_once = False
 
     def __exit__(self, *_: object) -> None:
         for number, previous in self._previous.items():
@@ -327,11 +376,11 @@ def create_run_store() -> dist.Store | None:
     return dist.PrefixStore(f"singer/run/{name}", store)
 
 
-class UnboundedBarrier:
-    """A barrier without timeout, over the TCP store.
+class StoreBarrier:
+    """A barrier over the TCP store, with a limit of :data:`BARRIER_TIMEOUT`.
 
     A collective barrier would time out where one rank works for hours longer than another. Ranks
-    that have died are found by :mod:`singer.engine.peer_monitor`.
+    that have died are found sooner, by :mod:`singer.engine.peer_monitor`.
 
     Args:
         accelerator: of the run; every rank creates the barrier at the same point.
@@ -351,6 +400,7 @@ class UnboundedBarrier:
 
         Raises:
             StoppedError: a signal came first.
+            SingerError: the others did not come within :data:`BARRIER_TIMEOUT`.
         """
         if self.store is None:
             self.accelerator.wait_for_everyone()
@@ -358,8 +408,15 @@ class UnboundedBarrier:
         key = f"barrier/{self.calls}"
         self.calls += 1
         self.store.add(key, 1)
-        while self.store.add(key, 0) < self.accelerator.num_processes:
+        started = time.monotonic()
+        while (arrived := self.store.add(key, 0)) < self.accelerator.num_processes:
             name = None if self.preemption is None else self.preemption.signal
             if name is not None:
                 raise StoppedError(name, "while other processes were waited for", is_shared=False)
+            if time.monotonic() - started > BARRIER_TIMEOUT:
+                raise SingerError(
+                    f"{self.accelerator.num_processes - arrived} of "
+                    f"{self.accelerator.num_processes} processes have not come for "
+                    f"{BARRIER_TIMEOUT / 3600:.0f} hours; see to them, or start anew"
+                )
             time.sleep(0.1)

@@ -13,6 +13,7 @@ by ``train.peer_monitor: false`` (for a debugger, say). It must never end a heal
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -101,8 +102,12 @@ class PeerMonitor:
             self.on_lost(message)
 
     def _exit_process(self, message: str) -> None:
-        print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
-        os._exit(EXIT_PEER_LOST)  # the main thread may be blocked in a collective forever
+        try:
+            for worker in multiprocessing.active_children():  # one that hangs would outlive us
+                worker.kill()
+            print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_PEER_LOST)  # the main thread may be blocked in a collective forever
 
     def _ticks(self) -> Iterator[float]:
         """Yield, at every interval, how many seconds this process itself was not running."""

@@ -6,7 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -109,7 +110,9 @@ class TrainingProgress(Progress):
         self, console: Console | None, steps: int, images_per_step: int, done: int = 0
     ) -> None:
         is_live = console is not None and (
-            (console.is_terminal and not console.is_dumb_terminal) or console.is_jupyter
+            # Not is_terminal alone: FORCE_COLOR makes it true of a file.
+            (console.is_terminal and not console.is_dumb_terminal and console.file.isatty())
+            or console.is_jupyter
         )
         super().__init__(
             TextColumn("step"),
@@ -129,6 +132,11 @@ class TrainingProgress(Progress):
         self._steps = steps
         self._training = self.add_task("train", total=steps, completed=done, losses="")
 
+    def __exit__(self, *error: Any) -> None:
+        """Remove the bar; a terminal that was closed is no error."""
+        with suppress(OSError):
+            super().__exit__(*error)
+
     def step(self) -> None:
         """Advance by one step."""
         self.advance(self._training)
@@ -141,12 +149,13 @@ class TrainingProgress(Progress):
         """Print a step's losses in a line, where there is no progress bar."""
         if self._text_console is not None:  # rich flushes it
             line = f"step {step}/{self._steps}  {_losses_text(losses)}"
-            self._text_console.print(
-                f"{line}  {images_per_second:.1f} img/s",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
+            with suppress(OSError, SystemExit):  # rich exits where a pipe's reader has gone
+                self._text_console.print(
+                    f"{line}  {images_per_second:.1f} img/s",
+                    soft_wrap=True,
+                    markup=False,
+                    highlight=False,
+                )
 
 
 def _losses_text(losses: Mapping[str, float]) -> str:

@@ -26,7 +26,7 @@ from singer.data.sampler import EpochBatchSampler
 from singer.engine.checkpoints import Checkpoint, CheckpointStore, CorruptCheckpointError
 from singer.engine.distributed import (
     PreemptionHandler,
-    UnboundedBarrier,
+    StoreBarrier,
     create_accelerator,
     is_output_registered,
     run_on_all_ranks,
@@ -40,7 +40,14 @@ from singer.engine.trainer import TeacherTokens, Trainer
 from singer.errors import SharedError, SingerError, StoppedError
 from singer.features.cache import TokenCache, weights_digest
 from singer.methods import METHODS, Distiller
-from singer.models.backbones import Backbone, BlockTokens, create_backbone, inspect_backbone
+from singer.models.backbones import (
+    RANDOM,
+    Backbone,
+    BlockTokens,
+    check_activations,
+    create_backbone,
+    inspect_backbone,
+)
 from singer_kernels import resolve_backend
 
 _logger = logging.getLogger("singer")
@@ -71,7 +78,12 @@ class RunResult:
 
 
 def check(
-    config: Config, *, process_index: int = 0, num_processes: int = 1, resume: bool = False
+    config: Config,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    resume: bool = False,
+    structures: dict[str, Backbone] | None = None,
 ) -> BatchLoader:
     """Check a configuration against the models' structures and the data, before any weight loads.
 
@@ -80,6 +92,7 @@ def check(
         process_index: rank of this process.
         num_processes: number of ranks.
         resume: the output directory may exist.
+        structures: gets the models' structures, by their keys, for :func:`build_methods`.
 
     Returns:
         This rank's loader.
@@ -95,16 +108,24 @@ def check(
             "their gradients; take 'bf16' or 'fp32'"
         )
     check_trackers(config.train.trackers)
-    teacher = inspect_backbone(
+    structures = {} if structures is None else structures
+    teacher = structures["teacher"] = inspect_backbone(
         config.teacher.name, config.image_size, "teacher", config.teacher.options
     )
     for key, model, _ in config.student_specs():
-        student = inspect_backbone(model.name, config.image_size, key, model.options)
+        student = structures[key] = inspect_backbone(
+            model.name, config.image_size, key, model.options
+        )
         METHODS[config.method.name].check(teacher, student, config.method.model_dump())
     return create_loader(config, process_index, num_processes)
 
 
-def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> list[Distiller]:
+def build_methods(
+    config: Config,
+    loader: BatchLoader,
+    device: torch.device,
+    structures: Mapping[str, Backbone] | None = None,
+) -> list[Distiller]:
     """Load the teacher, create the students, and wrap each in the configured method.
 
     A student's initial weights depend on the seed alone, so that methods can be compared.
@@ -113,13 +134,16 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
         config: the run's configuration.
         loader: gives the calibration images of methods that measure the teacher.
         device: of the calibration and of the methods.
+        structures: of the models, by their keys, as :func:`check` gives them.
 
     Returns:
         A method for each of ``config.student_specs()``; they share the teacher.
 
     Raises:
-        SingerError: the backend can't run, or weights can't be loaded; or see the method.
+        SingerError: the backend can't run, or weights can't be loaded or are so large that tokens
+            are not finite; or see the method.
     """
+    structures = structures or {}
     backend = getattr(config.method, "backend", None)
     try:
         resolve_backend(backend, device)
@@ -137,6 +161,7 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
             model.weights,
             model.options,
             model.weights_prefix,
+            structures.get(key),
         )
         if config.data.normalization == "imagenet":
             backbone.set_normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -145,11 +170,16 @@ def build_methods(config: Config, loader: BatchLoader, device: torch.device) -> 
     teacher = load("teacher", config.teacher)
     teacher.model.to(device)
     images = loader.dataset.batch(range(CALIBRATION_IMAGES)).images.to(device)
+    if config.teacher.weights != RANDOM:
+        check_activations(teacher, images, "teacher")
     options = config.method.model_dump(exclude={"name"})
     methods = []
     for key, model, _ in config.student_specs():
+        student = load(key, model)
+        if model.weights != RANDOM:
+            check_activations(student, images.to("cpu"), key)
         method = METHODS[config.method.name](
-            teacher, load(key, model), images=images, seed=config.train.seed, **options
+            teacher, student, images=images, seed=config.train.seed, **options
         )
         methods.append(method.to(device))
     # Last: blocks are linearised with their full-precision weights.
@@ -215,7 +245,7 @@ def _teacher_tokens(
         batch_size=loader.batch_sampler.local_batch_size // config.train.grad_accum_steps,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        wait=UnboundedBarrier(accelerator, preemption),
+        wait=StoreBarrier(accelerator, preemption),
     )
 
     def read(images: Tensor, sample_ids: Tensor) -> BlockTokens:
@@ -329,7 +359,7 @@ def train(
         SingerError: the configuration, the weights or the data are invalid (nothing has been
             written then), a loss or a weight is no longer finite, too many images can't be read,
             or a file can't be written.
-        StoppedError: SIGTERM, SIGHUP or SIGUSR1 came; the run is saved.
+        StoppedError: a signal of ``STOP_SIGNALS`` came; the completed steps are saved.
     """
     accelerator = create_accelerator(config.train.precision)
     resume = resume or is_output_registered(config.output)
@@ -348,15 +378,23 @@ def _train(
     force: bool,
 ) -> list[RunResult]:
     rank, size = accelerator.process_index, accelerator.num_processes
-    loader = run_on_all_ranks(check)(config, process_index=rank, num_processes=size, resume=resume)
-    store = CheckpointStore(Path(config.output, CHECKPOINTS), config.train.keep_checkpoints)
-    fingerprint = {"processes": size, "images": source_digest(loader)}
-    checkpoint = None
-    if resume:
-        step = _step_to_resume(config, store, fingerprint, force)
-        if step is not None:
-            checkpoint = _read_checkpoint(store, step)
-    methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device)
+    with preemption.stopping_at_once("before training began"):
+        structures: dict[str, Backbone] = {}
+        loader = run_on_all_ranks(check)(
+            config,
+            process_index=rank,
+            num_processes=size,
+            resume=resume,
+            structures=structures,
+        )
+        store = CheckpointStore(Path(config.output, CHECKPOINTS), config.train.keep_checkpoints)
+        fingerprint = {"processes": size, "images": source_digest(loader)}
+        checkpoint = None
+        if resume:
+            step = _step_to_resume(config, store, fingerprint, force)
+            if step is not None:
+                checkpoint = _read_checkpoint(store, step)
+        methods = run_on_all_ranks(build_methods)(config, loader, accelerator.device, structures)
     tokens = _teacher_tokens(
         config, methods, loader, fingerprint["images"], accelerator, preemption
     )

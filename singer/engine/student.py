@@ -20,7 +20,7 @@ from singer.engine.distributed import run_on_all_ranks
 from singer.engine.run_dir import STUDENT, STUDENT_EMA, RunDir
 from singer.engine.state_dicts import load_module, load_optimizer, optimizer_tensors
 from singer.engine.trackers import Trackers
-from singer.errors import NonFiniteError, SharedError, first_names
+from singer.errors import NonFiniteError, SharedError, SingerError, first_names
 from singer.methods import Distiller
 from singer.models.backbones import BlockTokens
 from singer.report import figures
@@ -110,6 +110,15 @@ def create_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def _first_non_finite(files: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor of a checkpoint that is not finite; None: all are."""
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                return f"{name} ({file.rpartition('.')[2]})"
+    return None
 
 
 class StudentTrainer:
@@ -287,14 +296,14 @@ class StudentTrainer:
         return NonFiniteError(f"{whose}step {step}: {what}; {good}; lower train.lr{hint}")
 
     def check_finite(self, step: int) -> None:
-        """Check that all weights are finite.
+        """Check that all weights, optimiser states and moving averages are finite.
 
         Raises:
             NonFiniteError: one is not finite.
         """
-        for name, tensor in self.method.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._non_finite(step, f"the weight {name} is not finite")
+        name = _first_non_finite(self.checkpoint())
+        if name is not None:
+            raise self._non_finite(step, f"{name} is not finite")
 
     def checkpoint(self) -> dict[str, dict[str, Tensor]]:
         """Return its state to save: file name without ending to named tensors."""
@@ -310,8 +319,15 @@ class StudentTrainer:
         """Load what :meth:`checkpoint` returned after a step.
 
         Raises:
-            SingerError: it is of another model.
+            SingerError: it is of another model, or not finite.
         """
+        own = {name: tensors for name, tensors in files.items() if name.startswith(f"{self.key}.")}
+        bad = _first_non_finite(own)
+        if bad is not None:
+            raise SingerError(
+                f"checkpoint: {bad} is not finite; delete the checkpoint of step {step}, and an "
+                f"older one is taken"
+            )
         load_module(self.method, files.get(f"{self.key}.weights", {}), self.key)
         load_optimizer(self._optimizer, self.method, files.get(f"{self.key}.optimizer", {}))
         if self.ema is not None:

@@ -45,6 +45,9 @@ from singer.models.backbones import BlockTokens
 
 _logger = logging.getLogger("singer")
 
+STUCK_LOADER_SECONDS = 15.0
+"""Wait of one of several ranks for a batch after a request to stop: launchers kill after 30 s."""
+
 TeacherTokens = Callable[[Tensor, Tensor], BlockTokens]
 """Images ``[b, 3, H, W]`` on the device and their sample IDs ``[b]`` to the teacher's tokens."""
 
@@ -81,6 +84,7 @@ class Trainer:
         self.completed_steps = 0
         self.saved_step: int | None = None
         self._is_updating = False
+        self._waited_before_signal = 0.0
         self._buffers = [buffer for student in self.students for buffer in student.method.buffers()]
         self._created_dir = False
         self._trackers: Trackers | None = None  # of the main rank
@@ -173,12 +177,23 @@ class Trainer:
         self.loader.on_wait = self._stop_while_waiting
         yield from self.loader
 
-    def _stop_while_waiting(self) -> None:
+    def _stop_while_waiting(self, waited: float) -> None:
         """Answer a request to stop that came while a batch was waited for."""
         if self._must_stop_now():
             if self.completed_steps > 0:
                 self._save_completed_steps()
             raise self._stopped()
+        if self.preemption.signal is None or waited < self._waited_before_signal:
+            self._waited_before_signal = waited
+        elif waited - self._waited_before_signal > STUCK_LOADER_SECONDS:
+            # With several ranks a step is left together, which takes a batch on each.
+            step = f"in step {self.completed_steps + 1} of {self.steps}, for which no batch came"
+            raise StoppedError(self.preemption.signal, f"{step}; {self._saved()}", is_shared=False)
+
+    def _saved(self) -> str:
+        if self.saved_step is None:
+            return "nothing was saved"
+        return f"the run is saved after step {self.saved_step}"
 
     def _stopped(self) -> StoppedError:
         names = [name for name in gather_object([self.preemption.signal]) if name is not None]
@@ -200,7 +215,7 @@ class Trainer:
                 except (NonFiniteError, StoppedError):
                     raise
                 except (Exception, KeyboardInterrupt) as error:
-                    self._save_after_error()
+                    self._save_after_error(error)
                     if isinstance(error, (SingerError, KeyboardInterrupt)):
                         raise
                     raise self._explain(error, step) from error
@@ -227,10 +242,9 @@ class Trainer:
                 f"parts and {self.accelerator.num_processes} processes need more memory "
                 f"than there is; raise train.grad_accum_steps ({one_line(error)})"
             )
-        saved = "nothing was saved"
-        if self.saved_step is not None:
-            saved = f"the run is saved after step {self.saved_step}"
-        return SingerError(f"step {step}: {typed_line(error)}; {saved} ({self._keep_traceback()})")
+        return SingerError(
+            f"step {step}: {typed_line(error)}; {self._saved()} ({self._keep_traceback()})"
+        )
 
     def _keep_traceback(self) -> str:
         """Write the traceback of the current exception to a file; return where it is."""
@@ -309,18 +323,24 @@ class Trainer:
             self._save()
         raise self._stopped()
 
-    def _save_after_error(self) -> None:
+    def _save_after_error(self, error: BaseException) -> None:
         """Save the completed steps; remove the directory if there are none."""
-        if self.accelerator.num_processes > 1:
-            return  # the others may be at another step
+        if self.accelerator.num_processes > 1 and not isinstance(error, SharedError):
+            if self.completed_steps != self.saved_step:  # the others may be at another step
+                _logger.warning(
+                    "the steps after the last checkpoint are lost (%s): where one of several "
+                    "processes fails, there is only what train.save_every saved",
+                    self._saved(),
+                )
+            return
         if self.completed_steps == 0:
             if self._created_dir:
                 shutil.rmtree(self.config.output, ignore_errors=True)
             return
         try:
             self._save_completed_steps()
-        except Exception as error:  # the first error is the one to be shown
-            _logger.warning("step %d can't be saved: %s", self.completed_steps, typed_line(error))
+        except Exception as other:  # the first error is the one to be shown
+            _logger.warning("step %d can't be saved: %s", self.completed_steps, typed_line(other))
 
     def _save_completed_steps(self) -> None:
         self._log_losses()

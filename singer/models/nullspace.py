@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from singer.errors import SingerError
-from singer.models.backbones import Backbone
+from singer.models.backbones import Backbone, largest_weight
 
 _logger = logging.getLogger("singer")
 
@@ -152,11 +152,19 @@ def measure_jacobian(backbone: Backbone, layer: int, images: Tensor, seed: int =
 
     Returns:
         W̃, ``[D, D]``, float64, symmetric: the square root of the mean of that sum per patch.
+
+    Raises:
+        SingerError: that sum is not finite; the largest weight is named.
     """
     generator = torch.Generator().manual_seed(seed)
     energies = [_change_energy(backbone, layer, image, generator) for image in images.split(1)]
-    patches = len(energies) * backbone.num_patches
-    values, vectors = torch.linalg.eigh(torch.stack(energies).sum(dim=0) / patches)
+    energy = torch.stack(energies).sum(dim=0)
+    if not energy.isfinite().all():
+        raise SingerError(
+            f"method.linearization: the Jacobian of block {layer} of {backbone.name} is not "
+            f"finite; the largest weight is {largest_weight(backbone.model)}"
+        )
+    values, vectors = torch.linalg.eigh(energy / (len(energies) * backbone.num_patches))
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
@@ -216,7 +224,8 @@ def linearize(
         that the closed form asked for does not describe (SwiGLU, say) takes ``jacobian``.
 
     Raises:
-        SingerError: ``jacobian`` is needed and there is no calibration batch.
+        SingerError: ``jacobian`` is needed and there is no calibration batch; or see
+            :func:`measure_jacobian`.
     """
     block = backbone.block(layer)
     if linearization in _CLOSED_FORMS:

@@ -15,13 +15,14 @@ from tiny_models import VIT, generator, random_images, tiny_backbone
 from singer.engine import distributed
 from singer.engine.distributed import (
     PreemptionHandler,
-    UnboundedBarrier,
+    StoreBarrier,
     agree_on_group,
     create_accelerator,
+    is_output_registered,
     run_on_all_ranks,
     run_on_main,
 )
-from singer.errors import SingerError, StoppedError
+from singer.errors import STOP_SIGNALS, SingerError, StoppedError
 from singer.methods import SiNGER
 from singer.methods.base import global_means
 
@@ -48,7 +49,7 @@ def environment(monkeypatch):
     """Set the variables of a launcher; no others are set."""
 
     def set_variables(**variables):
-        for name in (*distributed._NUMBERS, "MASTER_ADDR"):
+        for name in (*distributed._NUMBERS, "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -65,11 +66,23 @@ def environment(monkeypatch):
             "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT, RANK are not set",
         ),
         ({**_ANNOUNCED, "MASTER_PORT": "http"}, "MASTER_PORT: got 'http', expected a whole"),
+        ({**_ANNOUNCED, "MASTER_PORT": "70000"}, "MASTER_PORT: got '70000', .* from 0 to 65535"),
         ({**_ANNOUNCED, "WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two', expected a whole number"),
         ({**_ANNOUNCED, "WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected a whole number from 1"),
         ({**_ANNOUNCED, "RANK": "2"}, r"RANK: got 2, expected less than 2.*\(WORLD_SIZE\)"),
         ({"LOCAL_RANK": "1"}, r"LOCAL_RANK: got 1, expected less than 1.*\(WORLD_SIZE\)"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        *[
+            (
+                {**variables, name: "4"},
+                rf"WORLD_SIZE is {size}, but {name} is 4: each .* own, unset {name}$",
+            )
+            for variables, size, names in (
+                ({"WORLD_SIZE": "1", "RANK": "0"}, "1", distributed._OTHER_SIZES),
+                ({}, "not set", ["SLURM_STEP_NUM_TASKS"]),
+            )
+            for name in names
+        ],
         ({"ACCELERATE_USE_CPU": "maybe"}, "accelerate: .*maybe"),
     ],
 )
@@ -93,12 +106,17 @@ def test_a_launchers_variable_that_does_not_fit_is_named(
         {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
         {"LOCAL_RANK": "-1", "PMI_SIZE": "", "OMPI_COMM_WORLD_RANK": ""},
         {"WORLD_SIZE": " 1 "},
+        {"MASTER_PORT": "tcp://10.0.0.1:2222"},  # as in Kubernetes, of a service named master
+        {**_ANNOUNCED, "WORLD_SIZE": "1", "MASTER_PORT": "tcp://10.0.0.1:2222"},
+        {**_ANNOUNCED, "WORLD_SIZE": "1", "MASTER_PORT": "70000"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "True"},
     ],
 )
 def test_a_single_process_needs_no_group(environment, variables):
     environment(**variables)
     accelerator = create_accelerator("fp32")
     assert (accelerator.num_processes, dist.is_initialized()) == (1, False)
+    assert not is_output_registered("run")
 
 
 def test_a_gpu_for_each_of_several_processes_needs_the_local_rank(environment):
@@ -219,12 +237,12 @@ def test_means_over_unequal_counts_average_to_the_mean_over_all(tmp_path, counts
     assert sum(found) / 2 == pytest.approx(expected, rel=1e-6)
 
 
-def test_an_unbounded_barrier_waits_for_all_ranks(monkeypatch):
+def test_a_barrier_waits_for_all_ranks(monkeypatch):
     store, passed = dist.HashStore(), []
     monkeypatch.setattr("singer.engine.distributed.create_run_store", lambda: store)
 
     def process(rank):
-        barrier = UnboundedBarrier(SimpleNamespace(num_processes=2))
+        barrier = StoreBarrier(SimpleNamespace(num_processes=2))
         for turn in range(2):
             time.sleep(0.3 * (rank == turn))
             barrier()
@@ -240,8 +258,16 @@ def test_an_unbounded_barrier_waits_for_all_ranks(monkeypatch):
 
 def test_a_signal_ends_the_wait_at_a_barrier(monkeypatch):
     monkeypatch.setattr("singer.engine.distributed.create_run_store", dist.HashStore)
-    barrier = UnboundedBarrier(SimpleNamespace(num_processes=2), SimpleNamespace(signal="SIGTERM"))
+    barrier = StoreBarrier(SimpleNamespace(num_processes=2), SimpleNamespace(signal="SIGTERM"))
     with pytest.raises(StoppedError, match="SIGTERM while other processes were waited for"):
+        barrier()
+
+
+def test_a_barrier_has_a_limit(monkeypatch):
+    monkeypatch.setattr("singer.engine.distributed.create_run_store", dist.HashStore)
+    monkeypatch.setattr("singer.engine.distributed.BARRIER_TIMEOUT", 0.0)
+    barrier = StoreBarrier(SimpleNamespace(num_processes=3))
+    with pytest.raises(SingerError, match="2 of 3 processes have not come for 0 hours"):
         barrier()
 
 
@@ -288,12 +314,48 @@ def test_signals_are_noted_within_the_block_alone():
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.signal == "SIGUSR1"
+    for name in STOP_SIGNALS:
+        with PreemptionHandler() as preemption:
+            os.kill(os.getpid(), getattr(signal, name))
+            assert preemption.signal == name
     with PreemptionHandler() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.signal == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGUSR1) == former
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("is_before", [False, True])
+def test_where_nothing_is_to_be_saved_a_signal_ends_at_once(name, is_before):
+    reached = []
+
+    def set_up(preemption):
+        with preemption.stopping_at_once("in the test"):
+            reached.append("start")
+            try:
+                os.kill(os.getpid(), getattr(signal, name))
+            except Exception:  # as in libraries
+                reached.append("except")
+            reached.append("end")
+
+    with PreemptionHandler() as preemption:
+        if is_before:
+            os.kill(os.getpid(), getattr(signal, name))
+        with pytest.raises(StoppedError, match=f"stopped by {name} in the test"):
+            set_up(preemption)
+    assert reached == ([] if is_before else ["start"])
+
+
+def test_a_closed_terminal_disturbs_no_signal(monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=fail))
+    with PreemptionHandler() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.signal == "SIGINT"
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])

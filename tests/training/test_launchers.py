@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from interrupted_runs import fail_at
 from programs import PACKAGE_ROOT, Program, killed_at_exit
 from safetensors.torch import load_file
 
 from singer.cli import main
 from singer.engine.peer_monitor import PeerMonitor
+from singer.engine.run_dir import RunDir
 from singer.engine.trainer import Trainer
-from singer.errors import EXIT_PEER_LOST, EXIT_STOPPED
+from singer.errors import EXIT_PEER_LOST, EXIT_STOPPED, SingerError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
@@ -48,6 +50,12 @@ def main_with_signal(name, arguments):
 
     Trainer._step = step
     PeerMonitor.__init__ = init_with_short_timeout
+    return main(arguments)
+
+
+def main_with_full_disk(arguments):
+    """Run in a process of its own; the main rank can't write the second log, of step 4."""
+    fail_at(pytest.MonkeyPatch(), RunDir, "append_metrics", 2, SingerError("disk full"))
     return main(arguments)
 
 
@@ -195,6 +203,15 @@ def test_a_mistake_is_told_once(distill, tmp_path):
         assert [rank.wait(120) for rank in ranks] == [2, 2]
     _assert_told_once("".join(rank.stderr for rank in ranks))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_all_ranks_share_saves_the_completed_steps(distill, tmp_path):
+    ranks = _without_launcher(tmp_path, main_with_full_disk, distill("run", "train.save_every=99"))
+    with killed_at_exit(ranks):
+        assert [rank.wait(120) for rank in ranks] == [2, 2]
+    assert "".join(rank.stderr for rank in ranks).count("disk full") == 1
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000000004"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from singer.data.loader import (
 )
 from singer.data.sampler import EpochBatchSampler
 from singer.data.sources import ImageFiles, open_source, photo_paths
-from singer.errors import SingerError
+from singer.errors import STOP_SIGNALS, SingerError
 
 
 def _crops(folder, seed=0, **options):
@@ -363,7 +363,7 @@ def test_workers_survive_the_signals_meant_for_the_trainer(make_config):
     workers = [child for child in multiprocessing.active_children() if child not in others]
     sender = os.fork()  # the trainer's own SIGTERM would end them
     if sender == 0:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+        for number in (getattr(signal, name) for name in STOP_SIGNALS):
             for worker in workers:
                 os.kill(worker.pid, number)
         os._exit(0)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from interrupted_runs import QUIET, assert_same, saved_steps
@@ -14,6 +15,7 @@ from singer.data import loader as loaders
 from singer.data.loader import CropDataset, check_shared_memory, create_loader
 from singer.engine import run as training
 from singer.engine.student import StudentTrainer
+from singer.engine.trainer import Trainer
 from singer.errors import SingerError, StoppedError
 
 HOURS = 10_000
@@ -51,6 +53,51 @@ def test_a_loader_that_hangs_is_an_error(make_config, monkeypatch, how):
     del batches, loader
     assert time.monotonic() - started < 60
     assert multiprocessing.active_children() == []
+
+
+def test_an_interrupt_leaves_no_worker(make_config, monkeypatch):
+    _in_worker(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    loader = create_loader(make_config(data={"num_workers": 1}))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    loader.on_wait = interrupt
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    (worker,) = set(multiprocessing.active_children()) - set(others)
+    with pytest.raises(KeyboardInterrupt):
+        list(batches)
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_several_ranks_leave_a_stuck_loader_at_once(monkeypatch):
+    trainer = object.__new__(Trainer)
+    trainer.preemption = SimpleNamespace(signal=None)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.completed_steps, trainer.steps, trainer.saved_step = 3, 9, 2
+    trainer._waited_before_signal = 0.0
+    trainer._stop_while_waiting(20.0)
+    trainer.preemption.signal = "SIGTERM"
+    message = "stopped by SIGTERM in step 4 of 9, .*no batch came; the run is saved after step 2"
+    for first, late in ((30.0, 36.0), (0.5, 16.0)):  # the batch that was waited for; the next one
+        trainer._stop_while_waiting(first)
+        with pytest.raises(StoppedError, match=message) as caught:
+            trainer._stop_while_waiting(late)
+        assert not caught.value.is_shared
+
+
+def test_what_several_ranks_lose_by_the_error_of_one_is_said(caplog):
+    trainer = object.__new__(Trainer)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.completed_steps, trainer.saved_step = 3, 3
+    trainer._save_after_error(SingerError("a worker was killed"))
+    assert caplog.text == ""
+    trainer.saved_step = 2
+    trainer._save_after_error(SingerError("a worker was killed"))
+    assert "are lost (the run is saved after step 2)" in caplog.text
+    assert "train.save_every" in caplog.text
 
 
 def test_a_request_to_stop_is_heard_while_a_batch_is_waited_for(whole, values, monkeypatch):

@@ -19,6 +19,7 @@ from tiny_models import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from singer.errors import SingerError
 from singer.models.nullspace import measure_jacobian, nullspace_basis
 
 F64 = torch.float64
@@ -31,6 +32,15 @@ def randn(*shape, seed=0):
 
 def orthonormal(matrix):
     return torch.linalg.qr(matrix)[0]
+
+
+def test_a_jacobian_that_is_not_finite_is_refused():
+    backbone = tiny_backbone(VIT, depth=4, grid=4).freeze()
+    backbone.model.blocks[2].norm1.weight.fill_(1e30)
+    with pytest.raises(
+        SingerError, match=r"Jacobian of block 2 .* largest weight is blocks\.2\.norm1\.weight, 1e"
+    ):
+        nullspace_basis(backbone, 2, 4, "jacobian", images=random_images(backbone, batch=2))
 
 
 def double_backbone(name, **options):

@@ -1,19 +1,23 @@
 """Heartbeats: a dead rank ends the others, and a blocked one does not."""
 
+import multiprocessing
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from interrupted_runs import QUIET
+from programs import Program
 
 from singer.engine import peer_monitor
 from singer.engine import run as training
 from singer.engine.distributed import COLLECTIVE_TIMEOUT, PreemptionHandler
 from singer.engine.peer_monitor import HEARTBEAT_TIMEOUT, PeerMonitor, default_timeout
-from singer.errors import SingerError
+from singer.errors import EXIT_PEER_LOST, SingerError
 
 
 class _Monitored:
@@ -41,6 +45,25 @@ def test_a_rank_without_heartbeat_is_named_to_all():
         assert monitored[other].messages[0].startswith("rank 2 of 4 (")
     for one in monitored:
         one.monitor.close()
+
+
+def exit_with_worker(folder):
+    """Start a worker that hangs; end as where another rank was lost."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(10_000,))
+    worker.start()
+    (folder / "worker").write_text(str(worker.pid))
+    sys.stderr.close()  # nor can it tell
+    PeerMonitor(dist.HashStore(), 0, 2)._exit_process("rank 1 of 2 is gone")
+
+
+def test_no_worker_outlives_a_rank_that_ends_for_another(tmp_path):
+    program = Program(tmp_path, exit_with_worker, tmp_path)
+    assert program.wait(60) == EXIT_PEER_LOST
+    status = Path("/proc", (tmp_path / "worker").read_text(), "stat")
+    deadline = time.monotonic() + 30
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the worker is alive"
+        time.sleep(0.05)
 
 
 def test_a_rank_that_fails_tells_why():

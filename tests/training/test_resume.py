@@ -98,7 +98,10 @@ def test_killed_anywhere_it_goes_on_exactly(whole, tmp_path, place):
     [
         ("SIGHUP", 75),
         ("SIGTERM", 75),
-        pytest.param("SIGUSR1", 75, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, 75, marks=pytest.mark.slow)
+            for name in ("SIGUSR1", "SIGUSR2", "SIGXCPU")
+        ),
         ("SIGINT", 130),
     ],
 )
@@ -132,14 +135,15 @@ def test_a_signal_saves_and_has_an_exit_code_of_its_own(
 def test_a_signal_before_the_first_step_saves_nothing(make_config, monkeypatch):
     original = training.build_methods
 
-    def build(*arguments):
+    def build(*_):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        pytest.fail("the set-up goes on")
 
     monkeypatch.setattr(training, "build_methods", build)
     config = make_config()
-    with pytest.raises(StoppedError, match="after step 0"):
+    with pytest.raises(StoppedError, match="before training began"):
         training.train(config, QUIET)
+    assert not Path(config.output).exists()
     monkeypatch.setattr(training, "build_methods", original)
     assert training.distill(config, QUIET, resume=True).steps == 6
 

@@ -23,6 +23,8 @@ from singer.engine.student import StudentTrainer, create_schedule
 from singer.engine.trainer import Trainer
 from singer.errors import SingerError
 from singer.methods import SiNGER
+from singer.models import backbones
+from singer.models.backbones import create_backbone, inspect_backbone
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
@@ -272,22 +274,87 @@ def test_non_finite_loss_without_a_checkpoint_says_so(make_config, monkeypatch):
     assert not (training.Path(config.output) / "student.safetensors").exists()
 
 
-def test_non_finite_weight_is_never_saved(make_config, monkeypatch):
+def _weight(student):
+    return student.method.student.cls_token
+
+
+def _moving_average(student):
+    return student.ema.module.cls_token
+
+
+def _second_moment(student):
+    return student._optimizer.state[_weight(student)]["exp_avg_sq"]
+
+
+@pytest.mark.parametrize(
+    ("find", "name"),
+    [
+        (_weight, r"student\.cls_token \(weights\)"),
+        (_moving_average, r"cls_token \(ema\)"),
+        (_second_moment, r"student\.cls_token/exp_avg_sq \(optimizer\)"),
+    ],
+)
+def test_what_is_not_finite_is_never_saved(make_config, monkeypatch, find, name):
     original = StudentTrainer.log
 
     def log_and_break(self):
         records = original(self)
         if records and records[-1]["step"] == 6:
             with torch.no_grad():
-                self.method.student.cls_token.fill_(math.inf)
+                find(self).fill_(math.inf)
         return records
 
     monkeypatch.setattr(StudentTrainer, "log", log_and_break)
-    config = make_config(train={"save_every": 4, "log_every": 100})
-    with pytest.raises(SingerError, match=r"step 6: .*student\.cls_token is not finite.*step 4"):
+    config = make_config(train={"save_every": 4, "log_every": 100, "ema": 0.9})
+    with pytest.raises(SingerError, match=rf"step 6: {name} is not finite.*step 4"):
         _distill(config)
     assert all(tensor.isfinite().all() for tensor in _weights(config).values())
     assert CheckpointStore(training.Path(config.output, "checkpoints")).steps() == [4]
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(make_config, monkeypatch):
+    config = make_config()
+    _distill(config)
+    original = CheckpointStore.read
+
+    def read(self, step):
+        checkpoint = original(self, step)
+        checkpoint.tensors["student.optimizer"]["student.cls_token/exp_avg"].fill_(math.nan)
+        return checkpoint
+
+    monkeypatch.setattr(CheckpointStore, "read", read)
+    with pytest.raises(
+        SingerError, match=r"^checkpoint: student\.cls_token/exp_avg \(optimizer\) is not .*step 6"
+    ):
+        training.distill(config, QUIET, resume=True)
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+@pytest.mark.parametrize("linearization", ["jacobian", "random"])
+def test_huge_weights_are_named(values, make_config, tmp_path, key, linearization):
+    model = create_backbone(values[key]["name"], 32, key, options=values[key]["options"]).model
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight[0].fill_(1e30)
+    torch.save(model.state_dict(), tmp_path / "huge.pth")
+    config = make_config(
+        **{key: {"weights": str(tmp_path / "huge.pth")}}, method={"linearization": linearization}
+    )
+    expected = r"block 1 .*largest weight is blocks\.1\.attn\.proj\.weight, 1e\+30"
+    with pytest.raises(SingerError, match=rf"^{key}\.weights: .* {expected}"):
+        _distill(config)
+
+
+def test_each_models_structure_is_built_once(make_config, monkeypatch):
+    calls = []
+
+    def count(name, size, key, options=None):
+        calls.append(key)
+        return inspect_backbone(name, size, key, options)
+
+    monkeypatch.setattr(training, "inspect_backbone", count)
+    monkeypatch.setattr(backbones, "inspect_backbone", count)
+    _distill(make_config(train={"steps": 1}))
+    assert calls == ["teacher", "student"]
 
 
 def test_save_every_alone_decides_when_a_checkpoint_is_written(make_config):
