@@ -34,7 +34,7 @@ class NonFiniteError(SharedError):
 
 
 class StoppedError(Exception):
-    """A signal stopped the run, and it is saved.
+    """A signal stopped the run; the completed steps are saved, or the message says which are.
 
     The command line exits with code 75, or 130 for Ctrl-C.
 

@@ -103,10 +103,10 @@ class PeerMonitor:
 
     def _exit_process(self, message: str) -> None:
         try:
-            for worker in multiprocessing.active_children():  # one that hangs would outlive us
-                worker.kill()
             print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
         finally:
+            for worker in multiprocessing.active_children():  # one that hangs would outlive us
+                worker.kill()
             os._exit(EXIT_PEER_LOST)  # the main thread may be blocked in a collective forever
 
     def _ticks(self) -> Iterator[float]:
