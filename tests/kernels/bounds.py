@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import truth
 from cases import Case
+from torch import Tensor
+
+from singer_kernels import FusedLossesOutput
 
 SLACK = 1.05
 F32 = torch.float32
@@ -162,3 +165,53 @@ def cancellation(case):
     refined = truth.refine(case.teacher, case.down, case.up, case.prefix)
     largest, left = (np.linalg.norm(x, axis=-1).max() for x in (case.teacher, refined))
     return largest / left if largest > 10 * left else 0.0
+
+
+OUTPUTS = ("kd", "outlier", "info", "refined", "norms", "threshold")
+GRADIENTS = ("student", "down", "up", "gram_target")
+
+
+def relative_errors(
+    case: Case,
+    tensors: dict[str, Tensor | None],
+    out: FusedLossesOutput,
+    weights: tuple[float, float, float],
+    grad_refined: truth.Array | None = None,
+) -> dict[str, float]:
+    """Return the error of each output and gradient there is, as a share of its largest entry."""
+    values, gradients = case.values(), case.gradients(weights, grad_refined)
+    pairs = {name: (getattr(out, name), getattr(values, name)) for name in OUTPUTS}
+    for name in GRADIENTS:
+        if tensors[name] is not None and tensors[name].grad is not None:
+            pairs[f"d_{name}"] = (tensors[name].grad, getattr(gradients, name))
+    relative = {}
+    for name, (actual, exact) in pairs.items():
+        if actual is not None:
+            exact = torch.as_tensor(exact, dtype=torch.float64).reshape(actual.shape)
+            error = (actual.detach().double() - exact).abs().max()
+            relative[name] = (error / exact.abs().max().clamp_min(1e-300)).item()
+    return relative
+
+
+def oracle_slack(case: Case, product: torch.dtype) -> dict[str, float]:
+    """Return by how much each error may exceed the reference's; ``product``: of the products.
+
+    It is ``4 √K u``: u is the unit roundoff of the products' dtype, K the longest sum (over the
+    width, an image's patches, or all tokens), √K the growth of its rounding when signs are random,
+    and 4 the number of products that follow each other (F Wd, H Wu, Gram matrix, gradient). Where
+    the adapter takes the largest token down c-fold, the rounding of ``F + H Wu`` to float32 is c
+    times as large a share of what is left: that is allowed once for each of the 4 too. Where the
+    norms are c times as large as n − q, so are the roundings of n and of q in the outlier loss,
+    which squares the difference.
+    """
+    images, tokens, width = case.teacher.shape
+    longest = max(width, images * tokens)
+    slack = 4 * np.sqrt(longest) * unit(product) + 4 * cancellation(case) * U32
+    values = case.values()
+    excess = (values.norms - values.threshold[:, None]).clip(min=0)
+    size = np.sqrt(np.mean(excess[excess > 0] ** 2)) if excess.any() else np.inf
+    outlier = 4 * U32 * values.norms.max() / size
+    return {
+        name: float(slack + outlier * (name in ("outlier", "d_down", "d_up")))
+        for name in (*OUTPUTS, *(f"d_{x}" for x in GRADIENTS))
+    }
