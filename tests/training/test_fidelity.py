@@ -54,9 +54,9 @@ AUTHORS = {
 }
 
 
-def official(pair="vit_large_to_small"):
-    files = [ROOT / f"configs/pairs/{pair}.yaml", ROOT / "configs/methods/singer_official.yaml"]
-    return load_config(files, ["data.source=images", "output=run"])
+def official(pair="vit_large_to_small", method="singer_official"):
+    files = [f"pairs/{pair}.yaml", f"methods/{method}.yaml"]
+    return load_config([ROOT / "configs" / file for file in files], ["data.source=x", "output=run"])
 
 
 @pytest.mark.parametrize("pair", ["vit_large_to_small", "vit_large_to_tiny", "deit3_large_to_base"])
@@ -76,13 +76,22 @@ def test_the_document_lists_them():
     assert {key: yaml.safe_load(value) for key, value in listed.items()} == AUTHORS
 
 
-def test_the_students_blocks_are_the_authors():
-    config = official()
+@pytest.mark.parametrize(
+    ("pair", "method", "layers", "blocks"),
+    [
+        ("vit_large_to_small", "singer_official", [17, 23], [8, 11]),
+        ("deit3_small_to_tiny", "singer_official", [8, 11], [8, 11]),
+        ("vit_large_to_tiny", "fitnet_table1", [11, 17, 23], [5, 8, 11]),
+        ("deit3_small_to_tiny", "fitnet_table1_12_blocks", [8, 11], [8, 11]),
+    ],
+)
+def test_the_students_blocks_are_the_authors(pair, method, layers, blocks):
+    config = official(pair, method)
     teacher, student = (
         inspect_backbone(model.name, 224, key)
         for key, model in (("teacher", config.teacher), ("student", config.student))
     )
-    assert match_models(teacher, student, config.method.layers) == ([17, 23], [8, 11])
+    assert match_models(teacher, student, config.method.layers) == (layers, blocks)
 
 
 @pytest.fixture
