@@ -105,13 +105,13 @@ struct RowKernels {
     for (int64_t i = 0; i < count; ++i) {
       // 1. F^ and F^ - S.
       const T refined = delta[i] + teacher[i];
-      const T difference = refined - student[i];
+      const T kd_difference = refined - student[i];
       delta[i] = refined;
-      if constexpr (kHasResidual) residual[i] = difference;
+      if constexpr (kHasResidual) residual[i] = kd_difference;
       // 2. The sums of squares: of n, of the norm of F, and of the KD loss.
       refined_sum += refined * refined;
       teacher_sum += teacher[i] * teacher[i];
-      kd_sum += difference * difference;
+      kd_sum += kd_difference * kd_difference;
     }
     return {refined_sum, teacher_sum, kd_sum};
   }
@@ -146,15 +146,15 @@ struct RowKernels {
 #pragma omp simd reduction(+ : squares, row_dot, target_row_dot)
     for (int64_t j = 0; j < count; ++j) {
       // 1. G and G_R.
-      const T cosine = products[j] * (inv_norm * inv_norms[j]);
+      const T gram = products[j] * (inv_norm * inv_norms[j]);
       const T target_product = own * products[j] + sign * target_products[j];
-      const T target_cosine = target_product * (target_inv_norm * target_inv_norms[j]);
+      const T target_gram = target_product * (target_inv_norm * target_inv_norms[j]);
       // 2. E, in place of the product.
-      const T difference = cosine - target_cosine;
+      const T difference = gram - target_gram;
       products[j] = difference;
       // 3. The sums of the row: of E^2, E G and E G_R.
       squares += difference * difference;
-      const T dot = difference * cosine, target_dot = difference * target_cosine;
+      const T dot = difference * gram, target_dot = difference * target_gram;
       row_dot += dot;
       target_row_dot += target_dot;
       // 4. By symmetry, the sums of later rows.
