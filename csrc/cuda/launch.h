@@ -1,10 +1,11 @@
 // Device functions, launches and argument checks shared by the CUDA kernels.
 //
 // Each warp processes one row. With SINGER_EMULATED, for tests without a GPU, the kernels compile
-// as plain C++: a warp has one lane, and a launch is a loop.
+// as plain C++: a warp has one lane, and a launch is a loop, or a call of `Launcher::current`.
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
 #include "checks.h"
 #include "cuda/registry.h"
@@ -37,6 +38,27 @@ constexpr int kLanes = 32;
 #define SINGER_DEVICE __device__ __forceinline__
 #define SINGER_KEY CUDA
 #endif
+#ifdef SINGER_EMULATED
+// What launches kernels in place of the loop: a function of the kernel's name, the number of blocks
+// and the addresses of its arguments.
+struct Launcher {
+  using Function = void (*)(const char* name, int64_t blocks, void** arguments);
+  static inline Function current = nullptr;
+
+  template <typename... Parameters, typename... Arguments>
+  static void call(void (*)(Parameters...), const Kernel& kernel, int64_t blocks,
+                   const Arguments&... arguments) {
+    std::tuple<Parameters...> values(arguments...);
+    std::apply(
+        [&](auto&... value) {
+          void* addresses[] = {&value...};
+          current(kernel.name.c_str(), blocks, addresses);
+        },
+        values);
+  }
+};
+#endif
+
 constexpr int kWarps = 4;  // per block
 constexpr int kThreads = kLanes * kWarps;
 
@@ -258,6 +280,7 @@ void launch(int64_t count, const Tensor& like, const Arguments&... arguments) {
   STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, kernel.name, ": got ", count,
                   " rows, more than a grid has");
 #ifdef SINGER_EMULATED
+  if (Launcher::current != nullptr) return Launcher::call(kKernel, kernel, blocks, arguments...);
   blockDim.x = kThreads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kKernel(arguments...);

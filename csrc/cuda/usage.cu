@@ -68,6 +68,13 @@ cudaError_t read_usage(const void* function, int device, Usage& usage) {
 
 #define SINGER_EXPORT extern "C" __attribute__((visibility("default")))
 
+#ifdef SINGER_EMULATED
+// Set what launches kernels; null: a loop over their lanes.
+SINGER_EXPORT void singer_cuda_set_launcher(Launcher::Function launcher) {
+  Launcher::current = launcher;
+}
+#endif
+
 // Return the kernel's name; null past the last.
 SINGER_EXPORT const char* singer_cuda_kernel_name(int32_t index) {
   const Kernel* kernel = kernel_at(index);

@@ -1,7 +1,8 @@
 """Compile the CUDA kernels as plain C++ with one lane per warp, for tests without a GPU.
 
 The computation of a lane, the launches and the operators are those of the device; the reductions
-and the division of a row among the lanes of a warp are not tested. ``python emulation.py LIBRARY
+and the division of a row among the lanes of a warp are not tested here, but in
+``ptx/test_compiled_cuda.py``. ``python emulation.py LIBRARY
 [OPTION ...]`` compiles with further compiler options; the tests then load the library that
 ``SINGER_EMULATED_LIBRARY`` names.
 """

@@ -4,7 +4,8 @@
 - ``memory``: global memory, a range of addresses for each tensor; shared memory with its checks;
 - ``arithmetic``, ``instructions``, ``tensor_cores``: each instruction as a function on all lanes;
 - ``emulator``: a launch: control flow, barriers, predicates;
-- ``triton_driver``: runs the backend ``"triton"`` on CPU tensors, compiled as for a GPU.
+- ``triton_driver``, ``cuda_driver``: run the backends ``"triton"`` and ``"cuda"`` on CPU tensors,
+  compiled as for a GPU.
 
 What it checks: the code that Triton and nvcc generate, instruction by instruction (layouts,
 conversions, predicates, addresses); each access lies within one tensor and is aligned; no read of

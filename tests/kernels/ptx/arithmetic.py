@@ -86,6 +86,12 @@ def _bit_field(a, position, length):
     return np.where(length == 0, 0, (wide << top) >> low).astype(a.dtype)
 
 
+def _insert_bits(a, b, position, length):
+    bits = (np.left_shift(1, length.astype(I64)) - 1).astype(a.dtype)
+    field = bits << position.astype(a.dtype)
+    return b & ~field | (a & bits) << position.astype(a.dtype)
+
+
 def _permute(a, b, selector):
     both, result = a.astype(U64) | b.astype(U64) << U64(32), np.zeros((), U32)
     for k in range(4):
@@ -142,6 +148,7 @@ ELEMENTWISE: dict[str, Any] = {
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
     "bfe": _bit_field,
+    "bfi": _insert_bits,
     "prmt": _permute,
     "lop3": _logic,
     "shf": None,
@@ -179,6 +186,8 @@ def elementwise(m: Machine, i: Instruction, name: str, rest: list[str], kinds: l
     dtypes = [dtype] * len(operands)
     if name in ("shl", "shr", "bfe"):
         dtypes[1:] = [U32] * (len(operands) - 1)
+    elif name == "bfi":
+        dtypes[2:] = [U32, U32]
     elif name == "selp":
         dtypes[2] = np.bool_
     elif name == "shf":

@@ -73,7 +73,7 @@ def parse(text: str) -> dict[str, Kernel]:
     comment = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
     text = comment.sub(lambda match: "\n" * match.group().count("\n"), text)  # keeps the lines
     entries = list(_ENTRY.finditer(text))
-    module_shared = _SHARED.findall(text[: entries[0].start()])
+    module_shared = _SHARED.findall(text[: entries[0].start()] if entries else "")
     kernels = {}
     for entry in entries:
         kernel = Kernel(entry.group(1))

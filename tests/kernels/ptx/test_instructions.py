@@ -198,6 +198,13 @@ def test_bit_fields(kind):
     assert found.tolist() == [wrap(field(*row, kind == "s32"), U32) for row in rows]
 
 
+def test_insertion_of_bit_fields():
+    a, b = numbers(U64), numbers(U64)
+    found = each(lambda d, *s: f"bfi.b64 {d}, {', '.join(s)}, 24, 8;", U64, [a, b])
+    rows = zip(a.tolist(), b.tolist(), strict=True)
+    assert found.tolist() == [y & ~(255 << 24) | (x & 255) << 24 for x, y in rows]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_floats(dtype):
     kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
