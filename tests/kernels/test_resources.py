@@ -159,10 +159,14 @@ def test_the_table_in_text(text):
     assert any(row.split()[3] == "refine" for row in rows)
 
 
-def test_interpreted_kernels_are_refused(monkeypatch):
+def test_interpreted_kernels_are_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("singer_kernels.resources.is_interpreted", lambda: True)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+    with pytest.raises(SystemExit, match="1"):
         main([*HOPPER])
+    assert capsys.readouterr().err == (
+        "python -m singer_kernels.resources: error: TRITON_INTERPRET is set: interpreted kernels "
+        "can't be compiled\n"
+    )
 
 
 @pytest.mark.slow
