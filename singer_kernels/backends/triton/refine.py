@@ -31,12 +31,38 @@ from singer_kernels.backends.triton.launch import (
 )
 
 
+@triton.jit
+def up_gram_kernel(
+    up_ptr,  # Wu, [r, D]
+    up_gram_ptr,  # out: M = Wu Wuᵀ, [r, r]
+    width,
+    rank,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``M = Wu Wuᵀ``, BLOCK_T rows per program: exact products, sums in float32."""
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_R)
+    up_gram = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        rows = operand(load_tile(up_ptr, row * width, d, row < rank, width), OPERAND)
+        up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
+        up_gram = dot(rows, tl.trans(up), up_gram, PRECISION)
+    store_tile(up_gram_ptr, row * rank, k, row < rank, rank, up_gram)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def refine_kernel(
     teacher_ptr,  # F, [B, T, D]
     student_ptr,  # S, [B, T, D]
     down_ptr,  # Wd, [D, r]
     up_ptr,  # Wu, [r, D]
+    up_gram_ptr,  # M = Wu Wuᵀ, [r, r]; IDENTITY
     hz_ptr,  # out: [H | Z], [B, P, 2r]
     split_bf16_ptr,  # out: high and low bf16 of H and L = Z − ½ H M, [B, P, 4, BLOCK_R]; IDENTITY
     residual_ptr,  # out: (F̂ − S) Wuᵀ, [B, P, r]; HAS_RESIDUAL
@@ -83,10 +109,9 @@ def refine_kernel(
     column = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_R)
 
-    # 1. H = F Wd over D; with IDENTITY, F Wuᵀ and M = Wu Wuᵀ too
+    # 1. H = F Wd over D; with IDENTITY, F Wuᵀ too
     h = tl.zeros((BLOCK_T, BLOCK_R), ACC)
     z = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    up_gram = tl.zeros((BLOCK_R, BLOCK_R), ACC)
     for start in range(0, width, BLOCK_D):
         d = start + column
         teacher = operand(load_tile(teacher_ptr, teacher_offsets, d, in_range, width), OPERAND)
@@ -95,7 +120,6 @@ def refine_kernel(
         if IDENTITY:
             up = operand(load_tile(up_ptr, k * width, d, k < rank, width), OPERAND)
             z = dot(teacher, tl.trans(up), z, PRECISION)
-            up_gram = dot(up, tl.trans(up), up_gram, PRECISION)
     h = tl.where(is_patch[:, None], h, 0.0)
 
     patch = image * (num_tokens - num_prefix_tokens) + token - num_prefix_tokens
@@ -103,6 +127,7 @@ def refine_kernel(
     store_tile(hz_ptr, 2 * rank_offsets, k, is_patch, rank, h)
     if IDENTITY:
         # 2. Z = F Wuᵀ + H M and L = Z − ½ H M; M is symmetric, so x Mᵀ = x M
+        up_gram = load_tile(up_gram_ptr, k * rank, k, k < rank, rank)
         full_z = split_dot_transposed(h, up_gram, z, OPERAND)
         l = 0.5 * (z + full_z)
         split_offsets = patch.to(tl.int64) * 4 * BLOCK_R
@@ -185,9 +210,18 @@ def run_refine(
     new = x.teacher.new_empty
     hz = new((images, patches, 2 * rank), dtype=acc)
     norms, teacher_norms = (new((images, patches), dtype=acc) for _ in range(2))
-    split_bf16 = residual = None
+    split_bf16 = residual = up_gram = None
     if identity:
         split_bf16 = new((images, patches, 4, block_r), dtype=precision.product)
+        up_gram = new((rank, rank), dtype=acc)
+        up_gram_kernel[(block_r // 16,)](
+            x.up,
+            up_gram,
+            width,
+            rank,
+            **kernel_options(precision, rank),
+            **meta_params(Config(16, 64, 4, 2), block_r),
+        )
     if x.has_residual:
         residual = new((images, patches, rank), dtype=precision.storage_dtype)
     refined = new(x.teacher.shape) if x.has_refined else None
@@ -206,6 +240,7 @@ def run_refine(
             x.student,
             x.down,
             x.up,
+            up_gram,
             hz,
             split_bf16,
             residual,
