@@ -61,7 +61,7 @@ class Machine:
             self.registers[name] = np.zeros(self.count, dtype)
         size = kernel.static_shared + launch.shared
         self.shared = SharedMemory(len(blocks), size, instructions.granule(kernel))
-        self.copies = instructions.Copies(self)
+        self.copies = instructions.Copies(self, launch.copies_need_fence)
         self.matrix_products = tensor_cores.MatrixProducts(self)
         self.live = np.ones(self.count, bool)
         self.whole_blocks = self._compile()
@@ -249,6 +249,7 @@ class Launch(NamedTuple):
         arguments: name and value of each parameter: a tensor or None, a number, or, for a structure
             passed by value, the list of its 8-byte fields.
         shared: bytes of dynamic shared memory.
+        copies_need_fence: whether a proxy fence must lie between ``cp.async`` and ``wgmma``.
     """
 
     kernel: Kernel
@@ -256,6 +257,7 @@ class Launch(NamedTuple):
     threads: int
     arguments: Sequence[tuple[str, object]]
     shared: int = 0
+    copies_need_fence: bool = True
 
     def run(self) -> None:
         """Run it.

@@ -122,8 +122,8 @@ def _store(m: Machine, i: Instruction, rest: list[str], kinds: list[str]) -> Ste
 class Copies:
     """The ``cp.async`` of a machine: the data arrive at the wait, as late as it allows."""
 
-    def __init__(self, m: Machine) -> None:
-        self.m = m
+    def __init__(self, m: Machine, need_fence: bool) -> None:
+        self.m, self.need_fence = m, need_fence
         self.committed = np.zeros(m.count, I64)  # groups of each lane
         self.pending: list[tuple[np.ndarray, ...]] = []  # lanes, offsets, data, groups
 
@@ -147,6 +147,8 @@ class Copies:
                 whose = lanes[ready]
                 shared, blocks, warps = self.m.shared, self.m.block[whose], self.m.warp[whose]
                 shared.store(offsets[ready], blocks, warps, data[ready])
+                if not self.need_fence:
+                    shared.mark_fenced(offsets[ready], blocks, warps, data[0].nbytes)
             if not ready.all():
                 rest = ~ready
                 self.pending.append((lanes[rest], offsets[rest], data[rest], group[rest]))

@@ -200,6 +200,12 @@ class SharedMemory:
         self.clock += 1
         self.fence_clock[blocks, warps] = self.clock
 
+    def mark_fenced(
+        self, offsets: np.ndarray, blocks: np.ndarray, warps: np.ndarray, size: int
+    ) -> None:
+        """Let wgmma see writes without a fence."""
+        self.write_clock[self._granules(offsets, blocks, warps, size)[0]] = -1
+
     def check_fenced(self, offsets: np.ndarray, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Check that a fence lies between the writes of 16 bytes each and wgmma's reads."""
         granules, _, _ = self._granules(offsets, blocks, warps, 16)

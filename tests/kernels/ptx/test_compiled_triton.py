@@ -77,8 +77,10 @@ def submit(request, tmp_path_factory):
         return futures[step]
 
     for item in request.session.items:
-        if item.module is request.module and "step" in item.callspec.params:
-            submit(item.callspec.params["step"])
+        if item.module is request.module:
+            params = item.callspec.params
+            for step in [params["step"]] if "step" in params else family(params["number"]):
+                submit(step)
     yield submit
     for pool in pools.values():
         pool.shutdown(cancel_futures=True)

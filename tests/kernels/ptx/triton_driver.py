@@ -22,6 +22,10 @@ from ptx.parser import parse
 from singer_kernels.backends.triton import backend, configs
 from singer_kernels.backends.triton import launch as triton_launch
 
+# Before triton-lang/triton#9610 (in 3.8, and backported to a later 3.7) Triton left this fence out,
+# and nothing says whether it puts it in but its version.
+COPIES_NEED_FENCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
 _parse = functools.lru_cache(maxsize=None)(parse)
 
 
@@ -37,7 +41,7 @@ class _Launcher:
         arguments = list(zip(self.names, values, strict=True))
         arguments += [("scratch", None)] * (len(kernel.params) - len(arguments))
         threads, shared = 32 * self.metadata.num_warps, self.metadata.shared
-        launch = Launch(kernel, (x, y, z), threads, arguments, shared)
+        launch = Launch(kernel, (x, y, z), threads, arguments, shared, COPIES_NEED_FENCE)
         recorded = triton.runtime.driver.active.recorded
         if recorded is not None:
             before = [(k, v.clone() if isinstance(v, torch.Tensor) else v) for k, v in arguments]
