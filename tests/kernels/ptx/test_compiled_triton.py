@@ -34,10 +34,10 @@ MATRIX = [
     if dtype == "bfloat16" or not (kind == "cancelling" and pairs)  # the others have no identity
     for architecture in (80, 90)
 ]
-# Whole tiles: vector accesses of 16 bytes.
+# Whole tiles and several blocks of D: copies of 16 bytes in a pipeline.
 MATRIX += [
     Step(80, "float32", Shape(1, 0, 16, 64, 16)),
-    Step(90, "bfloat16", Shape(1, 0, 64, 96, 16)),
+    Step(90, "bfloat16", Shape(1, 0, 64, 128, 16)),
 ]
 FULL = Step(90, "bfloat16", Shape(1, 1, 196, 1024, 64))  # an image of ViT-L/16
 
