@@ -32,6 +32,22 @@ def _values(cases):
     return found
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    # The tests take one thread each, so plain `pytest` shares them out to two processes. Where the
+    # command names tests, a number of processes, or a debugger, it does as pytest-xdist does.
+    option = config.option
+    is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.collectonly
+    if (
+        is_whole
+        and getattr(option, "numprocesses", 0) is None  # pytest-xdist is there; no -n was given
+        and not option.usepdb
+        and not torch.cuda.is_available()  # its memory and clocks are one test's at a time
+    ):
+        option.numprocesses = 2
+        option.dist = "worksteal"  # neighbours, which share fixtures, stay together
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem(collector, name):
     # @pytest.mark.sample(n): every n-th case of a grid belongs to the ordinary run, the others are
