@@ -41,6 +41,7 @@ def pytest_cmdline_main(config):
     if (
         is_whole
         and getattr(option, "numprocesses", 0) is None  # pytest-xdist is there; no -n was given
+        and not hasattr(config, "workerinput")  # this is no such process itself
         and not option.usepdb
         and not torch.cuda.is_available()  # its memory and clocks are one test's at a time
     ):
