@@ -16,10 +16,12 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments, **variables):
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--quick"]
     command += ["-p", "no:cacheprovider", *arguments]
+    # pytest-xdist's, if this is one of its processes: pytest-benchmark would measure nothing.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**inherited, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         check=False,
