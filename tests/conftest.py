@@ -34,15 +34,19 @@ def _values(cases):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    # The tests take one thread each, so plain `pytest` shares them out to two processes. Where the
-    # command names tests, a number of processes, or a debugger, it does as pytest-xdist does.
+    # The tests take one thread each, so plain `pytest` shares them out to two processes. Not where
+    # the command names tests, says how to share, or asks for what one process alone can do.
     option = config.option
-    is_whole = config.args_source == config.ArgsSource.TESTPATHS and not option.collectonly
+    for_one = ("collectonly", "usepdb", "trace", "setupplan", "setuponly", "setupshow")
+    for_one += ("showfixtures", "show_fixtures_per_test", "tx")
+    given = config.invocation_params.args
     if (
-        is_whole
+        config.args_source == config.ArgsSource.TESTPATHS
         and getattr(option, "numprocesses", 0) is None  # pytest-xdist is there; no -n was given
         and not hasattr(config, "workerinput")  # this is no such process itself
-        and not option.usepdb
+        and not any(str(argument).startswith("--dist") for argument in given)
+        and not any(getattr(option, name, None) for name in for_one)
+        and option.capture != "no"
         and not torch.cuda.is_available()  # its memory and clocks are one test's at a time
     ):
         option.numprocesses = 2

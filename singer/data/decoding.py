@@ -69,6 +69,13 @@ class _LibTiffFile(TiffImageFile):
     use_load_libtiff = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
 
+def _open(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file)
+    except MemoryError as error:  # nothing is decoded yet: a damaged header asked for it
+        raise ValueError("a length in its header is beyond its end") from error
+
+
 def _separate_planes(image: Image.Image, file: BinaryIO) -> Image.Image:
     """Return the image; of a TIFF in separate planes another one, whose planes are read right."""
     if getattr(image, "tag_v2", {}).get(PLANAR_CONFIGURATION) != 2:
@@ -144,7 +151,7 @@ def read_image(
             # Pillow maps files that it opens itself, and misreads those of TIFFs to be turned.
             with open(file, "rb") as content:
                 return read_image(content, name, background)
-        opened = _separate_planes(Image.open(file), file)
+        opened = _separate_planes(_open(file), file)
         bits = _bit_depth(opened)
         if bits is None:
             raise SingerError(

@@ -320,6 +320,7 @@ class PreemptionHandler:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
+        self._interrupts = 0
         self._stops_at_once = False
 
     def __enter__(self) -> PreemptionHandler:
@@ -331,12 +332,13 @@ class PreemptionHandler:
         return self
 
     def _record(self, number: int, _: FrameType | None) -> None:
-        is_second_interrupt = number == signal.SIGINT and self.signal == "SIGINT"
+        self._interrupts += number == signal.SIGINT
         self.signal = self.signal or signal.Signals(number).name
-        if self._stops_at_once or is_second_interrupt:
+        if self._stops_at_once or (number == signal.SIGINT and self._interrupts > 1):
             raise KeyboardInterrupt  # no `except Exception` of a library takes it for its own
         if number == signal.SIGINT:
-            with suppress(OSError):  # the terminal was closed
+            # The terminal was closed, or the signal came within another print.
+            with suppress(OSError, RuntimeError):
                 print("singer: saving; Ctrl-C again to end at once", file=sys.stderr)
 
     @contextmanager

@@ -105,9 +105,11 @@ class PeerMonitor:
         try:
             print(f"singer: error: {message}; rank {self.rank} ends", file=sys.stderr, flush=True)
         finally:
-            for worker in multiprocessing.active_children():  # one that hangs would outlive us
-                worker.kill()
-            os._exit(EXIT_PEER_LOST)  # the main thread may be blocked in a collective forever
+            try:
+                for worker in multiprocessing.active_children():  # one that hangs would outlive us
+                    worker.kill()
+            finally:
+                os._exit(EXIT_PEER_LOST)  # the main thread may be blocked in a collective forever
 
     def _ticks(self) -> Iterator[float]:
         """Yield, at every interval, how many seconds this process itself was not running."""

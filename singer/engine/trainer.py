@@ -343,7 +343,12 @@ class Trainer:
             _logger.warning("step %d can't be saved: %s", self.completed_steps, typed_line(other))
 
     def _save_completed_steps(self) -> None:
-        self._log_losses()
+        try:
+            self._log_losses()
+        except NonFiniteError:
+            raise
+        except Exception as error:  # of a tracker; a checkpoint takes none
+            _logger.warning("step %d can't be logged: %s", self.completed_steps, typed_line(error))
         self._log_unreadable()
         if self.saved_step != self.completed_steps and not self._is_mid_update():
             self._save()

@@ -130,7 +130,7 @@ def _check_mimic_layers(
     resolved = resolve_layers(
         mimic_layers, min(teacher.depth, student.depth), "method.mimic_layers"
     )
-    if resolved[-1] in layers:
+    if resolved[-1] >= layers[-1]:
         raise SingerError(
             f"method.mimic_layers: got {list(mimic_layers)}, expected blocks before the generated "
             f"block {layers[-1]}"

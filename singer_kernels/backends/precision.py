@@ -65,6 +65,7 @@ class _Tf32:
         self._users = 0
         self._before: str | None = None  # torch.get_float32_matmul_precision()
         self._was_on = False
+        self._on_cpu = ""  # what set_float32_matmul_precision sets as well
 
     def enter(self) -> None:
         with self._lock:
@@ -78,6 +79,7 @@ class _Tf32:
                 self._before = torch.get_float32_matmul_precision()
             except RuntimeError:  # the setting was changed by fp32_precision alone
                 self._before = None
+            self._on_cpu = torch.backends.mkldnn.matmul.fp32_precision
             torch.backends.cuda.matmul.allow_tf32 = False
 
     def leave(self) -> None:
@@ -89,6 +91,7 @@ class _Tf32:
                 torch.backends.cuda.matmul.fp32_precision = "tf32"
             elif self._before == "medium":
                 torch.set_float32_matmul_precision("medium")
+                torch.backends.mkldnn.matmul.fp32_precision = self._on_cpu
             else:
                 torch.backends.cuda.matmul.allow_tf32 = True
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
 from pathlib import Path
 
 import emulation
@@ -197,6 +197,7 @@ def tf32_settings():
         lambda: matmul.fp32_precision,
         lambda: matmul.allow_tf32,
         torch.get_float32_matmul_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
     ):
         try:
             found.append(read())
@@ -210,6 +211,10 @@ TURN_ON = {
     "fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "medium on CUDA alone": lambda: (
+        torch.set_float32_matmul_precision("medium"),
+        setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+    ),
 }
 
 
@@ -236,12 +241,26 @@ def test_tf32_is_for_products_of_float32_features(dtype, tf32):
 
 def test_the_setting_is_restored_by_the_last_of_several_threads(tf32):
     narrow = MatmulPrecision(torch.bfloat16, torch.float32)
-    inner, outer = ExitStack(), ExitStack()
-    outer.enter_context(full_float32(narrow))
-    inner.enter_context(full_float32(narrow))
-    outer.close()
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-    inner.close()
+    both_are_in, first_is_out = threading.Barrier(2), threading.Event()
+    found = []
+
+    def first():
+        with full_float32(narrow):
+            both_are_in.wait(60)
+        first_is_out.set()
+
+    def last():
+        with full_float32(narrow):
+            both_are_in.wait(60)
+            first_is_out.wait(60)
+            found.append(torch.backends.cuda.matmul.fp32_precision)
+
+    threads = [threading.Thread(target=target) for target in (first, last)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == ["ieee"]
     assert tf32_settings() == tf32
 
 

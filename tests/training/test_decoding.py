@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from singer.config.schema import DataConfig
 from singer.data.decoding import read_image
+from singer.data.listing import EXTENSIONS
 from singer.data.sources import open_source
 from singer.errors import SingerError
 
@@ -230,6 +231,16 @@ def test_broken_exif_data_leave_an_image_as_it_is(tmp_path, form, exif):
     assert (pixels == 200).all()
 
 
+def test_a_length_beyond_the_file_is_the_images_fault(tmp_path):
+    if ".jp2" not in EXTENSIONS:
+        pytest.skip("this Pillow reads no JPEG 2000")
+    boxes = b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
+    boxes += b"\0\0\0\1jp2h" + (2**42).to_bytes(8, "big")
+    (tmp_path / "bad.jp2").write_bytes(boxes + bytes(64))
+    with pytest.raises(SingerError, match=r"bad\.jp2 can't be read as an image"):
+        read_image(tmp_path / "bad.jp2")
+
+
 # Transparency
 
 
@@ -350,15 +361,15 @@ def test_whatever_a_decoder_raises_names_the_image(image_folder, monkeypatch, er
         read_image(image_folder / "class0" / "0.png")
 
 
+EXHAUSTED = [OSError(code, "full") for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)]
+
+
 @pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        *(OSError(code, "full") for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)),
-    ],
+    ("place", "error"),
+    # Where a file is opened, a damaged header may ask for more memory than there is.
+    [*(("open", x) for x in EXHAUSTED), *(("load", x) for x in (MemoryError(), *EXHAUSTED))],
     ids=str,
 )
-@pytest.mark.parametrize("place", ["open", "load"])
 def test_too_little_memory_is_not_the_images_fault(image_folder, monkeypatch, error, place):
     def fail(*_):
         raise error

@@ -136,7 +136,7 @@ def test_the_official_crops_are_torchvisions_defaults(run):
 
 
 def test_the_official_adapters_start_as_the_authors(run):
-    """The first r left singular vectors below 0.05, then Gaussian vectors of length 1."""
+    """The first r left singular vectors below 0.05."""
     _, method = run
     for layer, block in ((2, 3), (3, 3)):
         mlp = method.teacher.block(block).mlp

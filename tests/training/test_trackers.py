@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from singer.engine import run as training
 from singer.engine import trackers
+from singer.engine.checkpoints import CheckpointStore
 from singer.engine.trackers import check_trackers
 from singer.errors import SingerError
 
@@ -162,6 +163,18 @@ def test_a_tracker_that_fails_later_is_named(make_config, recorder, monkeypatch,
         training.train(config, QUIET)
     assert "train.trackers: 'wandb': OSError: no network" in caplog.text
     assert "tensorboard" not in caplog.text
+
+
+def test_a_tracker_that_fails_loses_no_step(make_config, recorder, monkeypatch):
+    def fail(self, values, step):
+        if step > 2:
+            raise OSError("no network")
+
+    monkeypatch.setattr(recorder, "log", fail)
+    config = make_config(train={"trackers": ["wandb"], "save_every": 100})
+    with pytest.raises(SingerError, match=r"^train.trackers: 'wandb': OSError: no network$"):
+        training.train(config, QUIET)
+    assert CheckpointStore(Path(config.output, "checkpoints")).newest().step == 4
 
 
 def test_mlflow_offline(make_config, tmp_path, monkeypatch):

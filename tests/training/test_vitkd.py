@@ -188,6 +188,7 @@ def test_a_cast_teacher_norms_in_its_own_precision():
         ([3], {"mimic_layers": ()}, r"method\.mimic_layers: got no layer"),
         ([3], {"mimic_layers": (1, 1)}, r"method\.mimic_layers: got \[1, 1\].*twice"),
         ([1], {}, r"method\.mimic_layers: got \[0, 1\], expected blocks before .* block 1"),
+        ([1], {"mimic_layers": (0, 2)}, r"method\.mimic_layers: got \[0, 2\].*block 1"),
         ([4], {}, r"method\.layers: got 4"),
     ],
 )

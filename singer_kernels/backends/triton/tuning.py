@@ -119,6 +119,8 @@ def _fastest(
             break
         try:
             times[config] = measure(functools.partial(launch, config))
+        except torch.OutOfMemoryError:  # of the moment, not of the configuration
+            raise
         except Exception as error:  # the compiler's, ptxas' and the driver's have no common type
             _logger.debug("%s can't run: %s", config, error)
             failures.append(error)

@@ -74,7 +74,7 @@ def _shift(function):
 
 
 def fused_multiply_add(a, b, c):
-    """Round ``a b + c`` once: a product of two float32 is exact in float64."""
+    """Return ``a b + c``; of float32 the product is exact in float64, and the sum rounded twice."""
     wide = F64 if np.result_type(a, b, c) == F32 else np.longdouble
     return (np.multiply(a, b, dtype=wide) + c).astype(np.result_type(a, b, c))
 
